@@ -1,0 +1,31 @@
+"""flashpack: run Mixture-of-Experts models that do not fit in memory.
+
+The functions under the commands, loaded on first use so that ``import flashpack`` stays light:
+``convert`` and ``verify`` and ``load``; every error derives from ``flashpack.errors.FlashpackError``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flashpack.converter import convert
+    from flashpack.formats import verify
+    from flashpack.runtime import load
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "convert", "load", "verify"]
+
+_HOMES = {
+    "convert": "flashpack.converter",
+    "verify": "flashpack.formats",
+    "load": "flashpack.runtime",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'flashpack' has no attribute {name!r}")

@@ -1,0 +1,3 @@
+from flashpack.cli import main
+
+main()

@@ -1,0 +1,64 @@
+"""The command line: one thin file per command over one public function."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+
+import typer
+
+from flashpack import __version__
+from flashpack.cli.convert import convert
+from flashpack.cli.inspect import inspect
+from flashpack.cli.run import run
+from flashpack.cli.verify import verify
+from flashpack.errors import FlashpackError
+
+app = typer.Typer(
+    help="Run Mixture-of-Experts models that do not fit in memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with errors as one line on stderr and an exit code of their own, never a traceback."""
+
+    @functools.wraps(command)
+    def call(*args: object, **kwargs: object) -> None:
+        try:
+            command(*args, **kwargs)
+        except FlashpackError as e:
+            print(f"flashpack: {e}", file=sys.stderr)
+            raise typer.Exit(e.exit_code) from e
+        except KeyboardInterrupt as e:
+            hint = "; run the same command again to continue" if command is convert else ""
+            print(f"\nflashpack: interrupted{hint}", file=sys.stderr)
+            raise typer.Exit(130) from e
+
+    return call
+
+
+for _command in (convert, verify, inspect, run):
+    app.command()(_guarded(_command))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"flashpack {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

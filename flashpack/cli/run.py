@@ -1,0 +1,71 @@
+"""flashpack run"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from flashpack.cli.console import answer_json, gb, note, quiet_libraries
+from flashpack.errors import UsageError
+
+if TYPE_CHECKING:
+    from flashpack.runtime.generate import Result
+
+
+def run(
+    pack: Path = typer.Argument(..., help="Folder of the pack."),
+    prompt: str = typer.Option(..., "--prompt", "-p", help="The prompt; '-' reads it from standard input."),
+    raw: bool = typer.Option(False, help="Continue the text as it is, without the chat template."),
+    thinking: str | None = typer.Option(None, help="on or off, where the chat template knows it."),
+    max_tokens: int = typer.Option(512, min=1, help="Most tokens to generate."),
+    context: int | None = typer.Option(None, min=1, help="Tokens of context. Default: the model's, at most 8192."),
+    memory: str | None = typer.Option(None, help="For the whole process: 6GB, 6GiB or smallest. Default: free memory."),
+    temperature: float = typer.Option(0.0, min=0.0, help="0 is greedy."),
+    top_p: float = typer.Option(1.0, min=0.0, max=1.0, help="Nucleus sampling."),
+    top_k: int = typer.Option(0, min=0, help="Sample from the k likeliest tokens; 0 is all."),
+    seed: int = typer.Option(0, help="Seed of sampling."),
+    threads: int | None = typer.Option(None, min=1, help="Compute threads. Default: one per processor."),
+    device: str = typer.Option("cpu", help="cpu."),
+    json: bool = typer.Option(False, "--json", help="Print text and statistics as one JSON object."),
+) -> None:
+    """Answer a prompt within a memory budget. Text goes to stdout, statistics to stderr."""
+    if thinking not in (None, "on", "off"):
+        raise UsageError(f"--thinking {thinking}: on or off")
+    quiet_libraries()
+    from flashpack.runtime import load
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    model = load(pack, device=device, memory=memory, context=context)
+
+    from flashpack.runtime.generate import Sampling, encode_prompt, generate, load_tokenizer
+
+    tokenizer = load_tokenizer(pack)
+    ids = encode_prompt(tokenizer, text, raw, None if thinking is None else thinking == "on")
+
+    def show(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    sampling = Sampling(temperature, top_p, top_k, seed)
+    result = generate(model, tokenizer, ids, max_tokens, sampling, None if json else show)
+    if json:
+        answer_json(result.to_json())
+    else:
+        print()
+        note(_statistics(result))
+
+
+def _statistics(r: Result) -> str:
+    total = r.store["total"]
+    return (
+        f"[prompt {r.prompt_tokens} tokens, {r.prompt_rate:.1f}/s; generated {r.generated_tokens}, "
+        f"{r.generate_rate:.1f}/s; experts {r.store['hit_rate']:.1%} hits, {gb(total['bytes_read'])} read "
+        f"({r.store['io']}); peak memory {gb(r.peak.anonymous)} + {gb(r.peak.file)} mapped]"
+    )

@@ -1,0 +1,203 @@
+"""``convert``: the whole way from a checkpoint folder to a finished pack."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flashpack import __version__
+from flashpack.converter.execute import Progress, default_workers, execute
+from flashpack.converter.journal import Journal
+from flashpack.converter.mlx import is_mlx, read_mlx
+from flashpack.converter.names import Bindings, bind
+from flashpack.converter.plan import Options, Plan, bits_per_weight, make_plan
+from flashpack.converter.quantize import SourceFiles
+from flashpack.converter.report import LayerError, Report
+from flashpack.converter.source import Checkpoint, Extent, SourceTensor, open_checkpoint, plain_tensor
+from flashpack.errors import OutputError, SourceError, UnsupportedError
+from flashpack.formats import constants as C
+from flashpack.formats.files import sync_folder
+from flashpack.skeleton import build, find_experts, read_config, tied_names
+
+log = logging.getLogger(__name__)
+
+
+def plan(src: str | os.PathLike[str], options: Options | None = None) -> Plan:
+    """What converting ``src`` would do; reads headers only (``--dry-run``)."""
+    checkpoint = open_checkpoint(src)
+    tensors, source_format = _read_tensors(checkpoint)
+    model = build(read_config(checkpoint.folder))
+    sites = find_experts(model)
+    bindings = bind(model, sites, tensors)
+    _drop_tied(bindings, tied_names(model), checkpoint)
+    return make_plan(checkpoint, options or Options(), model, sites, bindings, source_format)
+
+
+def convert(
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    experts: str = "auto",
+    dense: str = "auto",
+    group_size: int = 64,
+    overwrite: bool = False,
+    workers: int | None = None,
+    on_plan: Callable[[Plan, int], object] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Convert a Hugging Face checkpoint folder to a pack.
+
+    ``out`` defaults to ``./<name of src>.flashpack``. An interrupted conversion continues when called again with
+    the same source and options. ``on_plan(plan, bytes already done)`` is called before the first byte is written;
+    ``progress(bytes)`` from worker threads as source bytes are done.
+
+    Raises ``SourceError`` and ``UnsupportedError`` for the source, ``OutputError`` for the target.
+    """
+    begun = time.monotonic()
+    work = plan(src, Options(experts, dense, group_size))
+    target = Path(out) if out is not None else default_out(src)
+    sizes = work.file_sizes()
+    _prepare(target, overwrite)
+    _check_space(target, sum(size for path, size in sizes.items() if not (target / path).exists()))
+    journal = _open_journal(target, work)
+    try:
+        resumed = len(journal.done)
+        if on_plan:
+            on_plan(work, _done_bytes(work, set(journal.done)))
+        identity, outcomes = execute(
+            work, target, journal, progress or (lambda count: None), workers or default_workers()
+        )
+        journal.remove()
+    finally:
+        journal.close()
+    errors = [
+        LayerError(path, o.errors["max"], o.errors["mean"]) for path, o in sorted(outcomes.items()) if o.errors
+    ]
+    by_role: dict[str, int] = {}
+    for o in outcomes.values():
+        by_role[o.file.role] = by_role.get(o.file.role, 0) + o.file.size
+    return Report(
+        pack=str(target),
+        identity=identity,
+        source_bytes=work.source_bytes(),
+        pack_bytes=sum(by_role.values()) + (target / C.MANIFEST).stat().st_size,
+        expert_bytes=by_role.get("experts", 0),
+        dense_bytes=by_role.get("dense", 0),
+        expert_bits=bits_per_weight(
+            [(p.layer.experts * math.prod(q.shape), q.encoding) for p in work.layers for q in p.kind.projections]
+        ),
+        dense_bits=bits_per_weight([(math.prod(t.source.shape), t.encoding) for t in work.dense()]),
+        seconds=time.monotonic() - begun,
+        resumed_files=resumed,
+        errors=errors,
+        notices=work.notices,
+        dropped=work.dropped,
+    )
+
+
+def default_out(src: str | os.PathLike[str]) -> Path:
+    """``./<name of src>.flashpack``."""
+    return Path(Path(src).resolve().name + ".flashpack")
+
+
+def _read_tensors(checkpoint: Checkpoint) -> tuple[dict[str, SourceTensor], str]:
+    """The logical tensors of the source and the name of its weight format."""
+    if is_mlx(checkpoint):
+        return read_mlx(checkpoint), "mlx-affine"
+    for config in (checkpoint.config, checkpoint.config.get("text_config") or {}):
+        quantization: Any = config.get("quantization_config")
+        if quantization:
+            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+            raise UnsupportedError(f"{checkpoint.folder}: weights quantized with {method!r} are not supported yet")
+    return {name: plain_tensor(name, *t) for name, t in checkpoint.stored.items()}, "plain"
+
+
+def _drop_tied(bindings: Bindings, tied: dict[str, str], checkpoint: Checkpoint) -> None:
+    """A tied parameter that is present all the same must equal the one it is tied to; it is stored once."""
+    with SourceFiles(checkpoint.folder) as files:
+        for name, target in tied.items():
+            if name not in bindings.dense:
+                continue
+            copy, original = bindings.dense.pop(name), bindings.dense[target]
+            alike = (copy.encoding, copy.shape) == (original.encoding, original.shape) and all(
+                _same_bytes(files, extent, copy.parts[part]) for part, extent in original.parts.items()
+            )
+            if not alike:
+                raise SourceError(f"config.json ties {copy.name} to {original.name}, but their values differ")
+            bindings.dropped.append(copy.name)
+
+
+def _same_bytes(files: SourceFiles, a: Extent, b: Extent) -> bool:
+    blocks = ((row, min(1024, a.rows - row)) for row in range(0, a.rows, 1024))
+    return all(np.array_equal(files.read(a.take(*block)), files.read(b.take(*block))) for block in blocks)
+
+
+def _prepare(target: Path, overwrite: bool) -> None:
+    """Make sure ``target`` is absent, empty, or an unfinished conversion."""
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target}: exists and is not a folder")
+    if overwrite and target.is_dir():
+        if any(target.iterdir()) and not any((target / n).exists() for n in (C.MANIFEST, C.JOURNAL)):
+            raise OutputError(f"{target}: --overwrite replaces packs only, and this folder is not one")
+        # The manifest first: what is left of a pack without it never opens.
+        for name in (C.MANIFEST, C.JOURNAL):
+            (target / name).unlink(missing_ok=True)
+        shutil.rmtree(target)
+    if (target / C.MANIFEST).exists():
+        raise OutputError(f"{target}: holds a finished pack; use --overwrite to replace it")
+    if target.is_dir() and any(target.iterdir()) and not (target / C.JOURNAL).exists():
+        raise OutputError(f"{target}: the folder is not empty; choose another or empty it")
+
+
+def _open_journal(target: Path, work: Plan) -> Journal:
+    new = not target.exists()
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        if new:
+            sync_folder(target.parent)
+    except OSError as e:
+        raise OutputError(f"{target}: cannot be created: {e.strerror}") from e
+    start = {
+        "flashpack": __version__,
+        "format": C.VERSION,
+        "source": work.checkpoint.fingerprint,
+        "model": work.model,
+        "recipe": work.recipe,
+    }
+    return Journal(target, start)
+
+
+def _check_space(target: Path, needed: int) -> None:
+    existing = next(p for p in (target.absolute(), *target.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    # A little more than the files: manifest, journal, blocks of the file system.
+    if needed + 16 * 2**20 > free:
+        raise OutputError(
+            f"{target}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; free some space or choose another disk"
+        )
+
+
+def _done_bytes(work: Plan, done: set[str]) -> int:
+    """Source bytes behind the files an earlier run finished."""
+    layers = sum(
+        part.nbytes
+        for p in work.layers
+        if p.layer.path in done
+        for source in p.sources.values()
+        for e in range(p.layer.experts)
+        for part in source.matrix(e).parts.values()
+    )
+    return layers + sum(
+        part.nbytes
+        for path, tensors in work.dense_files.items()
+        if path in done
+        for t in tensors
+        for part in t.source.parts.values()
+    )

@@ -1,0 +1,245 @@
+"""From a bound checkpoint to the exact contents of the pack: pure, printable, executed later.
+
+A plan says for every record and dense tensor where its bytes come from and how they will be stored. ``--dry-run``
+prints it; ``execute`` carries it out.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from flashpack.converter.names import Bindings, ExpertSource
+from flashpack.converter.source import Checkpoint, SourceTensor
+from flashpack.errors import UsageError
+from flashpack.formats import constants as C
+from flashpack.formats.header import TensorSpec, build_header
+from flashpack.formats.manifest import Layer, Matrix
+from flashpack.formats.records import PROJECTIONS, Encoding, Projection, RecordKind
+from flashpack.formats.shard import ShardLayout
+from flashpack.skeleton import ExpertsModule, matrix_module
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EXPERT_CHOICES = ("auto", "source", "q8", "q6", "q5", "q4", "q3", "q2")
+DENSE_CHOICES = ("auto", "source", "q8", "q4")
+DENSE_FILE_BYTES = 4 * 2**30
+"""A dense file is closed when it reaches this size, so that an interrupted conversion keeps the earlier ones."""
+
+_PAGE_ALIGNED_FROM = 65536
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user may choose. ``auto`` carries a quantized source over, else q4 for experts and q8 for dense."""
+
+    experts: str = "auto"
+    dense: str = "auto"
+    group_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.experts not in EXPERT_CHOICES:
+            raise UsageError(f"--experts {self.experts}: choose from {', '.join(EXPERT_CHOICES)}")
+        if self.dense not in DENSE_CHOICES:
+            raise UsageError(f"--dense {self.dense}: choose from {', '.join(DENSE_CHOICES)}")
+        if self.group_size not in C.GROUP_SIZES:
+            raise UsageError(f"--group-size {self.group_size}: choose from {', '.join(map(str, C.GROUP_SIZES))}")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One shard: the layer, its record kind, and the source of each projection."""
+
+    layer: Layer
+    kind: RecordKind
+    sources: dict[str, ExpertSource]
+
+
+@dataclass(frozen=True)
+class DensePlan:
+    """One dense tensor or matrix: source and target encoding; parts that are stored, in order."""
+
+    name: str
+    source: SourceTensor
+    encoding: Encoding
+
+    def specs(self) -> list[TensorSpec]:
+        shape = self.source.shape
+        arrays = self.encoding.parts(shape)
+        names = {"weight": self.name}
+        if self.encoding.quantized:
+            names = Matrix(self.name, (shape[0], shape[1]), self.encoding).tensor_names()
+        specs = []
+        for part, (dtype, part_shape) in arrays.items():
+            spec = TensorSpec(names[part], dtype, part_shape)
+            alignment = C.PAGE if spec.nbytes >= _PAGE_ALIGNED_FROM else C.SECTION_ALIGNMENT
+            specs.append(TensorSpec(names[part], dtype, part_shape, alignment))
+        return specs
+
+
+@dataclass
+class Plan:
+    """Everything a conversion will do."""
+
+    checkpoint: Checkpoint
+    options: Options
+    model: dict[str, Any]
+    recipe: dict[str, Any]
+    source_format: str
+    kinds: list[RecordKind] = field(default_factory=list)
+    layers: list[LayerPlan] = field(default_factory=list)
+    dense_files: dict[str, list[DensePlan]] = field(default_factory=dict)
+    copies: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    def dense(self) -> list[DensePlan]:
+        return [t for tensors in self.dense_files.values() for t in tensors]
+
+    def file_sizes(self) -> dict[str, int]:
+        """Size of every file the conversion writes, except the manifest. Bytes."""
+        kinds = tuple(self.kinds)
+        sizes = {p.layer.path: ShardLayout(p.layer, kinds).size for p in self.layers}
+        for path, tensors in self.dense_files.items():
+            specs = [s for t in tensors for s in t.specs()]
+            sizes[path] = build_header(specs, {"flashpack": "dense"}, path)[1].size
+        for name in self.copies:
+            sizes[name] = (self.checkpoint.folder / name).stat().st_size
+        return sizes
+
+    def source_bytes(self) -> int:
+        """Bytes of the source that the conversion reads."""
+        experts = sum(
+            part.nbytes
+            for p in self.layers
+            for source in p.sources.values()
+            for e in range(p.layer.experts)
+            for part in source.matrix(e).parts.values()
+        )
+        return experts + sum(part.nbytes for t in self.dense() for part in t.source.parts.values())
+
+    def notice(self, text: str) -> None:
+        if text not in self.notices:
+            self.notices.append(text)
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    options: Options,
+    model: PreTrainedModel,
+    sites: list[ExpertsModule],
+    bindings: Bindings,
+    source_format: str,
+) -> Plan:
+    """Choose encodings, lay out records and dense files. Reads no tensor data."""
+    import transformers
+
+    quantized = source_format != "plain"
+    recipe = {
+        "experts": _resolve(options.experts, quantized, "q4"),
+        "dense": _resolve(options.dense, quantized, "q8"),
+        "group_size": options.group_size,
+        "quantizer": "minmax",
+        "source_format": source_format,
+    }
+    identity = {
+        "architecture": type(model).__name__,
+        "model_type": model.config.model_type,
+        "name_schema": C.NAME_SCHEMA,
+        "transformers": transformers.__version__,
+    }
+    plan = Plan(checkpoint, options, identity, recipe, source_format)
+    plan.copies = checkpoint.copied_files()
+    plan.dropped = bindings.dropped
+    for site in sites:
+        _plan_layer(plan, site, bindings.experts[site.name])
+    _plan_dense(plan, model, sites, bindings.dense)
+    if quantized and (recipe["experts"] != "source" or recipe["dense"] != "source"):
+        plan.notice("the source is quantized already: an explicit width rounds its values a second time")
+    return plan
+
+
+def _resolve(choice: str, quantized: bool, default: str) -> str:
+    if choice != "auto":
+        return choice
+    return "source" if quantized else default
+
+
+def _plan_layer(plan: Plan, site: ExpertsModule, sources: dict[str, ExpertSource]) -> None:
+    projections = []
+    for name in PROJECTIONS:
+        if name in sources:
+            source = sources[name].matrix(0)
+            shape = (source.shape[0], source.shape[1])
+            encoding = _choose(plan, plan.recipe["experts"], source, f"experts' {name} projection")
+            projections.append(Projection(name, shape, encoding))
+    kind = RecordKind(tuple(projections))
+    if kind not in plan.kinds:
+        plan.kinds.append(kind)
+    layer = Layer(
+        site.layer,
+        site.name,
+        f"{C.EXPERTS_FOLDER}/layer-{site.layer:04}.safetensors",
+        ((plan.kinds.index(kind), site.num_experts),),
+    )
+    plan.layers.append(LayerPlan(layer, kind, sources))
+
+
+def _plan_dense(
+    plan: Plan, model: PreTrainedModel, sites: list[ExpertsModule], dense: dict[str, SourceTensor]
+) -> None:
+    files: list[list[DensePlan]] = [[]]
+    size = 0
+    for name, source in dense.items():
+        tensor = DensePlan(name, source, _dense_encoding(plan, model, sites, name, source))
+        nbytes = sum(s.nbytes for s in tensor.specs())
+        if files[-1] and size + nbytes > DENSE_FILE_BYTES:
+            files.append([])
+            size = 0
+        files[-1].append(tensor)
+        size += nbytes
+    plan.dense_files = {f"dense-{i:05}.safetensors": tensors for i, tensors in enumerate(files, 1)}
+
+
+def _dense_encoding(
+    plan: Plan, model: PreTrainedModel, sites: list[ExpertsModule], name: str, source: SourceTensor
+) -> Encoding:
+    if matrix_module(model, name) is None or source.add:
+        # A parameter that the model computes with directly: stored plain. Decoding to float32 loses nothing.
+        exact = not source.encoding.quantized and not source.add
+        return source.encoding if exact else Encoding("raw", "F32")
+    choice = plan.recipe["dense"]
+    if choice == "source" or not _worth_quantizing(sites, name, source.shape):
+        return source.encoding
+    return _choose(plan, choice, source, re.sub(r"\.\d+\.", ".*.", name))
+
+
+def _worth_quantizing(sites: list[ExpertsModule], name: str, shape: tuple[int, ...]) -> bool:
+    """Big matrices are; routers, and gates with few outputs, keep their type: they decide much and weigh little."""
+    rows, width = shape
+    blocks = {site.name.rpartition(".")[0]: site for site in sites}
+    block = blocks.get(name.removesuffix(".weight").rpartition(".")[0])
+    is_router = block is not None and rows >= block.num_experts and rows < 2 * block.num_experts
+    return not is_router and rows * 32 > width
+
+
+def _choose(plan: Plan, choice: str, source: SourceTensor, what: str) -> Encoding:
+    """The encoding for ``choice``: the largest group that divides the width, or the source's type if none does."""
+    if choice == "source":
+        return source.encoding
+    width = source.shape[-1]
+    fits = [g for g in C.GROUP_SIZES if g <= plan.options.group_size and width % g == 0]
+    if not fits:
+        plan.notice(f"{what}: {width} input values are no multiple of 32; kept as {source.encoding}")
+        return source.encoding
+    if fits[-1] != plan.options.group_size:
+        plan.notice(f"{what}: {plan.options.group_size} does not divide {width} input values; groups of {fits[-1]}")
+    return Encoding("affine", "BF16", int(choice[1:]), fits[-1])
+
+
+def bits_per_weight(encodings: list[tuple[int, Encoding]]) -> float:
+    """Mean stored bits per value of (number of values, encoding) pairs; padding is not counted."""
+    total = sum(n for n, _ in encodings)
+    return sum(n * e.bits_per_weight() for n, e in encodings) / total if total else 0.0

@@ -1,0 +1,24 @@
+"""Devices: one folder each behind one small interface. The plain torch reference is always there, the oracle."""
+
+from __future__ import annotations
+
+from flashpack.errors import DeviceError
+from flashpack.kernels.interface import AffineMatrix, Kernels, RecordView
+
+__all__ = ["AffineMatrix", "Kernels", "RecordView", "check_device", "get_kernels"]
+
+DEVICES = ("cpu",)
+
+
+def check_device(device: str) -> None:
+    """Raise ``DeviceError`` if ``device`` has no kernels; loads nothing."""
+    if device not in DEVICES:
+        raise DeviceError(f"device {device!r} has no kernels yet; choose from {', '.join(DEVICES)}")
+
+
+def get_kernels(device: str, threads: int = 1) -> Kernels:
+    """The kernels of ``device``, on ``threads`` threads; raises ``DeviceError`` if it has none yet."""
+    check_device(device)
+    from flashpack.kernels.cpu.reference import ReferenceKernels
+
+    return ReferenceKernels(threads)

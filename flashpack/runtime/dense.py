@@ -1,0 +1,158 @@
+"""The dense part: mapped tensors in place of parameters, packed modules in place of Linear and Embedding.
+
+Stored weights stay in the mapped file. What is not of the model's type is widened per operation, never copied
+whole, except small parameters (norms, biases, convolutions), which are converted once.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
+
+from flashpack.errors import FormatError
+from flashpack.formats import Pack
+from flashpack.formats.manifest import Matrix
+from flashpack.kernels import AffineMatrix, Kernels
+from flashpack.skeleton import ExpertsModule, matrix_module, tied_names
+
+SMALL_BYTES = 2**20
+"""Parameters up to this size are converted to the model's type once, larger ones at each use."""
+
+_TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+class PackedLinear(nn.Module):
+    """``nn.Linear`` over a stored matrix [out, in]."""
+
+    def __init__(self, kernels: Kernels, weight: Tensor | AffineMatrix) -> None:
+        super().__init__()
+        self._kernels = kernels
+        self.matrix = weight
+        self.out_features, self.in_features = weight.shape
+        self.bias: nn.Parameter | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        y = self._kernels.linear(x, self.matrix)
+        return y if self.bias is None else y + self.bias
+
+
+class PackedEmbedding(nn.Module):
+    """``nn.Embedding`` over a stored matrix [vocabulary, hidden]."""
+
+    def __init__(self, kernels: Kernels, weight: Tensor | AffineMatrix, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._kernels = kernels
+        self._dtype = dtype
+        self.matrix = weight
+        self.num_embeddings, self.embedding_dim = weight.shape
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] -> [..., hidden]."""
+        return self._kernels.embedding(ids, self.matrix, self._dtype)
+
+
+class _Widen(nn.Module):
+    """A parametrization: the parameter appears in ``dtype`` whenever the model reads it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def forward(self, stored: Tensor) -> Tensor:
+        return stored.to(self._dtype)
+
+
+def fill(model: PreTrainedModel, pack: Pack, sites: list[ExpertsModule], kernels: Kernels, dtype: torch.dtype) -> None:
+    """Give every parameter of the meta-device ``model`` its stored values; the experts' are removed.
+
+    Raises ``FormatError`` if the pack and the model class do not agree on names or shapes.
+    """
+    for site in sites:
+        for name in site.parameters:
+            delattr(site.module, name)
+    matrices = {m.name: m for m in pack.manifest.matrices}
+    tied = tied_names(model)
+    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    used: set[str] = set()
+    modules: dict[str, nn.Module] = {}
+    for name, shape in shapes.items():
+        stored = tied.get(name, name)
+        value, parts = _stored(pack, matrices, stored)
+        used.update(parts)
+        if value.shape != shape:
+            raise FormatError(f"{pack.folder}: {stored} has shape {list(value.shape)}, the model needs {list(shape)}")
+        module = matrix_module(model, name)
+        if isinstance(module, nn.Linear):
+            modules[name] = PackedLinear(kernels, value)
+        elif module is not None:
+            modules[name] = PackedEmbedding(kernels, value, dtype)
+        elif isinstance(value, AffineMatrix):
+            raise FormatError(f"{pack.folder}: {name} is quantized, but the model computes with it directly")
+        else:
+            _set_parameter(model, name, value, _parameter_dtype(model, name, dtype))
+    unused = set(pack.tensors) - used
+    if unused:
+        raise FormatError(f"{pack.folder}: tensor {sorted(unused)[0]} has no place in {type(model).__name__}")
+    for name, module in modules.items():
+        stem = name.removesuffix(".weight")
+        old = model.get_submodule(stem)
+        if isinstance(module, PackedLinear) and isinstance(old, nn.Linear):
+            module.bias = old.bias  # set above, as a parameter of its own
+        model.set_submodule(stem, module.eval())
+    model.requires_grad_(False)
+
+
+def _stored(pack: Pack, matrices: dict[str, Matrix], name: str) -> tuple[Tensor | AffineMatrix, set[str]]:
+    """The stored value of a parameter and the names of the tensors it consists of."""
+    matrix = matrices.get(name)
+    names = matrix.tensor_names() if matrix else {"weight": name}
+    for n in names.values():
+        if n not in pack.tensors:
+            raise FormatError(f"{pack.folder}: lacks tensor {n}")
+    parts = {part: _mapped(pack, n) for part, n in names.items()}
+    if matrix is None:
+        return parts["weight"], {name}
+    e = matrix.encoding
+    value = AffineMatrix(parts["weight"], parts["scales"], parts["biases"], e.bits, e.group_size)
+    return value, set(names.values())
+
+
+def _mapped(pack: Pack, name: str) -> Tensor:
+    """A stored tensor over the mapped file; U32 words as int32, which torch has shifts for."""
+    array = pack.map_tensor(name)
+    dtype = pack.tensors[name].dtype
+    with warnings.catch_warnings():
+        # The mapping is read-only and so must the tensor be: nothing here writes to weights.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
+        if dtype == "U32":
+            return torch.from_numpy(array.view("<i4"))
+        if dtype == "BF16":
+            return torch.from_numpy(array.view("<i2")).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+
+def _parameter_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The type transformers would load a parameter in: the model's, but float32 where the class insists."""
+    strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    keep = (getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
+    parts = name.split(".")
+    return torch.float32 if any(k in parts for k in (*strict, *keep)) else dtype
+
+
+def _set_parameter(model: PreTrainedModel, name: str, value: Tensor, dtype: torch.dtype) -> None:
+    stem, _, leaf = name.rpartition(".")
+    module = model.get_submodule(stem)
+    widen = value.dtype != dtype and value.nbytes > SMALL_BYTES
+    if value.dtype != dtype and not widen:
+        value = value.to(dtype)
+    if leaf in module._buffers:
+        module._buffers[leaf] = value.to(dtype)
+        return
+    module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    if widen:
+        parametrize.register_parametrization(module, leaf, _Widen(dtype), unsafe=True)

@@ -1,0 +1,77 @@
+"""transformers' experts hook: routed experts computed from the store, expert by expert.
+
+Registered under the name "flashpack"; transformers calls it with an experts module, hidden states and the router's
+choice. Each needed expert is fetched once per chunk of tokens, and a token's expert outputs are summed in the order
+of its top-k choice, whatever order they were computed in.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from flashpack.kernels import Kernels
+from flashpack.runtime.budget import PROMPT_CHUNK
+
+if TYPE_CHECKING:
+    from flashpack.kernels.interface import Activation
+    from flashpack.runtime.store import ExpertStore
+
+NAME = "flashpack"
+
+
+class RoutedExperts:
+    """One layer's routed experts, bound to the store."""
+
+    def __init__(
+        self, store: ExpertStore, kernels: Kernels, layer: int, num_experts: int, activation: Activation
+    ) -> None:
+        self._store = store
+        self._kernels = kernels
+        self._layer = layer
+        self._num_experts = num_experts
+        self._activation = activation
+
+    def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """x [tokens, hidden], index and weights [tokens, top_k] -> [tokens, hidden], in x's type."""
+        if len(x) <= PROMPT_CHUNK:
+            return self._chunk(x, index, weights)
+        chunks = [slice(i, i + PROMPT_CHUNK) for i in range(0, len(x), PROMPT_CHUNK)]
+        return torch.cat([self._chunk(x[c], index[c], weights[c]) for c in chunks])
+
+    def _chunk(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        tokens, top_k = index.shape
+        pairs: dict[int, list[int]] = {}
+        for pair, expert in enumerate(index.reshape(-1).tolist()):
+            # Indices past the last expert mean "no expert" (masked tokens).
+            if expert < self._num_experts:
+                pairs.setdefault(expert, []).append(pair)
+        outputs = torch.zeros(tokens * top_k, x.shape[-1], dtype=torch.float32)
+        for expert, record in self._store.stream(self._layer, sorted(pairs)):
+            rows = torch.tensor(pairs[expert])
+            states = x[rows // top_k] if tokens > 1 else x
+            outputs[rows] = self._kernels.expert(states, record, self._activation).float()
+        outputs *= weights.reshape(-1, 1)
+        by_choice = outputs.view(tokens, top_k, -1)
+        total = by_choice[:, 0].clone()
+        for k in range(1, top_k):
+            total += by_choice[:, k]
+        return total.to(x.dtype)
+
+
+def forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The function transformers calls."""
+    if hidden_states.is_meta:
+        return torch.empty_like(hidden_states)  # shapes only: the KV cache is being measured
+    routed: Any = module.flashpack
+    output: Tensor = routed(hidden_states, top_k_index, top_k_weights)
+    return output
+
+
+def register() -> None:
+    """Make "flashpack" known to transformers; harmless if repeated."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(NAME, forward)

@@ -1,0 +1,200 @@
+"""One prompt through a loaded model: chat template, limits, streaming, statistics."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashpack.errors import ContextError, FormatError, UsageError
+from flashpack.runtime.memory import Usage, usage
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from flashpack.runtime.load import Runtime
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; temperature 0 is greedy."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run produced. Rates in tokens per second, memory in bytes, ``finish`` is "stop" or "length"."""
+
+    text: str
+    finish: str
+    prompt_tokens: int
+    generated_tokens: int
+    prompt_seconds: float
+    generate_seconds: float
+    peak: Usage
+    budget: dict[str, int]
+    store: dict[str, Any]
+
+    @property
+    def prompt_rate(self) -> float:
+        return self.prompt_tokens / self.prompt_seconds
+
+    @property
+    def generate_rate(self) -> float:
+        """Over the tokens after the first, which the prompt's pass yields."""
+        return (self.generated_tokens - 1) / self.generate_seconds if self.generate_seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "text": self.text,
+            "finish": self.finish,
+            "prompt_tokens": self.prompt_tokens,
+            "generated_tokens": self.generated_tokens,
+            "prompt_tokens_per_second": self.prompt_rate,
+            "generated_tokens_per_second": self.generate_rate,
+            "peak_anonymous_bytes": self.peak.anonymous,
+            "peak_file_bytes": self.peak.file,
+            "memory": self.budget,
+            "experts": self.store,
+        }
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The pack's own tokenizer; never runs code from the pack."""
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        # transformers would make up an empty tokenizer.
+        raise FormatError(f"{folder}: the pack has no tokenizer; the source checkpoint had none")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as e:
+        raise FormatError(f"{folder}: transformers cannot load the pack's tokenizer: {e}") from e
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool = False, thinking: bool | None = None
+) -> list[int]:
+    """Token ids of a prompt: one user message in the chat template, or the text as it is (``raw``)."""
+    if raw:
+        if thinking is not None:
+            raise UsageError("--thinking needs the chat template; leave out --raw")
+        return list(tokenizer(prompt)["input_ids"])
+    template = tokenizer.chat_template
+    if not template:
+        raise UsageError("the pack has no chat template; use --raw for plain continuation")
+    extra: dict[str, Any] = {}
+    if thinking is not None:
+        if "enable_thinking" not in str(template):
+            raise UsageError("the pack's chat template knows no thinking switch; leave out --thinking")
+        extra["enable_thinking"] = thinking
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **extra)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    max_tokens: int = 512,
+    sampling: Sampling | None = None,
+    on_text: Callable[[str], object] | None = None,
+) -> Result:
+    """Continue ``ids``; ``on_text`` gets the text piece by piece as it comes.
+
+    Raises ``ContextError`` if the prompt fills the context, ``UsageError`` for an empty prompt.
+    """
+    import torch
+    from transformers import TextStreamer
+
+    model_: Any = model
+    runtime: Runtime = model_.flashpack
+    if not ids:
+        raise UsageError("the prompt is empty")
+    room = runtime.context - len(ids)
+    if room < 1:
+        raise ContextError(
+            f"the prompt has {len(ids)} tokens, the context {runtime.context}; shorten it or raise --context"
+        )
+
+    class Stream(TextStreamer):
+        """Passes text on and takes the time and memory at each token."""
+
+        def __init__(self) -> None:
+            super().__init__(tokenizer, skip_prompt=True)
+            self.times: list[float] = []
+            self.peak = usage()
+
+        def put(self, value: torch.Tensor) -> None:
+            self.times.append(time.perf_counter())
+            now = usage()
+            self.peak = Usage(max(now.anonymous, self.peak.anonymous), max(now.file, self.peak.file))
+            if value.numel() > 1 or value.item() not in stops:
+                super().put(value)  # type: ignore[no-untyped-call]
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if on_text:
+                on_text(text)
+
+    stops = _stop_tokens(model.generation_config, tokenizer)
+    stream = Stream()
+    sampling = sampling or Sampling()
+    if sampling.temperature > 0:
+        torch.manual_seed(sampling.seed)
+    inputs = torch.tensor([ids])
+    with torch.inference_mode():
+        out = model_.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            generation_config=_config(model.generation_config, sampling, min(max_tokens, room), tokenizer),
+            streamer=stream,
+        )
+    new = out[0, len(ids) :].tolist()
+    # The stream's first entry is the prompt, handed over before it is processed.
+    begun, first, last = stream.times[0], stream.times[1], stream.times[-1]
+    return Result(
+        text=str(tokenizer.decode([t for t in new if t not in stops])),
+        finish="stop" if new[-1] in stops else "length",
+        prompt_tokens=len(ids),
+        generated_tokens=len(new),
+        prompt_seconds=first - begun,
+        generate_seconds=last - first,
+        peak=stream.peak,
+        budget=runtime.budget.to_json(),
+        store=runtime.store.stats.to_json(),
+    )
+
+
+def _stop_tokens(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """All stop tokens of the generation config; the tokenizer's if it names none."""
+    eos = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+    return list(eos) if isinstance(eos, (list, tuple)) else [eos]
+
+
+def _config(
+    base: GenerationConfig, sampling: Sampling, max_tokens: int, tokenizer: PreTrainedTokenizerBase
+) -> GenerationConfig:
+    config = copy.deepcopy(base)
+    greedy = sampling.temperature == 0
+    config.do_sample = not greedy
+    # Neutral values where greedy, so that nothing of the checkpoint's sampling defaults is left.
+    config.temperature = 1.0 if greedy else sampling.temperature
+    config.top_p = 1.0 if greedy else sampling.top_p
+    config.top_k = 0 if greedy else sampling.top_k
+    config.max_new_tokens = max_tokens
+    config.max_length = None
+    config.eos_token_id = _stop_tokens(base, tokenizer)
+    if config.pad_token_id is None:
+        config.pad_token_id = config.eos_token_id[0]
+    return config

@@ -1,0 +1,160 @@
+"""``load``: a pack becomes a transformers model whose experts come from the store."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashpack.errors import FormatError, UsageError
+from flashpack.formats import Pack
+from flashpack.kernels import check_device, get_kernels
+from flashpack.runtime.memory import available, parse_size, usage
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from flashpack.runtime.budget import Budget
+    from flashpack.runtime.store import ExpertStore
+    from flashpack.skeleton import ExpertsModule
+
+DEFAULT_CONTEXT = 8192
+"""Tokens of context reserved by default, if the model has as many."""
+
+_TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What ``load`` adds to a model, as ``model.flashpack``."""
+
+    pack: Pack
+    store: ExpertStore
+    budget: Budget
+    context: int
+    kernels: str
+
+
+def load(
+    pack: str | os.PathLike[str],
+    device: str = "cpu",
+    memory: int | str | None = None,
+    dtype: torch.dtype | None = None,
+    context: int | None = None,
+) -> PreTrainedModel:
+    """Open a pack as a transformers causal language model; its ``generate`` works.
+
+    ``memory``: bytes the whole process may use, also as "2GB", "2GiB" or "smallest"; default: from what is
+    available. ``dtype``: type of activations, float32 by default on CPU; stored weights stay mapped and are widened
+    per operation. ``context``: tokens of KV cache to reserve. The model carries its ``Runtime`` as ``.flashpack``.
+
+    Raises ``FormatError``, ``IntegrityError``, ``MemoryBudgetError``, ``DeviceError`` or ``UsageError``.
+    """
+    check_device(device)
+    opened = Pack(pack)
+
+    import torch
+
+    from flashpack.runtime import budget as budgets
+    from flashpack.runtime import dense, experts
+    from flashpack.runtime.kv import kv_bytes
+    from flashpack.runtime.store import ExpertStore
+    from flashpack.runtime.threads import confine
+    from flashpack.skeleton import build, find_experts, read_config
+
+    dtype = dtype or torch.float32
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UsageError(f"dtype {dtype} is not float32, bfloat16 or float16")
+    kernels = get_kernels(device, torch.get_num_threads())
+    experts.register()
+    config = read_config(opened.folder)
+    model = build(config, experts.NAME, dtype)
+    if type(model).__name__ != opened.manifest.model["architecture"]:
+        raise FormatError(
+            f"{opened.folder}: config.json describes {type(model).__name__}, the manifest "
+            f"{opened.manifest.model['architecture']}"
+        )
+    sites = find_experts(model)
+    _check_layers(opened, sites)
+    context = _context(config, context)
+    cache = kv_bytes(model, context)
+    hidden = config.hidden_size
+    top_k = next((getattr(config, k) for k in _TOP_K_KEYS if isinstance(getattr(config, k, None), int)), 1)
+    _fill_buffers(model)
+    dense.fill(model, opened, sites, kernels, dtype)
+    widths = [m.out_features for m in model.modules() if isinstance(m, dense.PackedLinear)]
+    work = budgets.work_bytes(hidden, top_k, config.vocab_size, max((w for w in widths if w < 16 * hidden), default=hidden))
+    total = parse_size(memory) if memory not in (None, "smallest") else memory
+    budget = budgets.divide(opened, usage().anonymous, cache, work, total, available())
+    store = ExpertStore(opened, kernels, budget.slots)
+    for site in sites:
+        module: Any = site.module
+        activation = module._apply_gate if site.has_gate else module.act_fn
+        module.flashpack = experts.RoutedExperts(store, kernels, site.layer, site.num_experts, activation)
+    _generation_config(model, opened.folder, budgets.PROMPT_CHUNK)
+    confine(model, torch.get_num_threads())
+    runtime: Any = Runtime(opened, store, budget, context, kernels.name)
+    model.flashpack = runtime
+    weakref.finalize(model, store.close)
+    return model
+
+
+def _check_layers(pack: Pack, sites: list[ExpertsModule]) -> None:
+    """The experts of the model class and of the pack must be the same modules with the same shapes."""
+    layers = {layer.module: layer for layer in pack.manifest.layers}
+    names = {site.name for site in sites}
+    if names != set(layers):
+        odd = sorted(names ^ set(layers))[0]
+        raise FormatError(f"{pack.folder}: config.json and manifest disagree about the experts {odd}")
+    for site in sites:
+        layer = layers[site.name]
+        for kind, _ in layer.kinds:
+            rows: dict[str, int] = {}
+            for p in pack.manifest.record_kinds[kind].projections:
+                name = "down_proj" if p.name == "down" else ("gate_up_proj" if site.has_gate else "up_proj")
+                rows[name] = rows.get(name, 0) + p.shape[0]
+                if p.shape[1] != site.parameters[name][2]:
+                    raise FormatError(f"{pack.folder}: experts of layer {layer.index}: {p.name} has another width")
+            if rows != {name: shape[1] for name, shape in site.parameters.items()}:
+                raise FormatError(f"{pack.folder}: experts of layer {layer.index} have other shapes than the model")
+        if layer.experts != site.num_experts or layer.index != site.layer:
+            raise FormatError(f"{pack.folder}: layer {layer.index} has {layer.experts} experts, not {site.num_experts}")
+
+
+def _context(config: object, wanted: int | None) -> int:
+    limit = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+    if wanted is None:
+        return min(limit, DEFAULT_CONTEXT)
+    if not 0 < wanted <= limit:
+        raise UsageError(f"--context {wanted}: the model has {limit} positions")
+    return wanted
+
+
+def _fill_buffers(model: PreTrainedModel) -> None:
+    """Compute the buffers no checkpoint holds (rotary frequencies), as transformers does after loading."""
+    import torch
+
+    owners = {}
+    for name, buffer in model.named_non_persistent_buffers():
+        stem, _, leaf = name.rpartition(".")
+        module = model.get_submodule(stem)
+        empty = torch.empty_like(buffer, device="cpu")
+        module._buffers[leaf] = empty.fill_(float("nan")) if empty.is_floating_point() else empty.zero_()
+        owners[stem] = module
+    with torch.no_grad():
+        for module in owners.values():
+            model._init_weights(module)  # type: ignore[no-untyped-call]
+    for name, buffer in model.named_non_persistent_buffers():
+        if buffer.is_floating_point() and buffer.isnan().any():
+            raise FormatError(f"transformers does not say how to compute {name} of {type(model).__name__}")
+
+
+def _generation_config(model: PreTrainedModel, folder: Path, chunk: int) -> None:
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    model.generation_config.prefill_chunk_size = chunk

@@ -1,0 +1,140 @@
+"""The commands as a user runs them: real processes, stdout, stderr, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from flashpack.formats import Pack
+from tests.conftest import CHECKPOINTS, ROOT, TRAINED, PackOf
+
+
+def flashpack(*arguments: object, cwd: Path = ROOT, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flashpack", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, check=False, capture_output=True, text=True, input=stdin)
+
+
+def test_convert_verify_inspect_run(tmp_path: Path) -> None:
+    done = flashpack("convert", TRAINED, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    pack = tmp_path / "tiny-qwen3.5-moe.flashpack"
+    identity = Pack(pack).identity
+    assert f"identity {identity}" in done.stdout
+    assert "4.50 bits per weight" in done.stdout
+    assert "experts q4, dense q8" in done.stderr
+    assert "whole" in flashpack("verify", pack).stdout
+    shown = flashpack("inspect", pack)
+    assert identity in shown.stdout
+    assert "gate.scales" in shown.stdout
+    answer = flashpack("run", pack, "--prompt", "What is 922 plus 291?", "--memory", "smallest")
+    assert answer.returncode == 0, answer.stderr
+    call = answer.stdout.split("<tool_call>")[1].split("</tool_call>")[0]
+    assert json.loads(call) == {"name": "calculator", "arguments": {"expression": "922 + 291"}}
+    assert "<|im_end|>" not in answer.stdout
+    assert "tokens" in answer.stderr
+    assert "hits" in answer.stderr
+    assert answer.stderr.count("\n") == 1
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
+    done = flashpack("convert", CHECKPOINTS / "qwen3_5_moe", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "record kind 0: 32 experts in 4 layers" in done.stdout
+    assert "dropped: mtp.fc.weight" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+    data = json.loads(flashpack("convert", CHECKPOINTS / "qwen3_5_moe", "--dry-run", "--json").stdout)
+    assert data["recipe"]["experts"] == "q4"
+
+
+def test_json_for_scripts(pack_of: PackOf) -> None:
+    pack = pack_of("trained")
+    assert json.loads(flashpack("inspect", pack, "--json").stdout)["identity"] == Pack(pack).identity
+    assert json.loads(flashpack("verify", pack, "--json").stdout)["findings"] == []
+    options = ("--prompt", "-", "--raw", "--max-tokens", "5", "--json")
+    done = flashpack("run", pack, *options, stdin="The os module")
+    result = json.loads(done.stdout)
+    assert result["generated_tokens"] == 5
+    assert result["finish"] == "length"
+    assert set(result["experts"]["layers"]) == {str(i) for i in range(6)}
+    assert result["experts"]["total"]["misses"] > 0
+    assert done.stderr == ""
+
+
+def test_sampling_is_repeatable_by_its_seed(pack_of: PackOf) -> None:
+    def text(seed: int) -> str:
+        options = ("--temperature", 1.2, "--top-k", 50, "--top-p", 0.95, "--max-tokens", 24, "--seed", seed)
+        return flashpack("run", pack_of("trained"), "--raw", "-p", "The", *options).stdout
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+def test_damage_gives_exit_code_1_and_names_the_place(pack_copy: Callable[..., Path]) -> None:
+    pack = pack_copy("trained")
+    path = pack / "experts" / "layer-0003.safetensors"
+    data = bytearray(path.read_bytes())
+    data[16384 * 3] ^= 4
+    path.write_bytes(data)
+    done = flashpack("verify", pack)
+    assert done.returncode == 1
+    assert "experts/layer-0003.safetensors, layer 3, expert 1" in done.stdout
+    assert flashpack("verify", pack, "--quick").returncode == 0
+    (finding,) = json.loads(flashpack("verify", pack, "--json").stdout)["findings"]
+    assert (finding["layer"], finding["expert"], finding["code"]) == (3, 1, "record-digest")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("convert", "no/such/folder"), 3, "no such folder"),
+        (("convert", "{trained}", "--experts", "q9"), 2, "choose from"),
+        (("convert",), 2, "Missing argument"),
+        (("verify", "."), 4, "not a pack"),
+        (("inspect", "no/such/folder"), 4, "no such folder"),
+        (("run", "{pack}"), 2, "--prompt"),
+        (("run", "{pack}", "-p", "x", "--device", "cuda"), 7, "'cuda' has no kernels yet"),
+        (("run", "{pack}", "-p", "x", "--memory", "10MB"), 7, r"at least 0."),
+        (("run", "{pack}", "-p", "x", "--memory", "much"), 2, "is not a size"),
+        (("run", "{pack}", "-p", "x", "--context", "8"), 7, "tokens, the context 8"),
+        (("run", "{pack}", "-p", "x", "--context", "1000000"), 2, "the model has 4096 positions"),
+        (("run", "{pack}", "-p", "x", "--thinking", "on"), 2, "knows no thinking switch"),
+        (("run", "{pack}", "-p", "x", "--thinking", "maybe"), 2, "on or off"),
+        (("run", "{pack}", "-p", "", "--raw"), 2, "the prompt is empty"),
+        (("run", "{untalkative}", "-p", "x"), 4, "no tokenizer"),
+    ],
+)
+def test_errors_are_one_line_with_an_exit_code(
+    pack_of: PackOf, arguments: tuple[str, ...], code: int, message: str, tmp_path: Path
+) -> None:
+    names = {
+        "trained": TRAINED,
+        "pack": pack_of("trained"),
+        "untalkative": pack_of("qwen3_moe_dense_first_tied"),
+    }
+    done = flashpack(*(a.format(**names) for a in arguments))
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    if code != 2:
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_prompt_fills_the_context_but_not_more(pack_of: PackOf) -> None:
+    options = ("--raw", "-p", "The os module provides", "--context", "16", "--json")
+    result = json.loads(flashpack("run", pack_of("trained"), *options).stdout)
+    assert result["prompt_tokens"] + result["generated_tokens"] <= 16
+
+
+def test_help_and_version_are_quick_and_need_no_torch() -> None:
+    code = "import sys; sys.argv = ['flashpack', '--help']\nfrom flashpack.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'heavy import'"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "convert" in done.stdout
+    assert flashpack("--version").stdout.startswith("flashpack ")

@@ -1,0 +1,63 @@
+"""Shared fixtures: the bundled trained model, the tiny checkpoints, packs made of them."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: several test processes share few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAINED = ROOT / "examples" / "tiny-qwen3.5-moe"
+CHECKPOINTS = ROOT / "tests" / "data" / "checkpoints"
+
+PackOf = Callable[..., Path]
+
+
+def source_of(name: str) -> Path:
+    """The checkpoint folder of a name: "trained", or one of the tiny ones."""
+    return TRAINED if name == "trained" else CHECKPOINTS / name
+
+
+@pytest.fixture(scope="session")
+def pack_of(tmp_path_factory: pytest.TempPathFactory) -> PackOf:
+    """``pack_of(name, experts=, dense=, group_size=)``: a pack of a checkpoint, made once. Do not change it."""
+    import flashpack
+
+    folder = tmp_path_factory.mktemp("packs")
+
+    def make(name: str, experts: str = "auto", dense: str = "auto", group_size: int = 64) -> Path:
+        out = folder / f"{name}-{experts}-{dense}-{group_size}"
+        if not out.exists():
+            flashpack.convert(source_of(name), out, experts, dense, group_size)
+        return out
+
+    return make
+
+
+@pytest.fixture
+def pack_copy(pack_of: PackOf, tmp_path: Path) -> Callable[..., Path]:
+    """Like ``pack_of``, but a copy that the test may damage."""
+
+    def make(name: str, **options: str) -> Path:
+        return Path(shutil.copytree(pack_of(name, **options), tmp_path / f"{name}.flashpack"))
+
+    return make
+
+
+@pytest.fixture
+def source_copy(tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of a checkpoint folder that the test may change."""
+
+    def make(name: str) -> Path:
+        return Path(shutil.copytree(source_of(name), tmp_path / name))
+
+    return make

@@ -1,0 +1,111 @@
+"""The expert store: right bytes in the right order of events, pins, errors, counts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashpack.errors import FormatError
+from flashpack.formats import Pack
+from flashpack.kernels import get_kernels
+from flashpack.runtime.budget import stride_counts
+from flashpack.runtime.cache import LruCache
+from flashpack.runtime.store import ExpertStore
+from tests.conftest import PackOf
+
+CPU = get_kernels("cpu")
+
+
+def open_store(path: Path, slots: int) -> tuple[Pack, ExpertStore]:
+    pack = Pack(path)
+    return pack, ExpertStore(pack, CPU, dict.fromkeys(stride_counts(pack.manifest), slots))
+
+
+def record_bytes(pack: Pack, layer: int, expert: int) -> bytes:
+    entry = pack.layer(layer)
+    with pack.open_shard(entry) as shard:
+        offset, stride = shard.extent(expert)
+    return (pack.folder / entry.path).read_bytes()[offset : offset + stride]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5, 64])
+def test_every_expert_comes_once_with_its_own_bytes(pack_of: PackOf, slots: int) -> None:
+    pack, store = open_store(pack_of("qwen3_moe"), slots)
+    rng = random.Random(slots)
+    for _ in range(40):
+        layer = rng.randrange(3)
+        experts = sorted(rng.sample(range(8), rng.randint(1, 8)))
+        seen = []
+        for expert, record in store.stream(layer, experts):
+            seen.append(expert)
+            raw = record_bytes(pack, layer, expert)
+            down = record.down
+            assert isinstance(down, torch.Tensor) is False
+            assert down.words.numpy().tobytes() in raw  # type: ignore[union-attr]
+            assert record.first[0].words.numpy().tobytes() == raw[: record.first[0].words.nbytes]  # type: ignore[union-attr]
+        assert sorted(seen) == experts
+    store.close()
+
+
+def test_counts_hits_misses_and_bytes(pack_of: PackOf) -> None:
+    pack, store = open_store(pack_of("qwen3_moe"), 4)
+    stride = pack.manifest.record_kinds[0].stride
+    list(store.stream(0, [0, 1, 2]))
+    list(store.stream(0, [1, 2, 3]))
+    stats = store.stats.layers[0]
+    assert (stats.hits, stats.misses, stats.bytes_read) == (2, 4, 4 * stride)
+    assert store.stats.hit_rate == 2 / 6
+    list(store.stream(0, [4]))  # evicts 0, the least recently used
+    list(store.stream(0, [1, 2, 3, 4]))
+    assert store.stats.layers[0].hits == 6
+    store.stats.reset()
+    assert store.stats.total().misses == 0
+
+
+def test_hits_come_before_misses(pack_of: PackOf) -> None:
+    _, store = open_store(pack_of("qwen3_moe"), 8)
+    list(store.stream(0, [5, 6]))
+    assert [e for e, _ in store.stream(0, [1, 5, 6])] == [5, 6, 1]
+
+
+def test_a_failed_read_is_an_error_and_leaves_nothing_behind(pack_copy: Callable[..., Path]) -> None:
+    path = pack_copy("qwen3_moe")
+    pack, store = open_store(path, 2)
+    shard = path / pack.layer(1).path
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(FormatError, match=r"layer-0001.safetensors: file ends"):
+        list(store.stream(1, list(range(8))))
+    shard.write_bytes(whole)
+    for _ in range(2):
+        assert [e for e, _ in store.stream(1, [7])] == [7]
+        assert sorted(e for e, _ in store.stream(1, [0, 1, 2, 3])) == [0, 1, 2, 3]
+
+
+def test_an_abandoned_stream_releases_its_slots(pack_of: PackOf) -> None:
+    _, store = open_store(pack_of("qwen3_moe"), 2)
+    for _ in range(5):
+        for _expert, _record in store.stream(0, [0, 1, 2, 3]):
+            break
+    assert sorted(e for e, _ in store.stream(0, [4, 5, 6, 7])) == [4, 5, 6, 7]
+
+
+def test_lru_evicts_the_least_recently_used_but_never_a_pinned_expert() -> None:
+    cache = LruCache([0, 100])
+    assert cache.claim((0, 1)) == 0
+    assert cache.claim((0, 2)) == 100
+    assert cache.claim((0, 3)) is None
+    cache.release((0, 2))
+    assert cache.claim((0, 3)) == 100
+    cache.release((0, 1))
+    cache.release((0, 3))
+    assert cache.get((0, 1)) == 0
+    cache.release((0, 1))
+    assert cache.claim((0, 4)) == 100
+    cache.forget((0, 4))
+    assert cache.get((0, 4)) is None
+    assert cache.claim((0, 5)) == 100
