@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from flashpack.version import __version__
+
 if TYPE_CHECKING:
     from flashpack.converter import convert
     from flashpack.formats import verify
     from flashpack.runtime import load
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "convert", "load", "verify"]
 
 _HOMES = {

@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import typer
 
-from flashpack import __version__
 from flashpack.cli.convert import convert
 from flashpack.cli.inspect import inspect
 from flashpack.cli.run import run
 from flashpack.cli.verify import verify
 from flashpack.errors import FlashpackError
+from flashpack.version import __version__
 
 app = typer.Typer(
     help="Run Mixture-of-Experts models that do not fit in memory.",

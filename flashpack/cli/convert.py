@@ -52,9 +52,7 @@ def convert(
         bar = progress_bar(plan.source_bytes(), "converting", done)
 
     try:
-        report = run_convert(
-            src, out, experts, dense, group_size, overwrite, workers, begin, lambda n: bar.update(n)
-        )
+        report = run_convert(src, out, experts, dense, group_size, overwrite, workers, begin, lambda n: bar.update(n))
     finally:
         if bar is not None:
             bar.close()

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from flashpack import __version__
 from flashpack.converter.execute import Progress, default_workers, execute
 from flashpack.converter.journal import Journal
 from flashpack.converter.mlx import is_mlx, read_mlx
@@ -26,6 +25,7 @@ from flashpack.errors import OutputError, SourceError, UnsupportedError
 from flashpack.formats import constants as C
 from flashpack.formats.files import sync_folder
 from flashpack.skeleton import build, find_experts, read_config, tied_names
+from flashpack.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +77,7 @@ def convert(
         journal.remove()
     finally:
         journal.close()
-    errors = [
-        LayerError(path, o.errors["max"], o.errors["mean"]) for path, o in sorted(outcomes.items()) if o.errors
-    ]
+    errors = [LayerError(path, o.errors["max"], o.errors["mean"]) for path, o in sorted(outcomes.items()) if o.errors]
     by_role: dict[str, int] = {}
     for o in outcomes.values():
         by_role[o.file.role] = by_role.get(o.file.role, 0) + o.file.size

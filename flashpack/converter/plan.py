@@ -187,9 +187,7 @@ def _plan_layer(plan: Plan, site: ExpertsModule, sources: dict[str, ExpertSource
     plan.layers.append(LayerPlan(layer, kind, sources))
 
 
-def _plan_dense(
-    plan: Plan, model: PreTrainedModel, sites: list[ExpertsModule], dense: dict[str, SourceTensor]
-) -> None:
+def _plan_dense(plan: Plan, model: PreTrainedModel, sites: list[ExpertsModule], dense: dict[str, SourceTensor]) -> None:
     files: list[list[DensePlan]] = [[]]
     size = 0
     for name, source in dense.items():

@@ -103,9 +103,7 @@ class Pack:
 class Shard:
     """One layer's experts, open for positional reads."""
 
-    def __init__(
-        self, folder: Path, layer: Layer, kinds: tuple[RecordKind, ...], entry: FileEntry
-    ) -> None:
+    def __init__(self, folder: Path, layer: Layer, kinds: tuple[RecordKind, ...], entry: FileEntry) -> None:
         self.layout = ShardLayout(layer, kinds)
         self.path = folder / layer.path
         self.fd = os.open(self.path, os.O_RDONLY)

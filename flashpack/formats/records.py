@@ -40,11 +40,7 @@ class Encoding:
         if self.name == "raw":
             good = self.dtype in C.RAW_DTYPES and self.bits == 0 and self.group_size == 0
         elif self.name == "affine":
-            good = (
-                self.dtype in C.SCALE_DTYPES
-                and self.bits in C.AFFINE_BITS
-                and self.group_size in C.GROUP_SIZES
-            )
+            good = self.dtype in C.SCALE_DTYPES and self.bits in C.AFFINE_BITS and self.group_size in C.GROUP_SIZES
         else:
             raise VersionError(f"encoding {self.name!r} is unknown to this version; update flashpack")
         if not good:
@@ -163,12 +159,10 @@ class RecordKind:
     def to_json(self) -> dict[str, Any]:
         return {
             "projections": [
-                {"name": p.name, "shape": list(p.shape), "encoding": p.encoding.to_json()}
-                for p in self.projections
+                {"name": p.name, "shape": list(p.shape), "encoding": p.encoding.to_json()} for p in self.projections
             ],
             "sections": [
-                {"name": s.name, "dtype": s.dtype, "shape": list(s.shape), "offset": s.offset}
-                for s in self.sections
+                {"name": s.name, "dtype": s.dtype, "shape": list(s.shape), "offset": s.offset} for s in self.sections
             ],
             "nbytes": self.nbytes,
             "stride": self.stride,

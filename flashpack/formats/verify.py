@@ -158,9 +158,7 @@ def _file(
     try:
         size = os.fstat(fd).st_size
         if size != entry.size:
-            yield Finding(
-                "size", entry.path, "file", "wrong size", layer=index, expected=entry.size, found=size
-            )
+            yield Finding("size", entry.path, "file", "wrong size", layer=index, expected=entry.size, found=size)
         if layer is not None:
             yield from _shard(fd, entry, ShardLayout(layer, manifest.record_kinds), min(size, entry.size), full, report)
         elif entry.role == "dense":

@@ -34,8 +34,6 @@ class AffineMatrix:
         return self.words.shape[0], self.words.shape[1] * 32 // self.bits
 
 
-
-
 @dataclass(frozen=True, slots=True)
 class RecordView:
     """An expert's record where it lies in memory, ready for kernels.
@@ -68,8 +66,6 @@ class Kernels(Protocol):
         """x [..., in] times the transpose of ``weight`` [out, in] -> [..., out]."""
         ...
 
-    def embedding(
-        self, ids: torch.Tensor, weight: torch.Tensor | AffineMatrix, dtype: torch.dtype
-    ) -> torch.Tensor:
+    def embedding(self, ids: torch.Tensor, weight: torch.Tensor | AffineMatrix, dtype: torch.dtype) -> torch.Tensor:
         """Rows of ``weight``: ids [...] -> [..., in], in ``dtype``."""
         ...

@@ -101,6 +101,4 @@ def stride_counts(manifest: Manifest) -> dict[int, int]:
 def _slots(counts: dict[int, int], smallest: dict[int, int], spare: int) -> dict[int, int]:
     """Spread ``spare`` bytes over the record sizes in proportion to the bytes of their experts."""
     whole = sum(stride * count for stride, count in counts.items())
-    return {
-        stride: min(count, smallest[stride] + spare * count // whole) for stride, count in counts.items()
-    }
+    return {stride: min(count, smallest[stride] + spare * count // whole) for stride, count in counts.items()}

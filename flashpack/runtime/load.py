@@ -86,7 +86,9 @@ def load(
     _fill_buffers(model)
     dense.fill(model, opened, sites, kernels, dtype)
     widths = [m.out_features for m in model.modules() if isinstance(m, dense.PackedLinear)]
-    work = budgets.work_bytes(hidden, top_k, config.vocab_size, max((w for w in widths if w < 16 * hidden), default=hidden))
+    work = budgets.work_bytes(
+        hidden, top_k, config.vocab_size, max((w for w in widths if w < 16 * hidden), default=hidden)
+    )
     total = parse_size(memory) if memory not in (None, "smallest") else memory
     budget = budgets.divide(opened, usage().anonymous, cache, work, total, available())
     store = ExpertStore(opened, kernels, budget.slots)

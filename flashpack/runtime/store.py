@@ -111,9 +111,7 @@ class ExpertStore:
     def _cache(self, layer: int, expert: int) -> LruCache:
         return self._caches[self._shards[layer].kind(expert).stride]
 
-    def _start_reads(
-        self, layer: int, missing: deque[int], reading: deque[tuple[int, int, Future[None]]]
-    ) -> None:
+    def _start_reads(self, layer: int, missing: deque[int], reading: deque[tuple[int, int, Future[None]]]) -> None:
         """Start as many reads as there are slots that nobody uses."""
         while missing:
             e = missing[0]

@@ -132,7 +132,8 @@ def test_a_prompt_fills_the_context_but_not_more(pack_of: PackOf) -> None:
 
 
 def test_help_and_version_are_quick_and_need_no_torch() -> None:
-    code = "import sys; sys.argv = ['flashpack', '--help']\nfrom flashpack.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code = "import sys; sys.argv = ['flashpack', '--help']\nfrom flashpack.cli import main\n"
+    code += "try: main()\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'heavy import'"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -36,9 +36,7 @@ def random_matrix(rows: int, width: int, encoding: Encoding, seed: int) -> tuple
 @pytest.mark.parametrize("bits", AFFINE_BITS)
 @pytest.mark.parametrize(("rows", "width", "group"), [(1, 32, 32), (7, 96, 32), (67, 320, 64), (300, 2048, 128)])
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
-def test_linear_and_embedding_over_quantized_matrices(
-    bits: int, rows: int, width: int, group: int, dtype: str
-) -> None:
+def test_linear_and_embedding_over_quantized_matrices(bits: int, rows: int, width: int, group: int, dtype: str) -> None:
     encoding = Encoding("affine", dtype, bits, group)
     parts, decoded = random_matrix(rows, width, encoding, bits)
     matrix = AffineMatrix(

@@ -147,7 +147,9 @@ def _matrix(
     record: Tensor, kind: RecordKind, sections: dict[str, Section], name: str, rows: int | None = None
 ) -> Tensor | AffineMatrix:
     encoding = next(p.encoding for p in kind.projections if p.name == name)
-    arrays = [_array(record, sections[f"{name}.{part}"], rows) for part in encoding.parts((1, encoding.group_size or 1))]
+    arrays = [
+        _array(record, sections[f"{name}.{part}"], rows) for part in encoding.parts((1, encoding.group_size or 1))
+    ]
     if not encoding.quantized:
         return arrays[0]
     return AffineMatrix(arrays[0], arrays[1], arrays[2], encoding.bits, encoding.group_size)
