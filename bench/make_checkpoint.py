@@ -89,7 +89,10 @@ def shards_of(shapes: Shapes) -> Iterator[Shapes]:
 
 
 def values(name: str, shape: tuple[int, ...], pool: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """bfloat16 values (as uint16) of a tensor, in pieces: norms are 1, the rest from the pool (deviation 0.02)."""
+    """bfloat16 values (as uint16) of a tensor, in pieces: norms are 1, the rest from the pool (deviation 0.02).
+
+    Embeddings have deviation 1, so that they outweigh what the layers add and tokens are routed differently.
+    """
     count = math.prod(shape)
     if "norm" in name:
         yield np.full(count, 0x3F80, dtype=np.uint16)
@@ -97,7 +100,7 @@ def values(name: str, shape: tuple[int, ...], pool: np.ndarray, rng: np.random.G
     while count:
         start = int(rng.integers(0, len(pool) // 2))
         piece = pool[start : start + min(count, len(pool) // 2)]
-        yield piece
+        yield piece + np.uint16(6 << 7) if "embed_tokens" in name else piece  # exponent + 6: times 64
         count -= len(piece)
 
 

@@ -136,7 +136,9 @@ def drive_rate(folder: Path, burst: int, bursts: int = 60) -> float:
         for i in range(bursts):
             shard = i % len(shards)
             experts = rng.sample(range(shards[shard].layout.layer.experts), burst)
-            list(pool.map(read, [(shard, shards[shard].extent(e)[0], b) for e, b in zip(experts, buffers, strict=True)]))
+            list(
+                pool.map(read, [(shard, shards[shard].extent(e)[0], b) for e, b in zip(experts, buffers, strict=True)])
+            )
     return bursts * burst * stride / (time.perf_counter() - begun)
 
 

@@ -87,7 +87,8 @@ def verify(
     def check(entry: FileEntry) -> list[Finding]:
         return list(_file(folder, entry, manifest, layers, dense, level == "full", report))
 
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    # Twice the processors: while one thread waits for the drive, another hashes.
+    with ThreadPoolExecutor(workers or 2 * (os.cpu_count() or 1)) as pool:
         for found in pool.map(check, manifest.files):
             findings += found
     return findings

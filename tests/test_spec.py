@@ -1,0 +1,138 @@
+"""SPEC.md and the code must say the same: every table with a constant is compared."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+
+import numpy as np
+import pytest
+
+from flashpack import errors
+from flashpack.formats import Encoding, Projection, RecordKind, affine
+from flashpack.formats import constants as C
+from flashpack.formats.dtypes import ITEMSIZE
+from flashpack.formats.manifest import FileEntry, canonical
+from flashpack.formats.shard import ShardLayout
+from tests.conftest import ROOT, PackOf
+
+TEXT = (ROOT / "SPEC.md").read_text()
+SECTIONS = {int(m[1]): m[2] for m in re.finditer(r"^## (\d+)\. .*?\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)}
+
+
+def tables(section: int) -> list[list[list[str]]]:
+    """The tables of a section: rows of cells, without code marks, the heading row first."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n)+", SECTIONS[section], re.MULTILINE):
+        rows = [[cell.strip().replace("`", "") for cell in line.strip("|\n").split("|")] for line in block.splitlines()]
+        found.append([rows[0], *rows[2:]])
+    return found
+
+
+def test_limits() -> None:
+    limits = dict(tables(10)[0][1:])
+    assert {k: int(v.split()[0]) for k, v in limits.items()} == {
+        "header of a safetensors file": C.MAX_HEADER_BYTES,
+        "manifest": C.MAX_MANIFEST_BYTES,
+        "stride of a record": C.MAX_RECORD_BYTES,
+        "MoE layers": C.MAX_LAYERS,
+        "experts in a layer": C.MAX_EXPERTS,
+        "record kinds": C.MAX_KINDS,
+    }
+
+
+def test_error_codes_and_exit_codes() -> None:
+    kinds = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.FlashpackError)]
+    expected = {e.code: e.exit_code for e in kinds if e is not errors.FlashpackError}
+    assert {row[0]: int(row[2]) for row in tables(11)[0][1:]} == expected
+
+
+def test_finding_codes_are_those_the_checker_uses() -> None:
+    source = ast.parse((ROOT / "flashpack" / "formats" / "verify.py").read_text())
+    used = set()
+    for node in ast.walk(source):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Finding":
+            code, _, section = node.args[:3]
+            assert isinstance(code, ast.Constant)
+            assert isinstance(section, ast.Constant)
+            used.add((code.value, section.value))
+    listed = {(row[0], row[1]) for row in tables(8)[1][1:]}
+    assert listed == used
+
+
+def test_dtypes() -> None:
+    listed = {row[0]: int(row[1]) for row in tables(4)[0][1:]}
+    assert listed == {name: ITEMSIZE[name] for name in listed}
+    assert set(listed) == {"U8", "U32", *C.RAW_DTYPES, *C.SCALE_DTYPES}
+
+
+def test_parameters_of_the_affine_encoding() -> None:
+    parameters = {row[0]: row[1].split(", ") for row in tables(6)[0][1:]}
+    assert tuple(map(int, parameters["bits"])) == C.AFFINE_BITS
+    assert tuple(map(int, parameters["group_size"])) == C.GROUP_SIZES
+    assert tuple(parameters["scale_dtype"]) == C.SCALE_DTYPES
+    encoding = Encoding("affine", "F16", 3, 32)
+    assert list(encoding.parts((8, 64))) == [row[0] for row in tables(6)[1][1:]]
+    assert encoding.parts((8, 64)) == {"weight": ("U32", (8, 6)), "scales": ("F16", (8, 2)), "biases": ("F16", (8, 2))}
+    assert json.dumps(encoding.to_json()) == json.dumps(
+        {"name": "affine", "bits": 3, "group_size": 32, "scale_dtype": "F16"}
+    )
+
+
+def test_hexadecimal_examples() -> None:
+    examples = tables(6)[2][1:]
+    assert [int(row[0]) for row in examples] == list(C.AFFINE_BITS)
+    for bits, text in ((int(b), text) for b, text in examples):
+        codes = ((np.arange(32) * 5 + 1) % 2**bits).astype(np.uint8)
+        assert affine.pack_bits(codes, bits).tobytes().hex() == text
+
+
+@pytest.mark.parametrize("name", [C.MANIFEST, C.MANIFEST_DIGEST, C.JOURNAL, f"*{C.PARTIAL_SUFFIX}"])
+def test_names_of_files(name: str) -> None:
+    assert f"`{name}`" in SECTIONS[2]
+
+
+def test_names_of_tensors_and_pages() -> None:
+    first_cells = [row[0] for row in tables(5)[2][1:]]
+    assert first_cells == [C.RECORDS_TENSOR.format(kind="K"), C.TABLE_TENSOR, C.DIGESTS_TENSOR]
+    assert f"`{C.PAD_PREFIX}N`" in SECTIONS[4]
+    assert f"**page**: {C.PAGE} bytes" in SECTIONS[1]
+    assert f"rounded up to a multiple of {C.SECTION_ALIGNMENT}." in SECTIONS[5]
+    assert f"BLAKE3 with {C.DIGEST_BYTES} bytes" in SECTIONS[1]
+    assert f'"{C.NAME_SCHEMA}"' in SECTIONS[3]
+
+
+def test_order_of_sections_in_a_record() -> None:
+    encoding = Encoding("affine", "BF16", 4, 64)
+    kind = RecordKind(tuple(Projection(n, (8, 64), encoding) for n in ("gate", "up", "down")))
+    parts = ("weight", "scales", "biases")
+    expected = [f"{p}.{part}" for part in parts for p in ("gate", "up")] + [f"down.{part}" for part in parts]
+    assert [s.name for s in kind.sections] == expected
+    assert all(s.offset % C.SECTION_ALIGNMENT == 0 for s in kind.sections)
+
+
+def test_fields_of_the_manifest(pack_of: PackOf) -> None:
+    data = json.loads((pack_of("trained") / C.MANIFEST).read_bytes())
+    top, model, files = tables(3)
+    assert {row[0] for row in top[1:]} == set(data)
+    assert {row[0] for row in model[1:]} == set(data["model"])
+    assert {row[0] for row in files[1:]} == set(data["files"][0])
+    for role, digests in FileEntry.ROLES.items():
+        assert re.search(rf"`{role}`: " + ", ".join(f"`{d}`" for d in sorted(digests)), SECTIONS[3])
+    kind, layers, _ = tables(5)
+    assert {row[0].split("[")[0] for row in kind[1:]} == set(data["record_kinds"][0])
+    assert {row[0] for row in layers[1:]} == set(data["layers"][0])
+    listed = {name for row in tables(7)[0][1:] for name in row[0].split(", ")}
+    assert listed == set(data["tensors"][0])
+    assert canonical({"b": [1], "a": "é"}) == b'{\n "a": "\\u00e9",\n "b": [\n  1\n ]\n}\n'
+
+
+def test_metadata_of_shards(pack_of: PackOf) -> None:
+    from flashpack.formats import Pack
+
+    pack = Pack(pack_of("qwen3_moe"))
+    layer = pack.manifest.layers[1]
+    found = ShardLayout(layer, pack.manifest.record_kinds).built[1].metadata
+    assert found == {"flashpack": "experts", "layer": "1", "module": "model.layers.1.mlp.experts"}
+    assert '{"flashpack": "experts", "layer": "<index>"' in SECTIONS[5]
