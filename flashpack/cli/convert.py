@@ -44,12 +44,13 @@ def convert(
 
     def begin(plan: Plan, done: int) -> None:
         nonlocal bar
+        total = sum(plan.source_bytes().values())
         note(f"{plan.model['architecture']}: {_choice(plan)}, {gb(sum(plan.file_sizes().values()))} to write")
         for text in plan.notices:
             note(f"note: {text}")
         if done:
-            note(f"continuing: {gb(done)} of {gb(plan.source_bytes())} done before")
-        bar = progress_bar(plan.source_bytes(), "converting", done)
+            note(f"continuing: {gb(done)} of {gb(total)} done before")
+        bar = progress_bar(total, "converting", done)
 
     try:
         report = run_convert(src, out, experts, dense, group_size, overwrite, workers, begin, lambda n: bar.update(n))
@@ -70,7 +71,7 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
     return {
         "model": plan.model,
         "recipe": plan.recipe,
-        "source_bytes": plan.source_bytes(),
+        "source_bytes": sum(plan.source_bytes().values()),
         "files": plan.file_sizes(),
         "record_kinds": [k.to_json() for k in plan.kinds],
         "layers": [p.layer.to_json() for p in plan.layers],
@@ -95,7 +96,7 @@ def _print_plan(plan: Plan) -> None:
         print(f"dense {encoding}: {gb(size)}")
     for path, size in sizes.items():
         print(f"{size:>16,}  {path}")
-    print(f"{sum(sizes.values()):>16,}  bytes in all, from {plan.source_bytes():,} of the source")
+    print(f"{sum(sizes.values()):>16,}  bytes in all, from {sum(plan.source_bytes().values()):,} of the source")
     for text in plan.notices:
         print(f"note: {text}")
     for name in plan.dropped:

@@ -63,14 +63,14 @@ def convert(
     begun = time.monotonic()
     work = plan(src, Options(experts, dense, group_size))
     target = Path(out) if out is not None else default_out(src)
-    sizes = work.file_sizes()
+    sizes, source_bytes = work.file_sizes(), work.source_bytes()
     _prepare(target, overwrite)
     _check_space(target, sum(size for path, size in sizes.items() if not (target / path).exists()))
     journal = _open_journal(target, work)
     try:
         resumed = len(journal.done)
         if on_plan:
-            on_plan(work, _done_bytes(work, set(journal.done)))
+            on_plan(work, sum(source_bytes[path] for path in journal.done))
         identity, outcomes = execute(
             work, target, journal, progress or (lambda count: None), workers or default_workers()
         )
@@ -84,7 +84,7 @@ def convert(
     return Report(
         pack=str(target),
         identity=identity,
-        source_bytes=work.source_bytes(),
+        source_bytes=sum(source_bytes.values()),
         pack_bytes=sum(by_role.values()) + (target / C.MANIFEST).stat().st_size,
         expert_bytes=by_role.get("experts", 0),
         dense_bytes=by_role.get("dense", 0),
@@ -180,22 +180,3 @@ def _check_space(target: Path, needed: int) -> None:
         raise OutputError(
             f"{target}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; free some space or choose another disk"
         )
-
-
-def _done_bytes(work: Plan, done: set[str]) -> int:
-    """Source bytes behind the files an earlier run finished."""
-    layers = sum(
-        part.nbytes
-        for p in work.layers
-        if p.layer.path in done
-        for source in p.sources.values()
-        for e in range(p.layer.experts)
-        for part in source.matrix(e).parts.values()
-    )
-    return layers + sum(
-        part.nbytes
-        for path, tensors in work.dense_files.items()
-        if path in done
-        for t in tensors
-        for part in t.source.parts.values()
-    )

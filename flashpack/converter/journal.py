@@ -46,7 +46,10 @@ class Journal:
             for text in self.path.read_bytes().splitlines(keepends=True):
                 if not text.endswith(b"\n"):
                     break
-                lines.append(json.loads(text))
+                try:
+                    lines.append(json.loads(text))
+                except ValueError as e:
+                    raise OutputError(f"{self.path}: damaged; use --overwrite to start anew") from e
                 length += len(text)
         return lines, length
 

@@ -109,16 +109,20 @@ class Plan:
             sizes[name] = (self.checkpoint.folder / name).stat().st_size
         return sizes
 
-    def source_bytes(self) -> int:
-        """Bytes of the source that the conversion reads."""
-        experts = sum(
-            part.nbytes
+    def source_bytes(self) -> dict[str, int]:
+        """Bytes of the source behind each shard and dense file."""
+        sizes = {
+            p.layer.path: sum(
+                part.nbytes
+                for source in p.sources.values()
+                for e in range(p.layer.experts)
+                for part in source.matrix(e).parts.values()
+            )
             for p in self.layers
-            for source in p.sources.values()
-            for e in range(p.layer.experts)
-            for part in source.matrix(e).parts.values()
-        )
-        return experts + sum(part.nbytes for t in self.dense() for part in t.source.parts.values())
+        }
+        for path, tensors in self.dense_files.items():
+            sizes[path] = sum(part.nbytes for t in tensors for part in t.source.parts.values())
+        return sizes
 
     def notice(self, text: str) -> None:
         if text not in self.notices:

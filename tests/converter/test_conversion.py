@@ -119,6 +119,15 @@ def test_a_journal_cut_off_in_the_middle_of_a_line_still_serves(tmp_path: Path) 
     assert verify(out) == []
 
 
+def test_a_damaged_journal_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / JOURNAL).write_bytes(b"\x00garbage\n")
+    with pytest.raises(OutputError, match="damaged; use --overwrite"):
+        flashpack.convert(CHECKPOINTS / "qwen3_moe", out)
+    assert flashpack.convert(CHECKPOINTS / "qwen3_moe", out, overwrite=True)
+
+
 def test_a_real_interrupt_leaves_a_resumable_folder(tmp_path: Path) -> None:
     """SIGINT to the command while it works, as Ctrl-C does."""
     out = tmp_path / "out"
