@@ -72,6 +72,12 @@ class IntegrityError(FlashpackError):
     exit_code = 5
 
 
+class IdentityError(IntegrityError):
+    """A sound pack, but not the one that was asked for (``--expect``)."""
+
+    code = "identity"
+
+
 class OutputError(FlashpackError, OSError):
     """The output folder is in use, not empty, or the disk is full."""
 

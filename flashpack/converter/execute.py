@@ -16,8 +16,9 @@ from flashpack.converter.journal import Journal
 from flashpack.converter.plan import DensePlan, LayerPlan, Plan
 from flashpack.converter.quantize import Error, SourceFiles, encode_blocks, is_copy
 from flashpack.errors import IntegrityError
+from flashpack.formats.entries import FileEntry, Matrix, TensorEntry
 from flashpack.formats.header import TensorSpec
-from flashpack.formats.manifest import FileEntry, Manifest, Matrix, TensorEntry
+from flashpack.formats.manifest import Manifest
 from flashpack.formats.records import RecordKind
 from flashpack.formats.writer import DenseWriter, RecordBuffer, ShardWriter, commit, write_copy
 

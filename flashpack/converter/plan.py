@@ -14,10 +14,10 @@ from flashpack.converter.names import Bindings, ExpertSource
 from flashpack.converter.source import Checkpoint, SourceTensor
 from flashpack.errors import UsageError
 from flashpack.formats import constants as C
-from flashpack.formats.header import TensorSpec, build_header
-from flashpack.formats.manifest import Layer, Matrix
+from flashpack.formats.entries import Layer, Matrix
+from flashpack.formats.header import TensorSpec
+from flashpack.formats.layout import ShardLayout, dense_header, dense_spec
 from flashpack.formats.records import PROJECTIONS, Encoding, Projection, RecordKind
-from flashpack.formats.shard import ShardLayout
 from flashpack.skeleton import ExpertsModule, matrix_module
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ EXPERT_CHOICES = ("auto", "source", "q8", "q6", "q5", "q4", "q3", "q2")
 DENSE_CHOICES = ("auto", "source", "q8", "q4")
 DENSE_FILE_BYTES = 4 * 2**30
 """A dense file is closed when it reaches this size, so that an interrupted conversion keeps the earlier ones."""
-
-_PAGE_ALIGNED_FROM = 65536
 
 
 @dataclass(frozen=True)
@@ -71,12 +69,7 @@ class DensePlan:
         names = {"weight": self.name}
         if self.encoding.quantized:
             names = Matrix(self.name, (shape[0], shape[1]), self.encoding).tensor_names()
-        specs = []
-        for part, (dtype, part_shape) in arrays.items():
-            spec = TensorSpec(names[part], dtype, part_shape)
-            alignment = C.PAGE if spec.nbytes >= _PAGE_ALIGNED_FROM else C.SECTION_ALIGNMENT
-            specs.append(TensorSpec(names[part], dtype, part_shape, alignment))
-        return specs
+        return [dense_spec(names[part], dtype, part_shape) for part, (dtype, part_shape) in arrays.items()]
 
 
 @dataclass
@@ -104,7 +97,7 @@ class Plan:
         sizes = {p.layer.path: ShardLayout(p.layer, kinds).size for p in self.layers}
         for path, tensors in self.dense_files.items():
             specs = [s for t in tensors for s in t.specs()]
-            sizes[path] = build_header(specs, {"flashpack": "dense"}, path)[1].size
+            sizes[path] = dense_header(specs, path)[1].size
         for name in self.copies:
             sizes[name] = (self.checkpoint.folder / name).stat().st_size
         return sizes

@@ -15,7 +15,10 @@ PARTIAL_SUFFIX = ".part"
 
 # Names of tensors inside the safetensors files of a pack.
 RECORDS_TENSOR = "records.{kind}"
+FRAMES_TENSOR = "frames"
 TABLE_TENSOR = "table"
+SIZES_TENSOR = "sizes"
+CONTENTS_TENSOR = "contents"
 DIGESTS_TENSOR = "digests"
 PAD_PREFIX = "__pad__."
 
@@ -30,16 +33,34 @@ DIGEST_BYTES = 32
 
 # Caps: a reader refuses larger values before it allocates anything.
 MAX_HEADER_BYTES = 100_000_000
-MAX_MANIFEST_BYTES = 256 * 2**20
-MAX_RECORD_BYTES = 2**32
+MAX_MANIFEST_BYTES = 32 * 2**20
+MAX_RECORD_BYTES = 2**32 - PAGE
 MAX_LAYERS = 65_536
 MAX_EXPERTS = 65_536
 MAX_KINDS = 256
+MAX_PATH_BYTES = 1024
+MAX_NAME_BYTES = 1024
+MAX_INTEGER = 2**62
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 SCALE_DTYPES = ("BF16", "F16", "F32")
 RAW_DTYPES = ("BF16", "F16", "F32")
 
-KNOWN_FEATURES: frozenset[str] = frozenset()
-"""Required features this reader understands; version 1 defines none."""
+TENSOR_DTYPES = ("U8", "U32", "BF16", "F16", "F32")
+"""Types of tensors in the files of a pack."""
+
+PAGE_ALIGNED_FROM = 65536
+"""Dense tensors of this many bytes and more start on a page."""
+
+CODECS = ("raw", "zstd")
+"""How records are stored: as they are, or each compressed into a frame of its own."""
+
+FIRST_READER = "0.1.0"
+"""The first version of flashpack that reads packs without required features."""
+
+FEATURES = {"zstd": "0.1.0"}
+"""Required features that this reader understands, and the first version of flashpack that has each."""
+
+REFUSED_SUFFIXES = (".py", ".pyc", ".pyd", ".so", ".dylib", ".dll", ".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle")
+"""Files that some program would run or unpickle; a pack never holds them."""

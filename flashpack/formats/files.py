@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,28 @@ from pathlib import Path
 from flashpack.errors import FormatError, OutputError
 
 READ_CHUNK = 4 * 2**20
+
+
+def open_inside(folder: Path, path: str, flags: int = 0) -> int:
+    """A descriptor of the plain file ``path`` ("a/b") below ``folder``, for reading.
+
+    Nothing below ``folder`` may be a symbolic link, so a pack cannot lead its reader elsewhere; ``folder`` itself
+    may. Raises ``OSError``, also for what is no plain file (opening a pipe would wait for ever).
+    """
+    *folders, name = path.split("/")
+    at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for part in folders:
+            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+            os.close(at)
+            at = inner
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | flags, dir_fd=at)
+    finally:
+        os.close(at)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a plain file")
+    return fd
 
 
 def pread_into(fd: int, buffer: memoryview, offset: int, what: str) -> None:
@@ -26,7 +49,10 @@ def pread_into(fd: int, buffer: memoryview, offset: int, what: str) -> None:
 
 
 def pread(fd: int, size: int, offset: int, what: str) -> bytearray:
-    """Read exactly ``size`` bytes."""
+    """Read exactly ``size`` bytes; memory is taken only for bytes that the file has."""
+    there = os.fstat(fd).st_size
+    if offset + size > there:
+        raise FormatError(f"{what}: file ends at byte {there}, {offset + size - there} bytes missing")
     data = bytearray(size)
     pread_into(fd, memoryview(data), offset, what)
     return data
@@ -41,6 +67,17 @@ def chunks(fd: int, offset: int, size: int, what: str) -> Iterator[memoryview]:
         yield piece
         offset += len(piece)
         size -= len(piece)
+
+
+def create(path: Path) -> int:
+    """A descriptor of a new, empty file, for writing and reading; folders are made, an old file is emptied."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+
+
+def resize(fd: int, size: int) -> None:
+    """Make the file ``size`` bytes long; what is new is zero."""
+    os.ftruncate(fd, size)
 
 
 def pwrite(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
@@ -61,6 +98,12 @@ def sync(fd: int) -> None:
         os.fsync(fd)
 
 
+def replace(partial: Path, path: Path) -> None:
+    """Give a finished file its name, durably."""
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames and new names in ``folder`` durable."""
     fd = os.open(folder, os.O_RDONLY)
@@ -73,12 +116,14 @@ def sync_folder(folder: Path) -> None:
 def write_durably(path: Path, data: bytes, suffix: str) -> None:
     """Replace ``path`` by ``data``: write ``path + suffix``, sync, rename, sync the folder."""
     partial = path.with_name(path.name + suffix)
-    with output_errors(path), open(partial, "wb") as f:
-        f.write(data)
-        f.flush()
-        sync(f.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)
+    with output_errors(path):
+        fd = create(partial)
+        try:
+            pwrite(fd, data, 0)
+            sync(fd)
+        finally:
+            os.close(fd)
+        replace(partial, path)
 
 
 @contextlib.contextmanager

@@ -47,8 +47,8 @@ class Header:
     size: int
 
 
-def parse_json(data: bytes | bytearray, what: str) -> Any:
-    """Strict JSON: UTF-8, no duplicate keys, no NaN or infinity."""
+def parse_json(data: bytes | bytearray, what: str, floats: bool = True) -> Any:
+    """Strict JSON: UTF-8, no duplicate keys, no NaN or infinity, no half surrogate pairs; on demand no fractions."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = dict(pairs)
@@ -59,10 +59,20 @@ def parse_json(data: bytes | bytearray, what: str) -> Any:
     def constant(name: str) -> Any:
         raise FormatError(f"{what}: JSON holds {name}")
 
+    def fraction(text: str) -> float:
+        if not floats:
+            raise FormatError(f"{what}: {text[:40]} is not an integer")
+        value = float(text)
+        return value if math.isfinite(value) else constant(text[:40])
+
     try:
-        return json.loads(bytes(data).decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        text = bytes(data).decode("utf-8")
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=constant, parse_float=fraction)
+        if "\\ud" in text or "\\uD" in text:  # half a pair cannot be written as UTF-8: not a name, not printable
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as e:
         raise FormatError(f"{what}: not valid JSON: {e}") from e
+    return value
 
 
 def read_header(fd: int, what: str) -> Header:

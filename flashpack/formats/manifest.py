@@ -3,123 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from flashpack.errors import FormatError, VersionError
 from flashpack.formats import constants as C
+from flashpack.formats import fields
 from flashpack.formats.checksums import hexdigest
-from flashpack.formats.dtypes import ITEMSIZE
-from flashpack.formats.header import parse_json
-from flashpack.formats.records import PARTS, Encoding, RecordKind
+from flashpack.formats.entries import FileEntry, Layer, Matrix, TensorEntry
+from flashpack.formats.header import Header, parse_json
+from flashpack.formats.layout import ShardLayout, dense_layout
+from flashpack.formats.records import RecordKind
+from flashpack.version import __version__
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """A file of the pack. ``digests`` by role: ``experts`` header and tail, ``dense`` header, ``copy`` file."""
-
-    path: str
-    role: str
-    size: int
-    digests: dict[str, str]
-
-    ROLES = {"experts": {"header", "tail"}, "dense": {"header"}, "copy": {"file"}}  # noqa: RUF012
-
-    def __post_init__(self) -> None:
-        parts = PurePosixPath(self.path).parts
-        if (
-            not parts
-            or self.path != "/".join(parts)
-            or any(p in ("/", "..", ".") or "\\" in p or "\0" in p for p in parts)
-        ):
-            raise FormatError(f"manifest: {self.path!r} is not a path inside the pack")
-        if set(self.digests) != self.ROLES.get(self.role) or type(self.size) is not int or self.size < 0:
-            raise FormatError(f"manifest: file {self.path}: role, size or digests are wrong")
-        for value in self.digests.values():
-            _check_digest(value, self.path)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"path": self.path, "role": self.role, "size": self.size, "digests": self.digests}
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """A dense tensor: bytes [offset, offset + nbytes) of a dense file."""
-
-    name: str
-    path: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    digest: str
-
-    def __post_init__(self) -> None:
-        numbers = (*self.shape, self.offset)
-        if self.dtype not in ITEMSIZE or not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
-            raise FormatError(f"manifest: tensor {self.name}: dtype, shape or offset is wrong")
-        _check_digest(self.digest, self.name)
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEMSIZE[self.dtype]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "path": self.path,
-            "dtype": self.dtype,
-            "shape": list(self.shape),
-            "offset": self.offset,
-            "digest": self.digest,
-        }
-
-    @classmethod
-    def from_json(cls, t: dict[str, Any]) -> TensorEntry:
-        return cls(t["name"], t["path"], t["dtype"], tuple(t["shape"]), t["offset"], t["digest"])
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A quantized dense matrix: the logical shape [out, in] behind the tensors .weight, .scales and .biases."""
-
-    name: str
-    shape: tuple[int, int]
-    encoding: Encoding
-
-    def tensor_names(self) -> dict[str, str]:
-        """Part -> tensor name: ``x.weight`` is stored as ``x.weight``, ``x.scales``, ``x.biases``."""
-        stem = self.name.removesuffix(".weight")
-        return {part: f"{stem}.{part}" for part in PARTS}
-
-    def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "shape": list(self.shape), "encoding": self.encoding.to_json()}
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The routed experts of one MoE layer: ``kinds`` pairs a record kind with its number of records."""
-
-    index: int
-    module: str
-    path: str
-    kinds: tuple[tuple[int, int], ...]
-
-    @property
-    def experts(self) -> int:
-        return sum(count for _, count in self.kinds)
-
-    def to_json(self) -> dict[str, Any]:
-        kinds = [{"kind": kind, "count": count} for kind, count in self.kinds]
-        return {"index": self.index, "module": self.module, "path": self.path, "kinds": kinds}
-
-    @classmethod
-    def from_json(cls, d: dict[str, Any]) -> Layer:
-        return cls(d["index"], d["module"], d["path"], tuple((k["kind"], k["count"]) for k in d["kinds"]))
+_MODEL = ("architecture", "model_type", "name_schema", "transformers")
 
 
 @dataclass(frozen=True)
@@ -133,15 +34,21 @@ class Manifest:
     matrices: tuple[Matrix, ...]
     tensors: tuple[TensorEntry, ...]
     files: tuple[FileEntry, ...]
-    required_features: tuple[str, ...] = ()
-    optional_features: tuple[str, ...] = field(default=())
+    optional_features: tuple[str, ...] = ()
+
+    @property
+    def required_features(self) -> list[str]:
+        """What a reader must understand beyond the first version of the format, sorted."""
+        return sorted({layer.codec for layer in self.layers} - {"raw"})
 
     def to_bytes(self) -> bytes:
         """Canonical bytes: sorted keys, one space of indentation, ASCII, a newline at the end."""
+        readers = [C.FIRST_READER, *(C.FEATURES[f] for f in self.required_features)]
         data = {
             "format": C.FORMAT,
             "version": C.VERSION,
-            "required_features": sorted(self.required_features),
+            "min_reader": max(readers, key=lambda v: [int(n) for n in v.split(".")]),
+            "required_features": self.required_features,
             "optional_features": sorted(self.optional_features),
             "model": self.model,
             "recipe": self.recipe,
@@ -153,82 +60,98 @@ class Manifest:
         }
         return canonical(data)
 
-    @property
-    def identity(self) -> str:
-        """The pack's identity: BLAKE3 of the manifest, 64 hexadecimal digits."""
-        return hexdigest(self.to_bytes())
-
     @classmethod
     def from_bytes(cls, raw: bytes) -> Manifest:
         """Parse and check; raises ``VersionError`` for a newer pack, ``FormatError`` for a wrong one."""
-        data = parse_json(raw, C.MANIFEST)
+        data = parse_json(raw, C.MANIFEST, floats=False)
         if not isinstance(data, dict) or data.get("format") != C.FORMAT:
             raise FormatError(f"{C.MANIFEST}: not a flashpack manifest")
-        version = data.get("version")
-        if type(version) is not int or version < 1:
-            raise FormatError(f"{C.MANIFEST}: version {version!r} is not a format version")
-        if version > C.VERSION:
-            raise VersionError(
-                f"the pack has format version {version}, this flashpack reads up to {C.VERSION}; update flashpack"
-            )
-        unknown = set(data.get("required_features", ())) - C.KNOWN_FEATURES
-        if unknown:
-            raise VersionError(f"the pack requires {', '.join(sorted(unknown))}; update flashpack")
+        if type(data.get("version")) is not int or data["version"] < 1:
+            raise FormatError(f"{C.MANIFEST}: version is not a format version")
+        needs = _min_reader(data)
         try:
+            if data["version"] > C.VERSION:
+                raise VersionError(f"format version {data['version']} is unknown, {C.VERSION} is the newest known")
+            features = _features(data, "required_features")
+            for unknown in (f for f in features if f not in C.FEATURES):
+                raise VersionError(f"the required feature {unknown!r} is unknown")
             manifest = cls(
-                model=data["model"],
-                recipe=data["recipe"],
-                record_kinds=tuple(RecordKind.from_json(k) for k in data["record_kinds"]),
-                layers=tuple(Layer.from_json(d) for d in data["layers"]),
-                matrices=tuple(
-                    Matrix(m["name"], (m["shape"][0], m["shape"][1]), Encoding.from_json(m["encoding"]))
-                    for m in data["matrices"]
-                ),
-                tensors=tuple(TensorEntry.from_json(t) for t in data["tensors"]),
-                files=tuple(FileEntry(f["path"], f["role"], f["size"], f["digests"]) for f in data["files"]),
-                required_features=tuple(data["required_features"]),
-                optional_features=tuple(data.get("optional_features", ())),
+                model=_model(data),
+                recipe=fields.mapping(data.get("recipe"), "recipe"),
+                record_kinds=tuple(RecordKind.from_json(k) for k in fields.items(data, "record_kinds")),
+                layers=tuple(Layer.from_json(d) for d in fields.items(data, "layers")),
+                matrices=tuple(Matrix.from_json(m) for m in fields.items(data, "matrices")),
+                tensors=tuple(TensorEntry.from_json(t) for t in fields.items(data, "tensors")),
+                files=tuple(FileEntry.from_json(f) for f in fields.items(data, "files")),
+                optional_features=tuple(_features(data, "optional_features")),
             )
-        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e:
-            raise FormatError(f"{C.MANIFEST}: a field is missing or has the wrong type: {e!r}") from e
+        except VersionError as e:
+            raise VersionError(f"{e} to flashpack {__version__}; the pack needs flashpack {needs} or newer") from e
+        if manifest.required_features != features:
+            raise FormatError(f"{C.MANIFEST}: required_features are not the features that are used")
         manifest.validate()
         if canonical(data) != raw:
             raise FormatError(f"{C.MANIFEST}: not in canonical form")
         return manifest
 
     def validate(self) -> None:
-        """The rules that tie the tables together; the writer calls it before the first byte, the reader on opening."""
-        schema = self.model.get("name_schema")
-        if schema != C.NAME_SCHEMA:
-            raise VersionError(f"the pack's tensor names follow {schema!r}, unknown to this version; update flashpack")
-        if not all(isinstance(self.model.get(k), str) for k in ("architecture", "model_type", "transformers")):
-            raise FormatError(f"{C.MANIFEST}: model lacks architecture, model_type or transformers")
-        files = {f.path: f for f in self.files}
-        _unique("file", [f.path for f in self.files])
-        if {C.MANIFEST, C.MANIFEST_DIGEST} & set(files):
-            raise FormatError(f"{C.MANIFEST}: lists itself")
+        """The rules that tie the tables together."""
         if len(self.record_kinds) > C.MAX_KINDS or len(self.layers) > C.MAX_LAYERS:
             raise FormatError(f"{C.MANIFEST}: too many record kinds or layers")
+        _check_paths([f.path for f in self.files])
+        _ordered("files", [f.path for f in self.files])
+        _ordered("tensors", [t.name for t in self.tensors])
+        _ordered("matrices", [m.name for m in self.matrices])
         _unique("layer", [layer.index for layer in self.layers])
         _unique("module", [layer.module for layer in self.layers])
         for layer in self.layers:
-            _check_layer(layer, len(self.record_kinds))
-        expert_files = sorted(f.path for f in self.files if f.role == "experts")
-        if sorted(layer.path for layer in self.layers) != expert_files:
-            raise FormatError(f"{C.MANIFEST}: layers and expert files do not match one to one")
-        _unique("tensor", [t.name for t in self.tensors])
-        for t in self.tensors:
-            if t.path not in files or files[t.path].role != "dense":
-                raise FormatError(f"{C.MANIFEST}: tensor {t.name} lies in no dense file")
-            if t.offset + t.nbytes > files[t.path].size:
-                raise FormatError(f"{C.MANIFEST}: tensor {t.name} ends past its file")
+            if any(kind >= len(self.record_kinds) for kind, _ in layer.kinds):
+                raise FormatError(f"{C.MANIFEST}: layer {layer.index}: a record kind does not exist")
+        self._check_files()
         tensors = {t.name: t for t in self.tensors}
-        _unique("matrix", [m.name for m in self.matrices])
         for m in self.matrices:
             for part, (dtype, shape) in m.encoding.parts(m.shape).items():
                 stored = tensors.get(m.tensor_names()[part])
                 if stored is None or (stored.dtype, stored.shape) != (dtype, shape):
                     raise FormatError(f"{C.MANIFEST}: matrix {m.name}: {part} is missing or has another shape")
+
+    def _check_files(self) -> None:
+        """Every large file is described completely: its size and its header follow from the description."""
+        roles = {role: {f.path: f for f in self.files if f.role == role} for role in ("experts", "dense")}
+        if sorted(layer.path for layer in self.layers) != sorted(roles["experts"]):
+            raise FormatError(f"{C.MANIFEST}: layers and files of experts do not match one to one")
+        for path, tensors in self.dense_tensors.items():
+            if path not in roles["dense"]:
+                raise FormatError(f"{C.MANIFEST}: tensor {tensors[0].name} lies in no dense file")
+        headers = {layer.path: self.shard_layout(layer).built for layer in self.layers}
+        headers |= {path: self.dense_layout(path) for path in roles["dense"]}
+        for path, (raw, header) in headers.items():
+            entry = self.by_path[path]
+            if entry.size != header.size:
+                raise FormatError(f"{C.MANIFEST}: {path}: {entry.size} bytes, what it holds needs {header.size}")
+            if entry.digests["header"] != hexdigest(raw):
+                raise FormatError(f"{C.MANIFEST}: {path}: the header's digest is not that of what it holds")
+
+    @cached_property
+    def dense_tensors(self) -> dict[str, list[TensorEntry]]:
+        """Dense file -> its tensors in the order of their offsets."""
+        found: dict[str, list[TensorEntry]] = {}
+        for t in sorted(self.tensors, key=lambda t: t.offset):
+            found.setdefault(t.path, []).append(t)
+        return found
+
+    @cached_property
+    def by_path(self) -> dict[str, FileEntry]:
+        """The files by path."""
+        return {f.path: f for f in self.files}
+
+    def dense_layout(self, path: str) -> tuple[bytes, Header]:
+        """The header of a dense file: its bytes and its parsed form."""
+        return dense_layout(self.dense_tensors.get(path, []), path)
+
+    def shard_layout(self, layer: Layer) -> ShardLayout:
+        """The layout of a layer's shard."""
+        return ShardLayout.of_size(layer, self.record_kinds, self.by_path[layer.path].size)
 
 
 def canonical(data: Any) -> bytes:
@@ -236,22 +159,47 @@ def canonical(data: Any) -> bytes:
     return json.dumps(data, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False).encode() + b"\n"
 
 
-def _check_layer(layer: Layer, kinds: int) -> None:
-    numbers = (layer.index, *(n for pair in layer.kinds for n in pair))
-    good = all(type(n) is int and n >= 0 for n in numbers) and layer.kinds
-    if not good or any(kind >= kinds or count == 0 for kind, count in layer.kinds):
-        raise FormatError(f"{C.MANIFEST}: layer {layer.index}: kinds are wrong")
-    _unique(f"layer {layer.index}: kind", [kind for kind, _ in layer.kinds])
-    if layer.experts > C.MAX_EXPERTS or layer.index >= C.MAX_LAYERS:
-        raise FormatError(f"{C.MANIFEST}: layer {layer.index}: {layer.experts} experts are over the cap")
+def _min_reader(data: dict[str, Any]) -> str:
+    """The version of flashpack that a newer pack asks for; readable in every version of the format."""
+    version = data.get("min_reader")
+    if not isinstance(version, str) or not re.fullmatch(r"\d{1,9}(\.\d{1,9}){1,3}", version, re.ASCII):
+        raise FormatError(f"{C.MANIFEST}: min_reader is not a version")
+    return version
 
 
-def _unique(what: str, names: list[Any]) -> None:
-    if len(set(names)) != len(names):
-        twice = next(n for n in names if names.count(n) > 1)
-        raise FormatError(f"{C.MANIFEST}: {what} {twice} stands twice")
+def _features(data: dict[str, Any], key: str) -> list[str]:
+    names = [fields.text({key: name}, key) for name in fields.items(data, key)]
+    if names != sorted(set(names)):
+        raise FormatError(f"{C.MANIFEST}: {key} are not sorted, or one stands twice")
+    return names
 
 
-def _check_digest(value: Any, what: str) -> None:
-    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
-        raise FormatError(f"{C.MANIFEST}: {what}: digest is not 64 hexadecimal digits")
+def _model(data: dict[str, Any]) -> dict[str, Any]:
+    model = fields.mapping(data.get("model"), "model")
+    schema = {key: fields.text(model, key) for key in _MODEL}["name_schema"]
+    if schema != C.NAME_SCHEMA:
+        raise VersionError(f"the schema of tensor names {schema!r} is unknown")
+    return model
+
+
+def _check_paths(paths: list[str]) -> None:
+    """Unique also where a file system ignores case; no file is another's folder."""
+    lower = [path.lower() for path in paths]
+    _unique("file", lower)
+    there = set(lower)
+    for path in lower:
+        parts = path.split("/")
+        if any("/".join(parts[:i]) in there for i in range(1, len(parts))):
+            raise FormatError(f"{C.MANIFEST}: {path} lies below a file")
+
+
+def _ordered(what: str, names: list[str]) -> None:
+    _unique(f"{what}:", names)
+    if names != sorted(names):
+        raise FormatError(f"{C.MANIFEST}: {what} are not sorted")
+
+
+def _unique(what: str, names: Iterable[Any]) -> None:
+    name, count = next(iter(Counter(names).most_common(1)), ("", 1))
+    if count > 1:
+        raise FormatError(f"{C.MANIFEST}: {what} {name} stands twice")

@@ -12,54 +12,112 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from flashpack.errors import FormatError, IntegrityError, NotAPackError
+from flashpack.errors import FormatError, IdentityError, IntegrityError, NotAPackError
+from flashpack.formats import codecs
 from flashpack.formats import constants as C
-from flashpack.formats.checksums import hexdigest
+from flashpack.formats.checksums import digest, hexdigest, hexdigest_of
 from flashpack.formats.dtypes import NUMPY
-from flashpack.formats.files import pread
-from flashpack.formats.header import Header, read_header
-from flashpack.formats.manifest import FileEntry, Layer, Manifest, TensorEntry
+from flashpack.formats.entries import FileEntry, Layer, TensorEntry
+from flashpack.formats.files import chunks, open_inside, pread
+from flashpack.formats.manifest import Manifest
 from flashpack.formats.records import RecordKind
-from flashpack.formats.shard import ShardLayout
 
 
 def read_manifest(folder: Path) -> tuple[Manifest, bytes]:
     """Read and check the manifest and its digest; returns it with its bytes."""
     path = folder / C.MANIFEST
+    raw = manifest_bytes(folder)
+    if digest_file_bytes(folder) != f"{hexdigest(raw)}\n".encode():
+        raise IntegrityError(
+            f"{path}: its digest {hexdigest(raw)} is not the one in {C.MANIFEST_DIGEST}; one of the two is damaged"
+        )
+    return Manifest.from_bytes(raw), raw
+
+
+def manifest_bytes(folder: Path) -> bytes:
+    """The bytes of the manifest; raises ``NotAPackError`` if there is none."""
+    path = folder / C.MANIFEST
     if not folder.is_dir():
         raise NotAPackError(f"{folder}: no such folder")
-    if not path.is_file():
+    try:
+        fd = open_inside(folder, C.MANIFEST)
+    except FileNotFoundError as e:
         if (folder / C.JOURNAL).exists():
-            raise NotAPackError(f"{folder}: an unfinished conversion; run the same convert command again to finish it")
-        raise NotAPackError(f"{folder}: not a pack: no {C.MANIFEST}; make one with 'flashpack convert'")
-    if path.stat().st_size > C.MAX_MANIFEST_BYTES:
-        raise FormatError(f"{path}: larger than {C.MAX_MANIFEST_BYTES} bytes")
-    raw = path.read_bytes()
-    manifest = Manifest.from_bytes(raw)
-    digest_path = folder / C.MANIFEST_DIGEST
-    expected = digest_path.read_bytes() if digest_path.is_file() else b""
-    if expected != f"{hexdigest(raw)}\n".encode():
-        raise IntegrityError(
-            f"{path}: its digest {hexdigest(raw)} is not the one in {C.MANIFEST_DIGEST}; the manifest is damaged"
-        )
-    return manifest, raw
+            raise NotAPackError(
+                f"{folder}: an unfinished conversion; run the same convert command again to finish it"
+            ) from e
+        raise NotAPackError(f"{folder}: not a pack: no {C.MANIFEST}; make one with 'flashpack convert'") from e
+    except OSError as e:
+        raise NotAPackError(f"{path}: cannot be opened as a plain file: {e.strerror}") from e
+    try:
+        size = os.fstat(fd).st_size
+        if size > C.MAX_MANIFEST_BYTES:
+            raise FormatError(f"{path}: larger than {C.MAX_MANIFEST_BYTES} bytes")
+        return bytes(pread(fd, size, 0, str(path)))
+    finally:
+        os.close(fd)
+
+
+def digest_file_bytes(folder: Path) -> bytes:
+    """The beginning of the file with the manifest's digest; empty if there is none."""
+    try:
+        fd = open_inside(folder, C.MANIFEST_DIGEST)
+    except OSError:
+        return b""
+    try:
+        return os.pread(fd, 2 * C.DIGEST_BYTES + 2, 0)
+    finally:
+        os.close(fd)
 
 
 class Pack:
-    """An open pack. Opening reads the manifest and checks that every file is there with its size."""
+    """An open pack. Opening reads the manifest and checks that every file is there with its size.
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    ``expect``: the identity the pack must have; any other pack is refused with ``IdentityError``.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], expect: str | None = None) -> None:
         self.folder = Path(folder)
         self.manifest, raw = read_manifest(self.folder)
         self.identity = hexdigest(raw)
-        self.files: dict[str, FileEntry] = {f.path: f for f in self.manifest.files}
+        check_identity(self.folder, self.identity, expect)
+        self.files: dict[str, FileEntry] = self.manifest.by_path
         for entry in self.manifest.files:
-            path = self.folder / entry.path
-            size = path.stat().st_size if path.is_file() else None
+            fd = self.open(entry.path)
+            size = os.fstat(fd).st_size
+            os.close(fd)
             if size != entry.size:
-                found = "is missing" if size is None else f"has {size} bytes, not {entry.size}"
-                raise IntegrityError(f"{path}: {found}; run 'flashpack verify {self.folder}' to see all damage")
+                raise self._damaged(entry.path, f"has {size} bytes, not {entry.size}")
         self._maps: dict[str, mmap.mmap] = {}
+
+    def open(self, path: str, flags: int = 0) -> int:
+        """A descriptor of a file of the pack, for reading; never one outside it."""
+        try:
+            return open_inside(self.folder, path, flags)
+        except FileNotFoundError as e:
+            raise self._damaged(path, "is missing") from e
+        except OSError as e:
+            raise self._damaged(path, f"cannot be opened as a plain file ({e.strerror})") from e
+
+    def _damaged(self, path: str, what: str) -> IntegrityError:
+        return IntegrityError(f"{self.folder / path}: {what}; run 'flashpack verify {self.folder}' to see all damage")
+
+    def check_copies(self) -> None:
+        """Compare the copied files (config, tokenizer, ...) with their digests, and refuse files nobody listed.
+
+        Libraries read these by name, so all that they could find must be what the manifest says.
+        """
+        for entry in self.manifest.files:
+            if entry.role == "copy":
+                fd = self.open(entry.path)
+                try:
+                    found = hexdigest_of(chunks(fd, 0, entry.size, entry.path))
+                finally:
+                    os.close(fd)
+                if found != entry.digests["file"]:
+                    raise self._damaged(entry.path, "is damaged")
+        for path in unlisted(self.folder, self.manifest):
+            raise FormatError(f"{self.folder / path}: not listed in the manifest; remove it, it is no part of the pack")
 
     def layer(self, index: int) -> Layer:
         """The MoE layer with this index."""
@@ -67,7 +125,7 @@ class Pack:
 
     def open_shard(self, layer: Layer) -> Shard:
         """Open a layer's shard for reading; checks its header against the manifest."""
-        return Shard(self.folder, layer, self.manifest.record_kinds, self.files[layer.path])
+        return Shard(self, layer)
 
     @cached_property
     def tensors(self) -> dict[str, TensorEntry]:
@@ -81,9 +139,12 @@ class Pack:
         """
         entry = self.tensors[name]
         if entry.path not in self._maps:
-            with open(self.folder / entry.path, "rb") as f:
-                check_header(f.fileno(), self.files[entry.path], str(self.folder / entry.path))
-                self._maps[entry.path] = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ)
+            fd = self.open(entry.path)
+            try:
+                check_header(fd, self.manifest.dense_layout(entry.path)[0], self.files[entry.path], self.folder)
+                self._maps[entry.path] = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+            finally:
+                os.close(fd)
         count = entry.nbytes // np.dtype(NUMPY[entry.dtype]).itemsize
         flat = np.frombuffer(self._maps[entry.path], NUMPY[entry.dtype], count, entry.offset)
         return flat.reshape(entry.shape)
@@ -95,7 +156,7 @@ class Pack:
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of all expert records, padding included."""
+        """Bytes of all expert records, padding included, as they lie in memory."""
         kinds = self.manifest.record_kinds
         return sum(count * kinds[k].stride for layer in self.manifest.layers for k, count in layer.kinds)
 
@@ -103,32 +164,42 @@ class Pack:
 class Shard:
     """One layer's experts, open for positional reads."""
 
-    def __init__(self, folder: Path, layer: Layer, kinds: tuple[RecordKind, ...], entry: FileEntry) -> None:
-        self.layout = ShardLayout(layer, kinds)
-        self.path = folder / layer.path
-        self.fd = os.open(self.path, os.O_RDONLY)
+    def __init__(self, pack: Pack, layer: Layer) -> None:
+        self.layout = pack.manifest.shard_layout(layer)
+        self.path = pack.folder / layer.path
+        entry = pack.files[layer.path]
+        self.fd = pack.open(layer.path)
         try:
-            header = check_header(self.fd, entry, str(self.path))
-            if header != self.layout.built[1]:
-                raise FormatError(f"{self.path}: its header does not follow from the manifest")
-            tail = bytes(pread(self.fd, header.size - self.layout.tail, self.layout.tail, str(self.path)))
+            check_header(self.fd, self.layout.header_bytes, entry, pack.folder)
+            tail = bytes(pread(self.fd, self.layout.tail_bytes, self.layout.tail, str(self.path)))
             if hexdigest(tail) != entry.digests["tail"]:
-                raise IntegrityError(f"{self.path}: the digest table is damaged; run 'flashpack verify'")
-            self.table = self.layout.table(tail)
+                raise IntegrityError(f"{self.path}: the digest table is damaged; run 'flashpack verify {pack.folder}'")
+            self.tail = self.layout.parse_tail(tail)
         except BaseException:
             os.close(self.fd)
             raise
-        start = len(tail) - layer.experts * C.DIGEST_BYTES
-        self.digests = [tail[start + C.DIGEST_BYTES * e :][: C.DIGEST_BYTES] for e in range(layer.experts)]
 
     def kind(self, expert: int) -> RecordKind:
         """The record kind of ``expert``."""
-        return self.layout.kinds[int(self.table[expert, 0])]
+        return self.layout.kinds[int(self.tail.table[expert, 0])]
 
     def extent(self, expert: int) -> tuple[int, int]:
-        """(offset, stride) of the record of ``expert`` in the file."""
-        kind, row = map(int, self.table[expert])
-        return self.layout.extent(kind, row)
+        """(offset, bytes) of the stored record of ``expert``: whole pages, to be read at once."""
+        return self.tail.offsets[expert], self.tail.spans[expert]
+
+    @property
+    def compressed(self) -> bool:
+        """Whether stored records must be decoded."""
+        return self.layout.layer.codec != "raw"
+
+    def intact(self, expert: int, stored: memoryview) -> bool:
+        """Whether the bytes of the extent are those that were written."""
+        return digest(stored) == self.tail.digests[expert]
+
+    def decode(self, expert: int, stored: memoryview, record: memoryview) -> None:
+        """Fill ``record`` (stride bytes) from the bytes of the extent; check them with ``intact`` before."""
+        what = f"{self.path}: layer {self.layout.layer.index}, expert {expert}"
+        codecs.decode(stored[: self.tail.sizes[expert]], record, what)
 
     def close(self) -> None:
         os.close(self.fd)
@@ -142,10 +213,29 @@ class Shard:
         self.close()
 
 
-def check_header(fd: int, entry: FileEntry, what: str) -> Header:
-    """Read a pack file's header and compare its bytes with the manifest's digest."""
-    header = read_header(fd, what)
-    found = hexdigest(pread(fd, header.data_start, 0, what))
-    if found != entry.digests["header"]:
-        raise IntegrityError(f"{what}: the header is damaged: digest {found}, expected {entry.digests['header']}")
-    return header
+def check_header(fd: int, expected: bytes, entry: FileEntry, folder: Path) -> None:
+    """A large file must begin with the header that follows from the manifest."""
+    what = f"{folder / entry.path}"
+    if bytes(pread(fd, len(expected), 0, what)) != expected:
+        raise IntegrityError(f"{what}: the header is damaged; run 'flashpack verify {folder}' to see all damage")
+
+
+def check_identity(folder: Path, identity: str, expect: str | None) -> None:
+    """Refuse a pack that is not the one its user wants."""
+    if expect is not None and identity != expect.strip().lower():
+        raise IdentityError(f"{folder}: its identity is {identity}, not the expected {expect}: another pack")
+
+
+def unlisted(folder: Path, manifest: Manifest) -> list[str]:
+    """Files in the folder that the manifest does not know, except hidden ones (systems leave them) and the journal."""
+    known = {*manifest.by_path, C.MANIFEST, C.MANIFEST_DIGEST, C.JOURNAL}
+    found = []
+    for at, folders, names in os.walk(folder):
+        # A link to a folder is not entered: what lies there is not in the pack, but the link itself is odd.
+        links = [f for f in folders if (Path(at) / f).is_symlink()]
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        for name in (*names, *links):
+            path = (Path(at) / name).relative_to(folder).as_posix()
+            if path not in known and not name.startswith("."):
+                found.append(path)
+    return sorted(found)

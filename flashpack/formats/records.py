@@ -9,6 +9,7 @@ from typing import Any
 
 from flashpack.errors import FormatError, VersionError
 from flashpack.formats import constants as C
+from flashpack.formats import fields
 from flashpack.formats.dtypes import ITEMSIZE
 
 PROJECTIONS = ("gate", "up", "down")
@@ -42,7 +43,7 @@ class Encoding:
         elif self.name == "affine":
             good = self.dtype in C.SCALE_DTYPES and self.bits in C.AFFINE_BITS and self.group_size in C.GROUP_SIZES
         else:
-            raise VersionError(f"encoding {self.name!r} is unknown to this version; update flashpack")
+            raise VersionError(f"encoding {self.name!r} is unknown")
         if not good:
             raise FormatError(f"encoding {self!r} has a parameter out of range")
 
@@ -78,10 +79,13 @@ class Encoding:
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Encoding:
-        if data.get("name") == "affine":
-            return cls("affine", data["scale_dtype"], data["bits"], data["group_size"])
-        return cls(data["name"], data.get("dtype", ""))
+    def from_json(cls, data: Any) -> Encoding:
+        data = fields.mapping(data, "an encoding")
+        name = fields.text(data, "name")
+        if name == "affine":
+            bits, group_size = fields.integer(data, "bits"), fields.integer(data, "group_size")
+            return cls(name, fields.text(data, "scale_dtype"), bits, group_size)
+        return cls(name, fields.text(data, "dtype") if name == "raw" else "")
 
     def __str__(self) -> str:
         return f"{self.bits}-bit g{self.group_size}" if self.quantized else self.dtype.lower()
@@ -119,7 +123,7 @@ class RecordKind:
     def __post_init__(self) -> None:
         names = tuple(p.name for p in self.projections)
         if names not in (PROJECTIONS, PROJECTIONS[1:]):
-            raise FormatError(f"a record holds gate, up, down or up, down; not {', '.join(names)}")
+            raise FormatError(f"a record holds gate, up, down or up, down; not {', '.join(names[:4])}")
 
     @cached_property
     def sections(self) -> tuple[Section, ...]:
@@ -169,19 +173,19 @@ class RecordKind:
         }
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> RecordKind:
+    def from_json(cls, data: Any) -> RecordKind:
+        data = fields.mapping(data, "an entry of record_kinds")
+        rows = [fields.mapping(p, "an entry of projections") for p in fields.items(data, "projections")]
         kind = cls(
             tuple(
-                Projection(p["name"], (p["shape"][0], p["shape"][1]), Encoding.from_json(p["encoding"]))
-                for p in data["projections"]
+                Projection(fields.text(p, "name"), fields.matrix_shape(p), Encoding.from_json(p.get("encoding")))
+                for p in rows
             )
         )
-        if any(n <= 0 for p in kind.projections for n in p.shape):
-            raise FormatError("a record kind has an empty matrix")
-        known = kind.to_json()
-        for key in ("sections", "nbytes", "stride"):
-            if data[key] != known[key]:
-                raise FormatError(f"record kind: {key} do not follow from the projections")
         if kind.stride > C.MAX_RECORD_BYTES:
             raise FormatError(f"record kind: stride {kind.stride} is over the cap {C.MAX_RECORD_BYTES}")
+        known = kind.to_json()
+        for key in ("sections", "nbytes", "stride"):
+            if data.get(key) != known[key]:
+                raise FormatError(f"record kind: {key} do not follow from the projections")
         return kind

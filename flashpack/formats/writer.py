@@ -16,48 +16,47 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashpack.errors import FormatError
+from flashpack.formats import codecs
 from flashpack.formats import constants as C
 from flashpack.formats.checksums import Hasher, digest, hasher, hexdigest
 from flashpack.formats.dtypes import ITEMSIZE
-from flashpack.formats.files import output_errors, pwrite, sync, sync_folder, write_durably
-from flashpack.formats.header import TensorSpec, build_header
-from flashpack.formats.manifest import FileEntry, Layer, Manifest, TensorEntry
-from flashpack.formats.records import RecordKind
-from flashpack.formats.shard import ShardLayout
+from flashpack.formats.entries import FileEntry, Layer, TensorEntry
+from flashpack.formats.files import create, output_errors, pwrite, replace, resize, sync, write_durably
+from flashpack.formats.header import TensorSpec
+from flashpack.formats.layout import ShardLayout, dense_header
+from flashpack.formats.manifest import Manifest
+from flashpack.formats.records import RecordKind, align
 
 
 class _PackFile:
     """A file of the pack under construction: ``path.part`` until ``_publish`` renames it."""
 
-    def __init__(self, pack: Path, path: str, header: bytes, size: int) -> None:
+    def __init__(self, pack: Path, path: str) -> None:
         self.path = path
-        self.size = size
-        self._header = header
         self._final = pack / path
         self._partial = self._final.with_name(self._final.name + C.PARTIAL_SUFFIX)
         with output_errors(self._final):
-            self._partial.parent.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            self._fd = create(self._partial)
         self._open = True
-        self._write(header, 0)
-        with output_errors(self._final):
-            os.ftruncate(self._fd, size)
 
     def _write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         with output_errors(self._final):
             pwrite(self._fd, data, offset)
 
+    def _resize(self, size: int) -> None:
+        with output_errors(self._final):
+            resize(self._fd, size)
+
     def _publish(self) -> None:
         with output_errors(self._final):
             sync(self._fd)
             self._close()
-            os.replace(self._partial, self._final)
-            sync_folder(self._final.parent)
+            replace(self._partial, self._final)
 
     def _close(self) -> None:
         if self._open:
-            os.close(self._fd)
             self._open = False
+            os.close(self._fd)
 
     def __enter__(self) -> Self:
         return self
@@ -69,52 +68,91 @@ class _PackFile:
         self._close()
 
 
-class ShardWriter(_PackFile):
-    """Writes the experts of one layer, in any order, then ``finish``.
+class RecordDigests:
+    """What a shard's writer learns from its records, in the order of experts; writes nothing itself.
 
     ``table``: uint32 [experts, 2] rows (kind, row), needed where experts differ in their record kind.
     """
 
-    def __init__(
-        self, pack: Path, layer: Layer, kinds: Sequence[RecordKind], table: NDArray[np.uint32] | None = None
-    ) -> None:
+    def __init__(self, layer: Layer, kinds: Sequence[RecordKind], table: NDArray[np.uint32] | None = None) -> None:
         self.layout = ShardLayout(layer, tuple(kinds))
         self._table = self.layout.default_table() if table is None else table
         self.layout.check_table(self._table)
-        self._digests: list[bytes | None] = [None] * layer.experts
-        super().__init__(pack, layer.path, self.layout.header_bytes, self.layout.size)
+        self._sizes: list[int] = []
+        self._frames = 0
+        self._digests: list[bytes] = []
+        self._contents: list[bytes] = []
+
+    def add(self, expert: int, record: memoryview) -> tuple[int, bytes | memoryview]:
+        """Take one record (``stride`` bytes, padding included); returns where and what is stored of it."""
+        layout = self.layout
+        if expert != len(self._digests) or expert >= layout.layer.experts:
+            raise FormatError(f"{layout.layer.path}: expert {expert}: records come once each, in order")
+        kind, row = map(int, self._table[expert])
+        if len(record) != layout.stride(kind):
+            raise FormatError(f"{layout.layer.path}: expert {expert}: {len(record)} bytes, not {layout.stride(kind)}")
+        self._contents.append(digest(record))
+        if layout.layer.codec == "raw":
+            self._digests.append(self._contents[-1])
+            return layout.record_offsets[kind] + row * len(record), record
+        frame = codecs.compress(record)
+        offset = len(layout.header_bytes) + self._frames
+        stored = bytes(frame).ljust(align(len(frame), C.PAGE), b"\0")
+        self._sizes.append(len(frame))
+        self._frames += len(stored)
+        self._digests.append(digest(stored))
+        return offset, stored
+
+    def finish(self) -> tuple[ShardLayout, bytes, FileEntry]:
+        """The final layout, the bytes behind the records, and the shard's row of the manifest."""
+        layer = self.layout.layer
+        if len(self._digests) != layer.experts:
+            raise FormatError(f"{layer.path}: expert {len(self._digests)} was never written")
+        tail = self._table.astype("<u4").tobytes() if layer.mixed else b""
+        if layer.codec != "raw":
+            tail += np.array(self._sizes, "<u4").tobytes() + b"".join(self._contents)
+        tail += b"".join(self._digests)
+        layout = ShardLayout(layer, self.layout.kinds, self._frames)
+        digests = {"header": hexdigest(layout.header_bytes), "tail": hexdigest(tail)}
+        return layout, tail, FileEntry(layer.path, "experts", layout.size, digests)
+
+
+class ShardWriter(_PackFile):
+    """Writes the experts of one layer, in order, then ``finish``."""
+
+    def __init__(
+        self, pack: Path, layer: Layer, kinds: Sequence[RecordKind], table: NDArray[np.uint32] | None = None
+    ) -> None:
+        self._records = RecordDigests(layer, kinds, table)
+        super().__init__(pack, layer.path)
+        if layer.codec == "raw":
+            self._resize(self._records.layout.size)  # a size limit shows at once, not after an hour
 
     def write(self, expert: int, record: memoryview) -> None:
-        """Write one record: exactly ``stride`` bytes, padding included."""
-        offset, stride = self.layout.extent(*map(int, self._table[expert]))
-        if len(record) != stride or self._digests[expert] is not None:
-            raise FormatError(f"{self.path}: expert {expert}: written twice, or {len(record)} bytes not {stride}")
-        self._digests[expert] = digest(record)
-        self._write(record, offset)
+        """Write the record of the next expert: exactly ``stride`` bytes, padding included."""
+        offset, stored = self._records.add(expert, record)
+        self._write(stored, offset)
 
     def finish(self) -> FileEntry:
-        """Write the digests, make the file durable and give it its name."""
-        missing = [e for e, d in enumerate(self._digests) if d is None]
-        if missing:
-            raise FormatError(f"{self.path}: expert {missing[0]} was never written")
-        tail = b"".join(d for d in self._digests if d is not None)
-        if self.layout.mixed:
-            tail = self._table.tobytes() + tail
-        self._write(tail, self.layout.tail)
+        """Write header and tail, make the file durable and give it its name."""
+        layout, tail, entry = self._records.finish()
+        self._write(layout.header_bytes, 0)
+        self._write(tail, layout.tail)
         self._publish()
-        digests = {"header": hexdigest(self._header), "tail": hexdigest(tail)}
-        return FileEntry(self.path, "experts", self.size, digests)
+        return entry
 
 
 class DenseWriter(_PackFile):
     """Writes one file of dense tensors; each tensor may arrive in pieces, in order."""
 
     def __init__(self, pack: Path, path: str, specs: Sequence[TensorSpec]) -> None:
-        header_bytes, self._layout = build_header(list(specs), {"flashpack": "dense"}, path)
+        self._header, self._layout = dense_header(specs, path)
         self._tensors = {t.name: t for t in self._layout.tensors if not t.hidden}
         self._hashers: dict[str, Hasher] = {name: hasher() for name in self._tensors}
         self._done = dict.fromkeys(self._tensors, 0)
-        super().__init__(pack, path, header_bytes, self._layout.size)
+        super().__init__(pack, path)
+        self._write(self._header, 0)
+        self._resize(self._layout.size)
 
     def append(self, name: str, data: memoryview) -> None:
         """Write the next bytes of tensor ``name``."""
@@ -136,7 +174,7 @@ class DenseWriter(_PackFile):
             TensorEntry(t.name, self.path, t.dtype, t.shape, t.offset, self._hashers[t.name].hexdigest())
             for t in self._tensors.values()
         ]
-        return FileEntry(self.path, "dense", self.size, {"header": hexdigest(self._header)}), entries
+        return FileEntry(self.path, "dense", self._layout.size, {"header": hexdigest(self._header)}), entries
 
 
 class RecordBuffer:
@@ -154,7 +192,6 @@ class RecordBuffer:
 
 def write_copy(pack: Path, path: str, data: bytes) -> FileEntry:
     """Write a small file that is copied through (config, tokenizer, ...)."""
-    (pack / path).parent.mkdir(parents=True, exist_ok=True)
     write_durably(pack / path, data, C.PARTIAL_SUFFIX)
     return FileEntry(path, "copy", len(data), {"file": hexdigest(data)})
 
@@ -162,10 +199,16 @@ def write_copy(pack: Path, path: str, data: bytes) -> FileEntry:
 def commit(pack: Path, manifest: Manifest) -> str:
     """Make the pack: first the identity file, then the manifest by atomic rename, the commit point.
 
-    Returns the identity.
+    What a reader would refuse is not written. Returns the identity.
     """
-    manifest.validate()
-    identity = manifest.identity
+    raw = manifest.to_bytes()
+    Manifest.from_bytes(raw)
+    return commit_bytes(pack, raw)
+
+
+def commit_bytes(pack: Path, manifest: bytes) -> str:
+    """``commit`` for the bytes of a manifest that has been checked."""
+    identity = hexdigest(manifest)
     write_durably(pack / C.MANIFEST_DIGEST, f"{identity}\n".encode(), C.PARTIAL_SUFFIX)
-    write_durably(pack / C.MANIFEST, manifest.to_bytes(), C.PARTIAL_SUFFIX)
+    write_durably(pack / C.MANIFEST, manifest, C.PARTIAL_SUFFIX)
     return identity

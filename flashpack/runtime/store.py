@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -19,8 +20,8 @@ import torch
 
 from flashpack.errors import IntegrityError
 from flashpack.formats import Pack
-from flashpack.formats.files import pread_into
-from flashpack.formats.manifest import Layer
+from flashpack.formats.entries import Layer
+from flashpack.formats.files import open_inside, pread_into
 from flashpack.kernels import Kernels, RecordView
 from flashpack.runtime.cache import Key, LruCache
 from flashpack.runtime.stats import LayerStats, StoreStats
@@ -28,15 +29,30 @@ from flashpack.runtime.stats import LayerStats, StoreStats
 READ_THREADS = 8
 """Reads in flight. A drive reaches its rate only with several large reads queued."""
 
+CHECKS = ("first", "always", "never")
+"""When a record is compared with its digest: when it is first read, at every read, or not at all."""
+
+
+def scratch_bytes(pack: Pack) -> int:
+    """Memory the readers of a compressed pack need for stored records before they are decoded."""
+    layers = pack.manifest.layers
+    strides = [pack.manifest.record_kinds[k].stride for x in layers if x.codec != "raw" for k, _ in x.kinds]
+    return READ_THREADS * max(strides, default=0)
+
 
 class ExpertStore:
     """Experts of an open pack, in memory as far as the arena goes.
 
-    ``slots``: number of records of each stride that the arena holds (``Budget.slots``).
+    ``slots``: number of records of each stride that the arena holds (``Budget.slots``). ``check``: one of
+    ``CHECKS``; a record that fails never reaches a kernel, and its read raises ``IntegrityError``.
     """
 
-    def __init__(self, pack: Pack, kernels: Kernels, slots: dict[int, int]) -> None:
+    def __init__(self, pack: Pack, kernels: Kernels, slots: dict[int, int], check: str = "first") -> None:
+        self._pack = pack
         self._kernels = kernels
+        self._check = check
+        self._checked: set[Key] = set()
+        self._scratch = threading.local()
         self._shards = {layer.index: pack.open_shard(layer) for layer in pack.manifest.layers}
         size = sum(stride * count for stride, count in slots.items())
         # Private anonymous memory: page-aligned, as direct reads need it, and given back when the store is closed.
@@ -84,7 +100,7 @@ class ExpertStore:
                 begun = time.perf_counter()
                 future.result()
                 stats.wait_seconds += time.perf_counter() - begun
-                stats.bytes_read += shard.kind(e).stride
+                stats.bytes_read += shard.extent(e)[1]
                 yield e, self._view(layer, e, slot)
                 reading.popleft()
                 self._cache(layer, e).release((layer, e))
@@ -124,13 +140,35 @@ class ExpertStore:
     def _read(self, key: Key, slot: int) -> None:
         layer, expert = key
         shard = self._shards[layer]
-        offset, stride = shard.extent(expert)
+        offset, size = shard.extent(expert)
+        record = self._bytes[slot : slot + shard.kind(expert).stride]
+        # A frame is decoded from a buffer of its reader into the slot; a plain record is read where it will be used.
+        stored = self._buffer()[:size] if shard.compressed else record
         try:
-            pread_into(self._fds[layer], self._bytes[slot : slot + stride], offset, str(shard.path))
+            pread_into(self._fds[layer], stored, offset, str(shard.path))
         except OSError as e:
-            raise IntegrityError(
-                f"{shard.path}: layer {layer}, expert {expert}: reading at byte {offset} failed: {e.strerror}"
-            ) from e
+            raise self._damaged(key, f"reading at byte {offset} failed: {e.strerror}") from e
+        if self._check == "always" or (self._check == "first" and key not in self._checked):
+            if not shard.intact(expert, stored):
+                raise self._damaged(key, f"the record at byte {offset} is damaged")
+            self._checked.add(key)
+        if shard.compressed:
+            shard.decode(expert, stored, record)
+
+    def _buffer(self) -> memoryview:
+        """This thread's page-aligned memory for a stored record, as direct reads need it."""
+        if not hasattr(self._scratch, "buffer"):
+            self._scratch.buffer = memoryview(mmap.mmap(-1, scratch_bytes(self._pack) // READ_THREADS))
+        buffer: memoryview = self._scratch.buffer
+        return buffer
+
+    def _damaged(self, key: Key, what: str) -> IntegrityError:
+        layer, expert = key
+        folder = self._pack.folder
+        return IntegrityError(
+            f"{self._shards[layer].path}: layer {layer}, expert {expert}: {what}; "
+            f"repair it with 'flashpack repair {folder} --from COPY_OR_SOURCE'"
+        )
 
     def _view(self, layer: int, expert: int, slot: int) -> RecordView:
         kind = self._shards[layer].kind(expert)
@@ -165,7 +203,7 @@ def _open_all(pack: Pack, flags: int) -> dict[int, int]:
     layers: tuple[Layer, ...] = pack.manifest.layers
     try:
         for layer in layers:
-            fds[layer.index] = os.open(pack.folder / layer.path, os.O_RDONLY | flags)
+            fds[layer.index] = open_inside(pack.folder, layer.path, flags)
     except OSError:
         for fd in fds.values():
             os.close(fd)
