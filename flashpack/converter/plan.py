@@ -36,8 +36,11 @@ class Options:
     experts: str = "auto"
     dense: str = "auto"
     group_size: int = 64
+    codec: str = "raw"
 
     def __post_init__(self) -> None:
+        if self.codec not in C.CODECS:
+            raise UsageError(f"--codec {self.codec}: choose from {', '.join(C.CODECS)}")
         if self.experts not in EXPERT_CHOICES:
             raise UsageError(f"--experts {self.experts}: choose from {', '.join(EXPERT_CHOICES)}")
         if self.dense not in DENSE_CHOICES:
@@ -63,13 +66,17 @@ class DensePlan:
     source: SourceTensor
     encoding: Encoding
 
+    def tensor_names(self) -> dict[str, str]:
+        """Part -> name of the stored tensor."""
+        if not self.encoding.quantized:
+            return {"weight": self.name}
+        return Matrix(self.name, (self.source.shape[0], self.source.shape[1]), self.encoding).tensor_names()
+
     def specs(self) -> list[TensorSpec]:
-        shape = self.source.shape
-        arrays = self.encoding.parts(shape)
-        names = {"weight": self.name}
-        if self.encoding.quantized:
-            names = Matrix(self.name, (shape[0], shape[1]), self.encoding).tensor_names()
-        return [dense_spec(names[part], dtype, part_shape) for part, (dtype, part_shape) in arrays.items()]
+        """The stored tensors, in order."""
+        names = self.tensor_names()
+        parts = self.encoding.parts(self.source.shape)
+        return [dense_spec(names[part], dtype, shape) for part, (dtype, shape) in parts.items()]
 
 
 @dataclass
@@ -92,9 +99,9 @@ class Plan:
         return [t for tensors in self.dense_files.values() for t in tensors]
 
     def file_sizes(self) -> dict[str, int]:
-        """Size of every file the conversion writes, except the manifest. Bytes."""
+        """Size of every file the conversion writes, except the manifest; an upper bound if compressed. Bytes."""
         kinds = tuple(self.kinds)
-        sizes = {p.layer.path: ShardLayout(p.layer, kinds).size for p in self.layers}
+        sizes = {p.layer.path: ShardLayout.largest(p.layer, kinds).size for p in self.layers}
         for path, tensors in self.dense_files.items():
             specs = [s for t in tensors for s in t.specs()]
             sizes[path] = dense_header(specs, path)[1].size
@@ -180,6 +187,7 @@ def _plan_layer(plan: Plan, site: ExpertsModule, sources: dict[str, ExpertSource
         site.name,
         f"{C.EXPERTS_FOLDER}/layer-{site.layer:04}.safetensors",
         ((plan.kinds.index(kind), site.num_experts),),
+        plan.options.codec,
     )
     plan.layers.append(LayerPlan(layer, kind, sources))
 

@@ -81,6 +81,12 @@ class ShardLayout:
             raise FormatError(f"{C.MANIFEST}: {layer.path}: {size} bytes do not follow from its experts")
         return layout
 
+    @classmethod
+    def largest(cls, layer: Layer, kinds: tuple[RecordKind, ...]) -> ShardLayout:
+        """The layout if no record can be compressed."""
+        frames = sum(count * kinds[kind].stride for kind, count in layer.kinds)
+        return cls(layer, kinds, 0 if layer.codec == "raw" else frames)
+
     @cached_property
     def specs(self) -> list[TensorSpec]:
         experts = self.layer.experts

@@ -1,0 +1,50 @@
+"""From a plan's sources to stored bytes: one expert's record, one dense tensor. Writing and checking share these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from flashpack.converter.plan import DensePlan, LayerPlan
+from flashpack.converter.quantize import Error, SourceFiles, encode_blocks, is_copy
+from flashpack.formats.writer import RecordBuffer
+
+
+def encode_record(
+    files: SourceFiles, plan: LayerPlan, expert: int, buffer: RecordBuffer, advance: Callable[[int], object]
+) -> list[float]:
+    """Fill ``buffer`` with the record of ``expert``; returns the relative error of each matrix that was quantized.
+
+    ``advance`` is called with the source bytes of each matrix.
+    """
+    relative = []
+    record = buffer.data.data
+    for projection in plan.kind.projections:
+        source = plan.sources[projection.name].matrix(expert)
+        if is_copy(source, projection.encoding):
+            for section in plan.kind.sections:
+                role, part = section.name.split(".")
+                if role == projection.name:
+                    files.read_into(source.parts[part], record[section.offset : section.offset + section.nbytes])
+        else:
+            error = Error()
+            for start, rows, arrays in encode_blocks(files, source, projection.encoding, error):
+                for part, array in arrays.items():
+                    buffer.sections[f"{projection.name}.{part}"][start : start + rows] = unsigned(array)
+            relative.append(error.relative())
+        advance(sum(p.nbytes for p in source.parts.values()))
+    return relative
+
+
+def encode_dense(files: SourceFiles, plan: DensePlan, error: Error) -> Iterator[tuple[str, memoryview]]:
+    """The stored tensors of a dense tensor or matrix, block by block: (tensor name, its next bytes)."""
+    names = plan.tensor_names()
+    for _, _, arrays in encode_blocks(files, plan.source.flat(), plan.encoding, error):
+        for part, array in arrays.items():
+            yield names[part], unsigned(array).data.cast("B")
+
+
+def unsigned(array: np.ndarray) -> np.ndarray:
+    """The same bytes as unsigned integers, so that assignment copies bits and never converts."""
+    return np.ascontiguousarray(array).view(f"<u{array.dtype.itemsize}")
