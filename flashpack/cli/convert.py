@@ -114,6 +114,7 @@ def _print_report(report: Report) -> None:
             print(f"    {e.path:<40} {e.largest:.4f}  {e.mean:.4f}")
     if report.dropped:
         print(f"  {len(report.dropped)} tensors of the source are no part of the language model (--dry-run lists them)")
-    rate = report.source_bytes / report.seconds
-    print(f"  {report.seconds:.1f} s, {gb(rate)} of source per second")
+    done = report.source_bytes - report.resumed_bytes
+    rate = f", {gb(done / report.seconds)} of source per second" if done and report.seconds > 0 else ""
+    print(f"  {report.seconds:.1f} s{rate}")
     print(f"  identity {report.identity}")

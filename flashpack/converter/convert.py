@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from flashpack.converter.execute import Progress, default_workers, execute
-from flashpack.converter.journal import Journal
+from flashpack.converter.execute import Progress, default_workers, execute, resume
+from flashpack.converter.journal import Journal, check_folder
 from flashpack.converter.mlx import is_mlx, read_mlx
 from flashpack.converter.names import Bindings, bind
 from flashpack.converter.plan import Options, Plan, bits_per_weight, make_plan
@@ -23,7 +23,7 @@ from flashpack.converter.report import LayerError, Report
 from flashpack.converter.source import Checkpoint, Extent, SourceTensor, open_checkpoint, plain_tensor
 from flashpack.errors import OutputError, SourceError, UnsupportedError
 from flashpack.formats import constants as C
-from flashpack.formats.files import sync_folder
+from flashpack.formats.files import output_errors
 from flashpack.skeleton import build, find_experts, read_config, tied_names
 from flashpack.version import __version__
 
@@ -63,18 +63,25 @@ def convert(
     begun = time.monotonic()
     work = plan(src, Options(experts, dense, group_size))
     target = Path(out) if out is not None else default_out(src)
-    sizes, source_bytes = work.file_sizes(), work.source_bytes()
-    _prepare(target, overwrite)
-    _check_space(target, sum(size for path, size in sizes.items() if not (target / path).exists()))
-    journal = _open_journal(target, work)
+    source_bytes = work.source_bytes()
+    with output_errors(target):
+        check_folder(target, overwrite)
+        _check_space(target, work.file_sizes(), overwrite)
+    journal = Journal(target, _start(work), overwrite)
     try:
-        resumed = len(journal.done)
+        finished = resume(work, target, journal)
+        work.notices += journal.notices
+        resumed_bytes = sum(source_bytes[path] for path in finished)
         if on_plan:
-            on_plan(work, sum(source_bytes[path] for path in journal.done))
+            on_plan(work, resumed_bytes)
         identity, outcomes = execute(
-            work, target, journal, progress or (lambda count: None), workers or default_workers()
+            work, target, journal, finished, progress or (lambda count: None), workers or default_workers()
         )
+        pack_bytes = sum(o.file.size for o in outcomes.values()) + (target / C.MANIFEST).stat().st_size
         journal.remove()
+    except OSError:
+        journal.check()
+        raise
     finally:
         journal.close()
     errors = [LayerError(path, o.errors["max"], o.errors["mean"]) for path, o in sorted(outcomes.items()) if o.errors]
@@ -85,7 +92,7 @@ def convert(
         pack=str(target),
         identity=identity,
         source_bytes=sum(source_bytes.values()),
-        pack_bytes=sum(by_role.values()) + (target / C.MANIFEST).stat().st_size,
+        pack_bytes=pack_bytes,
         expert_bytes=by_role.get("experts", 0),
         dense_bytes=by_role.get("dense", 0),
         expert_bits=bits_per_weight(
@@ -93,7 +100,8 @@ def convert(
         ),
         dense_bits=bits_per_weight([(math.prod(t.source.shape), t.encoding) for t in work.dense()]),
         seconds=time.monotonic() - begun,
-        resumed_files=resumed,
+        resumed_files=len(finished),
+        resumed_bytes=resumed_bytes,
         errors=errors,
         notices=work.notices,
         dropped=work.dropped,
@@ -137,44 +145,25 @@ def _same_bytes(files: SourceFiles, a: Extent, b: Extent) -> bool:
     return all(np.array_equal(files.read(a.take(*block)), files.read(b.take(*block))) for block in blocks)
 
 
-def _prepare(target: Path, overwrite: bool) -> None:
-    """Make sure ``target`` is absent, empty, or an unfinished conversion."""
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"{target}: exists and is not a folder")
-    if overwrite and target.is_dir():
-        if any(target.iterdir()) and not any((target / n).exists() for n in (C.MANIFEST, C.JOURNAL)):
-            raise OutputError(f"{target}: --overwrite replaces packs only, and this folder is not one")
-        # The manifest first: what is left of a pack without it never opens.
-        for name in (C.MANIFEST, C.JOURNAL):
-            (target / name).unlink(missing_ok=True)
-        shutil.rmtree(target)
-    if (target / C.MANIFEST).exists():
-        raise OutputError(f"{target}: holds a finished pack; use --overwrite to replace it")
-    if target.is_dir() and any(target.iterdir()) and not (target / C.JOURNAL).exists():
-        raise OutputError(f"{target}: the folder is not empty; choose another or empty it")
-
-
-def _open_journal(target: Path, work: Plan) -> Journal:
-    new = not target.exists()
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        if new:
-            sync_folder(target.parent)
-    except OSError as e:
-        raise OutputError(f"{target}: cannot be created: {e.strerror}") from e
-    start = {
+def _start(work: Plan) -> dict[str, Any]:
+    """What a conversion is of: all of this must be the same for one that continues it."""
+    return {
         "flashpack": __version__,
         "format": C.VERSION,
         "source": work.checkpoint.fingerprint,
         "model": work.model,
         "recipe": work.recipe,
     }
-    return Journal(target, start)
 
 
-def _check_space(target: Path, needed: int) -> None:
+def _check_space(target: Path, sizes: dict[str, int], overwrite: bool) -> None:
+    """Refuse before the first byte what cannot fit; ``sizes`` are those of the files to come, by path."""
+    needed = sum(size for path, size in sizes.items() if overwrite or not (target / path).exists())
     existing = next(p for p in (target.absolute(), *target.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
+    # What is overwritten makes room before it is needed.
+    replaced = target.rglob("*") if overwrite else (target / (path + C.PARTIAL_SUFFIX) for path in sizes)
+    free += sum(p.lstat().st_blocks * 512 for p in replaced if p.is_file())
     # A little more than the files: manifest, journal, blocks of the file system.
     if needed + 16 * 2**20 > free:
         raise OutputError(

@@ -10,13 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flashpack.converter.encode import encode_dense, encode_record
+import numpy as np
+
 from flashpack.converter.journal import Journal
 from flashpack.converter.plan import DensePlan, LayerPlan, Plan
-from flashpack.converter.quantize import Error, SourceFiles
-from flashpack.errors import IntegrityError
+from flashpack.converter.quantize import Error, SourceFiles, encode_blocks, is_copy
+from flashpack.errors import OutputError
+from flashpack.formats import constants as C
+from flashpack.formats.checksums import hexdigest
 from flashpack.formats.entries import FileEntry, Matrix, TensorEntry
+from flashpack.formats.files import open_inside, pread
+from flashpack.formats.header import TensorSpec
+from flashpack.formats.layout import ShardLayout, dense_header
 from flashpack.formats.manifest import Manifest
+from flashpack.formats.reader import read_manifest, unlisted
 from flashpack.formats.records import RecordKind
 from flashpack.formats.writer import DenseWriter, RecordBuffer, ShardWriter, commit, write_copy
 
@@ -49,31 +56,75 @@ class Outcome:
         )
 
 
+def resume(plan: Plan, out: Path, journal: Journal) -> dict[str, Outcome]:
+    """What earlier runs finished and the folder still holds, by path; what has changed since is done again."""
+    layers = {p.layer.path: p.layer for p in plan.layers}
+    finished = {}
+    for path, line in journal.done.items():
+        outcome = Outcome.from_json(line)
+        if path in layers:
+            layout = ShardLayout.of_size(layers[path], tuple(plan.kinds), outcome.file.size)
+            header, tail = layout.header_bytes, layout.tail
+        elif path in plan.dense_files:
+            header = dense_header([s for t in plan.dense_files[path] for s in t.specs()], path)[0]
+            tail = outcome.file.size
+        else:
+            raise OutputError(f"{journal.path}: lists {path}, which is no part of this pack; use --overwrite")
+        if _kept(out, outcome.file, header, tail):
+            finished[path] = outcome
+        else:
+            journal.notices.append(f"{out / path}: was finished and has changed since; it is done again")
+    return finished
+
+
+def _kept(out: Path, entry: FileEntry, header: bytes, tail: int) -> bool:
+    """Whether a file still has its size, its header and its digest table (from byte ``tail``). Records are not read:
+    damage to them is found by a check of the pack, against the digests in the table."""
+    try:
+        fd = open_inside(out, entry.path)
+    except OSError:
+        return False
+    try:
+        size = os.fstat(fd).st_size
+        return (
+            size == entry.size
+            and pread(fd, len(header), 0, entry.path) == header
+            and hexdigest(pread(fd, size - tail, tail, entry.path)) == entry.digests.get("tail", hexdigest(b""))
+        )
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
 def execute(
-    plan: Plan, out: Path, journal: Journal, progress: Progress, workers: int
+    plan: Plan, out: Path, journal: Journal, finished: dict[str, Outcome], progress: Progress, workers: int
 ) -> tuple[str, dict[str, Outcome]]:
-    """Write what the journal does not list yet, then commit; returns the identity and every file's outcome."""
-    outcomes = {path: Outcome.from_json(entry) for path, entry in journal.done.items()}
-    for path, outcome in outcomes.items():
-        there = (out / path).stat().st_size if (out / path).is_file() else None
-        if there != outcome.file.size:
-            raise IntegrityError(f"{out / path}: was finished and has changed since; use --overwrite to start anew")
+    """Write what is not ``finished`` yet, then commit; returns the identity and every file's outcome."""
+    if (out / C.MANIFEST).exists():
+        # An earlier run was killed between the commit and the removal of its journal.
+        committed, raw = read_manifest(out)
+        return hexdigest(raw), {f.path: finished.get(f.path, Outcome(f)) for f in committed.files}
+    outcomes = dict(finished)
     stop = threading.Event()
     with SourceFiles(plan.checkpoint.folder) as files, ThreadPoolExecutor(workers) as pool:
-        futures = _submit(pool, plan, out, files, progress, set(outcomes), stop)
+        futures = _submit(pool, plan, out, journal, files, progress, set(outcomes), stop)
         try:
             while futures:
                 done, futures = wait(futures, return_when=FIRST_COMPLETED)
-                for future in done:
+                # A failed unit last, so that one that finished at the same time is not lost.
+                for future in sorted(done, key=lambda f: f.exception() is not None):
                     outcome = future.result()
+                    plan.checkpoint.check_unchanged()
                     journal.append(outcome.to_json())
                     outcomes[outcome.file.path] = outcome
         except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
-    for name in plan.copies:
-        data = (plan.checkpoint.folder / name).read_bytes()
+    copies = {name: plan.checkpoint.read_copied(name) for name in plan.copies}
+    plan.checkpoint.check_unchanged()
+    for name, data in copies.items():
         outcomes[name] = Outcome(write_copy(out, name, data))
     manifest = Manifest(
         model=plan.model,
@@ -88,6 +139,10 @@ def execute(
         tensors=tuple(t for o in outcomes.values() for t in o.tensors),
         files=tuple(o.file for o in outcomes.values()),
     )
+    strangers = unlisted(out, manifest)
+    if strangers:
+        raise OutputError(f"{out / strangers[0]}: no part of the pack; remove it and run the same command again")
+    journal.check()
     return commit(out, manifest), outcomes
 
 
@@ -99,59 +154,84 @@ def _submit(
     pool: Executor,
     plan: Plan,
     out: Path,
+    journal: Journal,
     files: SourceFiles,
     progress: Progress,
     skip: set[str],
     stop: threading.Event,
 ) -> set[Future[Outcome]]:
+    def unit(write: Callable[..., Outcome], *arguments: Any) -> Outcome:
+        journal.check()  # writing would make a removed folder anew
+        return write(*arguments, out, files, progress, stop)
+
     futures = set()
     for path, tensors in plan.dense_files.items():
         if path not in skip:
-            futures.add(pool.submit(_write_dense, path, tensors, out, files, progress, stop))
+            futures.add(pool.submit(unit, _write_dense, path, tensors))
     for layer in plan.layers:
         if layer.layer.path not in skip:
-            futures.add(pool.submit(_write_layer, layer, plan.kinds, out, files, progress, stop))
+            futures.add(pool.submit(unit, _write_layer, layer, plan.kinds))
     return futures
 
 
 def _write_layer(
     plan: LayerPlan, kinds: list[RecordKind], out: Path, files: SourceFiles, progress: Progress, stop: threading.Event
 ) -> Outcome:
-    def advance(count: int) -> None:
-        if stop.is_set():
-            raise Stopped
-        progress(count)
-
     buffer = RecordBuffer(plan.kind)
+    record = buffer.data.data
     relative = []
     with ShardWriter(out, plan.layer, kinds) as writer:
         for expert in range(plan.layer.experts):
-            relative += encode_record(files, plan, expert, buffer, advance)
-            writer.write(expert, buffer.data.data)
+            for projection in plan.kind.projections:
+                if stop.is_set():
+                    raise Stopped
+                source = plan.sources[projection.name].matrix(expert)
+                error = Error()
+                if is_copy(source, projection.encoding):
+                    for section in plan.kind.sections:
+                        role, part = section.name.split(".")
+                        if role == projection.name:
+                            place = record[section.offset : section.offset + section.nbytes]
+                            files.read_into(source.parts[part], place)
+                else:
+                    for start, rows, arrays in encode_blocks(files, source, projection.encoding, error):
+                        for part, array in arrays.items():
+                            place_rows = buffer.sections[f"{projection.name}.{part}"][start : start + rows]
+                            place_rows[:] = _unsigned(array)
+                    relative.append(error.relative())
+                progress(sum(p.nbytes for p in source.parts.values()))
+            writer.write(expert, record)
         entry = writer.finish()
-    return Outcome(entry, errors=_summary(relative))
+    errors = {"max": max(relative), "mean": sum(relative) / len(relative)} if relative else {}
+    return Outcome(entry, errors=errors)
 
 
 def _write_dense(
     path: str, tensors: list[DensePlan], out: Path, files: SourceFiles, progress: Progress, stop: threading.Event
 ) -> Outcome:
+    specs = [t.specs() for t in tensors]
     relative = []
-    with DenseWriter(out, path, [s for t in tensors for s in t.specs()]) as writer:
-        for tensor in tensors:
+    with DenseWriter(out, path, [s for group in specs for s in group]) as writer:
+        for tensor, group in zip(tensors, specs, strict=True):
             error = Error()
-            for name, data in encode_dense(files, tensor, error):
+            names: dict[str, TensorSpec] = dict(zip(("weight", "scales", "biases"), group, strict=False))
+            source = tensor.source.flat()
+            for _, _, arrays in encode_blocks(files, source, tensor.encoding, error):
                 if stop.is_set():
                     raise Stopped
-                writer.append(name, data)
+                for part, array in arrays.items():
+                    writer.append(names[part].name, _unsigned(array).data.cast("B"))
             if error.norm:
                 relative.append(error.relative())
             progress(sum(p.nbytes for p in tensor.source.parts.values()))
         entry, entries = writer.finish()
-    return Outcome(entry, entries, _summary(relative))
+    errors = {"max": max(relative), "mean": sum(relative) / len(relative)} if relative else {}
+    return Outcome(entry, entries, errors)
 
 
-def _summary(relative: list[float]) -> dict[str, float]:
-    return {"max": max(relative), "mean": sum(relative) / len(relative)} if relative else {}
+def _unsigned(array: np.ndarray) -> np.ndarray:
+    """The same bytes as unsigned integers, so that assignment copies bits and never converts."""
+    return np.ascontiguousarray(array).view(f"<u{array.dtype.itemsize}")
 
 
 def default_workers() -> int:

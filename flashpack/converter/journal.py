@@ -1,73 +1,217 @@
-"""What an interrupted conversion has finished: one JSON line per file, after a line that names source and recipe.
+"""The folder of an unfinished conversion: who writes there, what it makes, and what it has finished.
 
-Only files that are complete and durable are listed, so a second run can trust every line; a last line cut off by a
-kill is ignored.
+The journal holds one JSON line that names source and recipe, then one line per finished file. Only files that are
+complete and durable are listed. Every line but the first carries its own digest, so a damaged one is recognised and
+what it recorded is done again; a last line cut off by a kill is ignored. The open journal is locked: one process
+writes in a folder at a time, and a kill releases the lock.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+from flashpack.converter.source import differences
 from flashpack.errors import OutputError
 from flashpack.formats import constants as C
-from flashpack.formats.files import output_errors, sync, sync_folder
+from flashpack.formats.checksums import hexdigest
+from flashpack.formats.files import output_errors, pwrite, resize, sync, sync_folder
+
+Line = dict[str, Any]
+
+_DISCARD: Line = {"discard": True}
+"""A line that says: all else in this folder is being deleted. It is written before the first deletion and goes after
+the last, so that a kill in between leaves nothing that a later conversion could take for its own."""
+
+_SHOWN_CHANGES = 6
 
 
 class Journal:
-    """Open for appending; ``done`` holds what earlier runs finished: path -> entry."""
+    """An output folder, open for this process alone.
 
-    def __init__(self, folder: Path, start: dict[str, Any]) -> None:
+    ``start`` says what is converted and how; an unfinished conversion that began otherwise is refused, with what
+    changed. ``overwrite`` discards what is there. ``done`` holds what earlier runs finished: path -> entry;
+    ``notices`` are lines for the person. Raises ``OutputError``.
+    """
+
+    def __init__(self, folder: Path, start: Line, overwrite: bool = False) -> None:
+        self.folder = folder
         self.path = folder / C.JOURNAL
-        self.done: dict[str, dict[str, Any]] = {}
-        lines, length = self._read()
+        self.done: dict[str, Line] = {}
+        self.notices: list[str] = []
+        self._fd, self._end = -1, 0
+        try:
+            with output_errors(self.path):
+                self._open(overwrite)
+                self._begin(json.loads(json.dumps(start)), overwrite)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, overwrite: bool) -> None:
+        """Make the folder where it is missing, open the journal and lock it."""
+        while not self._is_here():
+            self.close()  # its owner finished and removed it between our open and lock
+            check_folder(self.folder, overwrite)
+            if not self.folder.exists():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                sync_folder(self.folder.parent)
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                raise OutputError(f"{self.folder}: another flashpack convert is writing here{self._owner()}") from e
+            except OSError as e:
+                raise OutputError(f"{self.path}: cannot be locked: {e.strerror}; choose another disk") from e
+
+    def _owner(self) -> str:
+        """Who holds the lock, where that is known: on this machine, and past its first line."""
+        processes = [line["process"] for line in self._read()[0] if line and "process" in line]
+        try:
+            os.kill(processes[-1], 0)
+        except (IndexError, ProcessLookupError):
+            return ""
+        except PermissionError:
+            pass  # alive, and somebody else's
+        return f" (process {processes[-1]})"
+
+    def _begin(self, start: Line, overwrite: bool) -> None:
+        lines, self._end = self._read()
+        others = {p.name for p in self.folder.iterdir()} - {C.JOURNAL}
+        finished = C.MANIFEST in others
+        if overwrite or (_DISCARD in lines and not finished):
+            self._discard()
+            lines = []
+        elif others and not lines:
+            # The journal is new: the conversion that was here when we looked has finished meanwhile.
+            os.unlink(self.path)
+            check_folder(self.folder, overwrite)
+        elif finished and (lines[0] != start or _DISCARD in lines):
+            raise _finished(self.folder)
         if lines:
-            changed = sorted(k for k in {*start, *lines[0]} if start.get(k) != lines[0].get(k))
-            if changed:
-                raise OutputError(
-                    f"{folder}: an unfinished conversion with another {', '.join(changed)}; "
-                    f"finish it with its own options, or use --overwrite to start anew"
-                )
-            self.done = {line["file"]["path"]: line for line in lines[1:]}
+            self._compare(lines[0], start)
+        for number, line in enumerate(lines[1:], 2):
+            if line is None:
+                self.notices.append(f"{self.path}: line {number} is damaged; what it recorded is done again")
+            elif "file" in line:
+                self.done[line["file"]["path"]] = line
+        resize(self._fd, self._end)
+        if not lines:
+            self._write(start)
+            sync_folder(self.folder)
+        self.append({"process": os.getpid()})
+
+    def _read(self) -> tuple[list[Line | None], int]:
+        """The whole lines (None for a damaged one) and their length in bytes."""
+        with open(self._fd, "rb", closefd=False) as f:
+            f.seek(0)
+            whole = f.read().split(b"\n")[:-1]
+        lines = [_parse(text, signed=number > 0) for number, text in enumerate(whole)]
+        return lines, sum(len(text) + 1 for text in whole)
+
+    def _compare(self, old: Line | None, start: Line) -> None:
+        if old is None:
+            raise OutputError(f"{self.path}: damaged; use --overwrite to start anew")
+        if old != start:
+            changes = differences(old, start)
+            more = f"; and {len(changes) - _SHOWN_CHANGES} more" if len(changes) > _SHOWN_CHANGES else ""
+            raise OutputError(
+                f"{self.folder}: an unfinished conversion differs from this one: "
+                f"{'; '.join(changes[:_SHOWN_CHANGES])}{more}. "
+                f"Finish it with its own source and options, or use --overwrite to start anew"
+            )
+
+    def _discard(self) -> None:
+        """Delete everything but the journal, in an order that a kill at any point does not harm."""
+        resize(self._fd, self._end)
+        self.append(_DISCARD)
+        # The manifest first: what is left of a pack without it never opens.
+        (self.folder / C.MANIFEST).unlink(missing_ok=True)
+        sync_folder(self.folder)
+        for path in self.folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != C.JOURNAL:
+                path.unlink()
+        sync_folder(self.folder)
+        self._end = 0
+
+    def append(self, entry: Line) -> None:
+        """Record a finished file, durably."""
+        self.check()
         with output_errors(self.path):
-            self._file = open(self.path, "ab")  # noqa: SIM115 - closed by close()
-            self._file.truncate(length)
-            if not lines:
-                self._write(start)
-            sync_folder(folder)
+            self._write(entry | {"digest": _digest(entry)})
 
-    def _read(self) -> tuple[list[dict[str, Any]], int]:
-        """The whole lines and their length in bytes."""
-        lines: list[dict[str, Any]] = []
-        length = 0
-        if self.path.is_file():
-            for text in self.path.read_bytes().splitlines(keepends=True):
-                if not text.endswith(b"\n"):
-                    break
-                try:
-                    lines.append(json.loads(text))
-                except ValueError as e:
-                    raise OutputError(f"{self.path}: damaged; use --overwrite to start anew") from e
-                length += len(text)
-        return lines, length
+    def _write(self, line: Line) -> None:
+        text = json.dumps(line, sort_keys=True).encode() + b"\n"
+        pwrite(self._fd, text, self._end)
+        sync(self._fd)
+        self._end += len(text)
 
-    def append(self, entry: dict[str, Any]) -> None:
-        """Record a finished file."""
-        with output_errors(self.path):
-            self._write(entry)
+    def check(self) -> None:
+        """Raise ``OutputError`` if the folder is no longer the one that was opened. From any thread."""
+        if not self._is_here():
+            raise OutputError(
+                f"{self.folder}: the folder was removed or replaced during the conversion; run the same command again"
+            )
 
-    def _write(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
-        self._file.flush()
-        sync(self._file.fileno())
+    def _is_here(self) -> bool:
+        """Whether the open journal is still the one in the folder."""
+        if self._fd < 0:
+            return False
+        try:
+            return os.path.samestat(os.fstat(self._fd), os.lstat(self.path))
+        except OSError:
+            return False
 
     def close(self) -> None:
-        self._file.close()
+        """Release the folder."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def remove(self) -> None:
         """The pack is committed: the journal has served."""
+        self.check()
+        with output_errors(self.path):
+            os.unlink(self.path)
+            sync_folder(self.folder)
         self.close()
-        os.unlink(self.path)
-        sync_folder(self.path.parent)
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """``folder`` must be absent, empty or an unfinished conversion; with ``overwrite`` also a pack."""
+    if not folder.is_dir():
+        if folder.exists() or folder.is_symlink():
+            raise OutputError(f"{folder}: exists and is not a folder")
+        return
+    names = {p.name for p in folder.iterdir()}
+    if C.JOURNAL in names or not names:
+        return
+    if C.MANIFEST in names and not overwrite:
+        raise _finished(folder)
+    if C.MANIFEST not in names:
+        why = "--overwrite replaces packs only, and this folder is not one" if overwrite else "the folder is not empty"
+        raise OutputError(f"{folder}: {why}; choose another or empty it")
+
+
+def _finished(folder: Path) -> OutputError:
+    return OutputError(f"{folder}: holds a finished pack; use --overwrite to replace it")
+
+
+def _parse(text: bytes, signed: bool) -> Line | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or (signed and line.pop("digest", None) != _digest(line)):
+        return None
+    return line
+
+
+def _digest(line: Line) -> str:
+    return hexdigest(json.dumps(line, sort_keys=True).encode())

@@ -17,7 +17,10 @@ class LayerError:
 
 @dataclass(frozen=True)
 class Report:
-    """Result of ``convert``. Sizes in bytes, time in seconds, ``identity`` the pack's BLAKE3 identity."""
+    """Result of ``convert``. Sizes in bytes, time in seconds, ``identity`` the pack's BLAKE3 identity.
+
+    ``resumed_bytes`` of ``source_bytes`` were done by earlier, interrupted runs.
+    """
 
     pack: str
     identity: str
@@ -29,6 +32,7 @@ class Report:
     dense_bits: float
     seconds: float
     resumed_files: int
+    resumed_bytes: int
     errors: list[LayerError] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)

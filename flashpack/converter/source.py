@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from flashpack.errors import FormatError, SourceError, UnsupportedError
 from flashpack.formats.checksums import hexdigest
@@ -80,12 +84,36 @@ class SourceTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A source checkpoint: ``stored`` maps tensor names to (dtype, shape, extent); ``config`` is config.json."""
+    """A source checkpoint: ``stored`` maps tensor names to (dtype, shape, extent); ``config`` is config.json.
+
+    ``fingerprint`` says what the source was when it was opened: file -> what identifies it, as JSON.
+    """
 
     folder: Path
     config: dict[str, Any]
     stored: dict[str, tuple[str, tuple[int, ...], Extent]]
-    fingerprint: str
+    fingerprint: dict[str, dict[str, Any]]
+
+    def check_unchanged(self) -> None:
+        """Raise ``SourceError`` if a file is no longer the one that was opened, so that nothing made of both is kept.
+
+        Compares what can be had without reading tensors: size and modified time, the bytes of JSON files.
+        """
+        for name, before in self.fingerprint.items():
+            path = self.folder / name
+            with source_errors(path):
+                now = _content(path.read_bytes()) if "content" in before else _state(path.stat())
+            before = {key: before[key] for key in now}
+            if now != before:
+                raise SourceError(
+                    f"{path}: changed during the conversion: {', '.join(differences(before, now))}; put the original "
+                    f"back and run the same command again, or start anew with --overwrite"
+                )
+
+    def read_copied(self, name: str) -> bytes:
+        """The bytes of one of ``copied_files``."""
+        with source_errors(self.folder / name):
+            return (self.folder / name).read_bytes()
 
     def copied_files(self) -> list[str]:
         """Names of the small files that go into the pack unchanged, sorted."""
@@ -105,25 +133,22 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     config_path = root / "config.json"
     if not config_path.is_file():
         raise SourceError(f"{root}: no config.json; is this a Hugging Face checkpoint folder?")
-    try:
-        config = parse_json(config_path.read_bytes(), str(config_path))
-    except FormatError as e:
-        raise SourceError(str(e)) from e
+    with source_errors(config_path):
+        raw = config_path.read_bytes()
+        config = parse_json(raw, str(config_path))
     if not isinstance(config, dict):
         raise SourceError(f"{config_path}: not a JSON object")
-    shards, wanted = _shards(root)
+    fingerprint = {config_path.name: _content(raw)}
+    shards, wanted = _shards(root, fingerprint)
     stored: dict[str, tuple[str, tuple[int, ...], Extent]] = {}
-    states = []
     for shard in shards:
         path = root / shard
         if not path.is_file():
             raise SourceError(f"{path}: the shard is missing; download it again")
-        with open(path, "rb") as f:
-            try:
-                header = read_header(f.fileno(), str(path))
-            except FormatError as e:
-                raise SourceError(str(e)) from e
-            status = os.fstat(f.fileno())
+        with source_errors(path), open(path, "rb") as f:
+            header = read_header(f.fileno(), str(path))
+            state = _state(os.fstat(f.fileno()))
+        fingerprint[shard] = state | {"header": hexdigest(repr(header.tensors).encode())}
         for t in header.tensors:
             if wanted.get(t.name, shard) != shard:
                 continue  # a second copy: the index decides
@@ -133,20 +158,44 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
                 other = stored[t.name][2].path
                 raise SourceError(f"{path}: tensor {t.name} is also in {other}; the index names neither")
             stored[t.name] = (t.dtype, t.shape, Extent(shard, t.dtype, t.offset, rows, row_bytes))
-        states.append([shard, status.st_size, status.st_mtime_ns, hexdigest(repr(header.tensors).encode())])
     for name, shard in wanted.items():
         if name not in stored:
             raise SourceError(f"{root / INDEX}: names tensor {name}, which {shard} does not hold; download both again")
-    fingerprint = hexdigest(json.dumps([config, states], sort_keys=True).encode())
     return Checkpoint(root, config, stored, fingerprint)
 
 
-def _shards(root: Path) -> tuple[list[str], dict[str, str]]:
-    """Names of the shards to read, and the index's map from tensor to shard (empty without an index)."""
+@contextlib.contextmanager
+def source_errors(path: Path) -> Iterator[None]:
+    """Turn what goes wrong in reading ``path`` into a ``SourceError``."""
+    try:
+        yield
+    except FormatError as e:
+        raise SourceError(str(e)) from e
+    except OSError as e:
+        raise SourceError(f"{path}: cannot be read: {e.strerror}") from e
+
+
+def _state(status: os.stat_result) -> dict[str, Any]:
+    """Size in bytes and modified time (UTC, with nanoseconds) of a file; two states are only ever compared."""
+    return {"size": status.st_size, "modified": str(np.datetime64(status.st_mtime_ns, "ns"))}
+
+
+def _content(data: bytes) -> dict[str, Any]:
+    return {"content": hexdigest(data)}
+
+
+def _shards(root: Path, fingerprint: dict[str, dict[str, Any]]) -> tuple[list[str], dict[str, str]]:
+    """Names of the shards to read, and the index's map from tensor to shard (empty without an index).
+
+    Adds the index to ``fingerprint``.
+    """
     index_path = root / INDEX
     if index_path.is_file():
+        with source_errors(index_path):
+            raw = index_path.read_bytes()
+        fingerprint[INDEX] = _content(raw)
         try:
-            weight_map = parse_json(index_path.read_bytes(), str(index_path))["weight_map"]
+            weight_map = parse_json(raw, str(index_path))["weight_map"]
         except (FormatError, KeyError, TypeError) as e:
             raise SourceError(f"{index_path}: not a safetensors index: {e}") from e
         shards = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
@@ -169,3 +218,22 @@ def plain_tensor(name: str, dtype: str, shape: tuple[int, ...], extent: Extent) 
     if dtype not in ("BF16", "F16", "F32"):
         raise UnsupportedError(f"tensor {name}: stored type {dtype} ({ITEMSIZE[dtype]} bytes) is not supported yet")
     return SourceTensor(name, shape, Encoding("raw", dtype), {"weight": extent})
+
+
+def differences(old: object, new: object, name: str = "") -> list[str]:
+    """What differs between two JSON values, leaf by leaf: "recipe experts q4 -> q3"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted({*old, *new}):
+            inner = f"{name} {key}".strip()
+            if key not in old or key not in new:
+                found.append(f"{inner} is {'new' if key in new else 'gone'}")
+            elif old[key] != new[key]:
+                found += differences(old[key], new[key], inner)
+        return found
+    texts = [str(value) for value in (old, new)]
+    if any(
+        isinstance(v, (dict, list)) or re.fullmatch("[0-9a-f]{64}", t) for v, t in zip((old, new), texts, strict=True)
+    ):
+        return [f"{name} changed"]
+    return [f"{name} {texts[0]} -> {texts[1]}"]

@@ -101,10 +101,10 @@ def test_an_unfinished_conversion_with_other_options_or_source_is_not_mixed(
 ) -> None:
     source, out = source_copy("trained"), tmp_path / "out"
     subprocess.run([sys.executable, "-c", KILLED, source, out, "70"], cwd=ROOT, check=False)
-    with pytest.raises(OutputError, match="another recipe"):
+    with pytest.raises(OutputError, match="differs from this one: recipe experts q4 -> q3"):
         flashpack.convert(source, out, experts="q3")
     os.utime(source / "model-00001-of-00003.safetensors")
-    with pytest.raises(OutputError, match="another source"):
+    with pytest.raises(OutputError, match="source model-00001-of-00003.safetensors modified"):
         flashpack.convert(source, out)
     assert flashpack.convert(source, out, experts="q3", overwrite=True).resumed_files == 0
     assert verify(out) == []
