@@ -7,12 +7,17 @@ attributes that transformers' ``use_experts_implementation`` gives it.
 
 from __future__ import annotations
 
+import contextlib
 import re
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashpack.errors import FormatError, UnsupportedError
+from flashpack.errors import FlashpackError, FormatError, UnsupportedError
+from flashpack.formats import constants as C
+from flashpack.formats.header import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +32,21 @@ _COUNT_KEYS = (
     "num_routed_experts",
     "ffn_config",
 )
+_DROPPED = {
+    "attn_implementation",
+    "auto_map",
+    "dtype",
+    "experts_implementation",
+    "id2label",
+    "label2id",
+    "num_labels",
+    "quantization",
+    "quantization_config",
+    "torch_dtype",
+}
+_LOOPS = ("layer", "depth", "chunk")
+"""Numbers named so are counts that transformers makes lists of, or pads to; names differ between families."""
+
 _HOOK_ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
 
 
@@ -46,43 +66,127 @@ class ExpertsModule:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The text model's configuration from ``folder/config.json``; never runs code from the folder."""
+    """The text model's configuration from ``folder/config.json``; never runs code from the folder.
+
+    Raises ``UnsupportedError`` for whatever transformers makes no sense of.
+    """
+    path = folder / "config.json"
+    with library_errors(str(path), UnsupportedError):
+        text: PretrainedConfig = read_whole_config(folder).get_text_config(decoder=True)
+    return text
+
+
+def read_whole_config(folder: Path) -> PretrainedConfig:
+    """Like ``read_config``, with the parts that are no text model (vision, audio)."""
     import transformers
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING
 
     path = folder / "config.json"
     if not path.is_file():
         raise UnsupportedError(f"{path}: missing; flashpack needs the checkpoint's config.json")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError, OSError, TypeError) as e:
-        kind = re.search(r'"model_type"\s*:\s*"([^"]*)"', path.read_text(errors="replace"))
-        named = f"model_type {kind[1]!r}" if kind else "its model_type"
+        with library_errors(str(path)):
+            data = _inert(parse_json(path.read_bytes(), str(path)), str(path))
+    except FormatError as e:
+        raise UnsupportedError(str(e)) from e
+    kind = data.get("model_type") if isinstance(data, dict) else None
+    if not isinstance(kind, str):
+        raise UnsupportedError(f"{path}: names no model_type")
+    if kind == "mistral" and "layer_types" in data:
+        kind = "ministral"  # as transformers' AutoConfig does
+    if kind not in CONFIG_MAPPING:
         raise UnsupportedError(
-            f"{path}: {named} is not supported by transformers {transformers.__version__}: {_first_line(e)}"
-        ) from e
-    text: PretrainedConfig = config.get_text_config(decoder=True)
-    return text
+            f"{path}: model_type {kind!r} is not supported by transformers {transformers.__version__}"
+        )
+    with library_errors(f"{path}: not a configuration of model_type {kind!r}", UnsupportedError):
+        config: PretrainedConfig = CONFIG_MAPPING[kind].from_dict(data)
+    return config
+
+
+def _inert(value: Any, what: str) -> Any:
+    """The JSON of a configuration without what makes transformers fetch, import or choose code, or loop for long.
+
+    Dropped: fields whose name starts with an underscore (transformers' own state), references to code, choices
+    that flashpack makes itself, labels of classifiers. How the weights were quantized is the manifest's to say.
+    """
+    if isinstance(value, list):
+        return [_inert(v, what) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+        return float(value["__float__"])  # how transformers writes them
+    for key, v in value.items():
+        if isinstance(v, (int, float)) and abs(v) > C.MAX_LAYERS and any(k in key for k in _LOOPS):
+            raise FormatError(f"{what}: {key} is {v:g}, more than {C.MAX_LAYERS}")
+    return {k: _inert(v, what) for k, v in value.items() if not k.startswith("_") and k not in _DROPPED}
 
 
 def build(
-    config: PretrainedConfig, experts_implementation: str = "eager", dtype: torch.dtype | None = None
+    config: PretrainedConfig,
+    experts_implementation: str = "eager",
+    dtype: torch.dtype | None = None,
+    most: int | None = None,
 ) -> PreTrainedModel:
-    """The causal language model of ``config`` with every parameter on the meta device, in ``dtype`` (float32)."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    """The causal language model of ``config`` with every parameter on the meta device, in ``dtype`` (float32).
 
-    try:
+    ``most``: how many parameters there are; a configuration that asks for far more is refused while it is built.
+    """
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    what = f"model_type {config.model_type!r}"
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedError(f"{what} has no causal language model")
+    with library_errors(f"{what} cannot be built from config.json", UnsupportedError), _at_most(most):
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=dtype or torch.float32, experts_implementation=experts_implementation
             )
-    except ValueError as e:
-        raise UnsupportedError(
-            f"model_type {config.model_type!r} has no causal language model: {_first_line(e)}"
-        ) from e
-    model.train(False)
+        model.train(False)
     return model
+
+
+@contextlib.contextmanager
+def _at_most(parameters: int | None) -> Iterator[None]:
+    """Stops a model's constructor of this thread when it has made many more parts than ``parameters`` explain."""
+    if parameters is None:
+        yield
+        return
+    from torch.nn.modules import module as torch_module
+
+    thread, made, limit = threading.get_ident(), 0, 1024 + 8 * parameters
+
+    def count(*_: Any) -> None:
+        nonlocal made
+        made += threading.get_ident() == thread
+        if made > limit:
+            raise FormatError(
+                f"config.json describes a model of more than {limit} parts, but there are {parameters} tensors"
+            )
+
+    hooks = [
+        torch_module.register_module_module_registration_hook(count),
+        torch_module.register_module_parameter_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def library_errors(what: str, error: type[FlashpackError] = FormatError) -> Iterator[None]:
+    """Turns what a library raises over untrusted files into ``error``, in one line that begins with ``what``."""
+    try:
+        yield
+    except FlashpackError:
+        raise
+    except BaseException as e:
+        # A panic of the tokenizers library is no Exception.
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        raise error(f"{what}: {type(e).__name__}: {_first_line(e)}") from e
 
 
 def find_experts(model: PreTrainedModel) -> list[ExpertsModule]:
@@ -125,7 +229,7 @@ def tied_names(model: PreTrainedModel) -> dict[str, str]:
     return {k: v for k, v in dict(tied).items() if k in model.state_dict()}
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0][:300]
 
 

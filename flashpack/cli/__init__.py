@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import typer
 
+from flashpack.cli.console import note
 from flashpack.cli.convert import convert
 from flashpack.cli.inspect import inspect
 from flashpack.cli.run import run
@@ -32,7 +33,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except FlashpackError as e:
-            print(f"flashpack: {e}", file=sys.stderr)
+            note(f"flashpack: {e}")
             raise typer.Exit(e.exit_code) from e
         except KeyboardInterrupt as e:
             hint = "; run the same command again to continue" if command is convert else ""

@@ -1,8 +1,9 @@
-"""How the commands talk: sizes, progress bars, JSON."""
+"""How the commands talk: sizes, progress bars, JSON, and text of a pack, which must not command the terminal."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,28 @@ def gb(size: float) -> str:
     return f"{size:.0f} B"
 
 
+def visible(text: str) -> str:
+    """``text`` with everything that a terminal obeys or hides written out: controls, line ends, bidi overrides."""
+    return "".join(c if c.isprintable() else _written(c) for c in text)
+
+
+def harmless(text: str) -> str:
+    """``text`` with control characters written out, but for newline and tab: generated text on a terminal."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: _written(m[0]), text)
+
+
+def _written(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def say(text: str) -> None:
+    """A line of the answer."""
+    print(visible(text))
+
+
 def note(text: str) -> None:
     """A line for the person, not part of the answer."""
-    print(text, file=sys.stderr)
+    print(visible(text), file=sys.stderr)
 
 
 def answer_json(data: Any) -> None:
@@ -38,8 +58,12 @@ def progress_bar(total: int, text: str, done: int = 0) -> tqdm[Any]:
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' advice about kernels and defaults out of our output."""
+    """Keep the libraries' advice and complaints, which may quote a pack, out of our output."""
     import os
+    import warnings
 
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ["RUST_BACKTRACE"] = "0"
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")

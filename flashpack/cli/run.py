@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from flashpack.cli.console import answer_json, gb, note, quiet_libraries
+from flashpack.cli.console import answer_json, gb, harmless, note, quiet_libraries
 from flashpack.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,8 +35,10 @@ def run(
     if thinking not in (None, "on", "off"):
         raise UsageError(f"--thinking {thinking}: on or off")
     quiet_libraries()
-    from flashpack.runtime import load
+    from flashpack.runtime import load, template
 
+    if not raw:
+        template.start()  # is ready by the time the model is
     text = sys.stdin.read() if prompt == "-" else prompt
     if threads is not None:
         import torch
@@ -49,8 +51,10 @@ def run(
     tokenizer = load_tokenizer(pack)
     ids = encode_prompt(tokenizer, text, raw, None if thinking is None else thinking == "on")
 
+    terminal = sys.stdout.isatty()
+
     def show(piece: str) -> None:
-        sys.stdout.write(piece)
+        sys.stdout.write(harmless(piece) if terminal else piece)
         sys.stdout.flush()
 
     sampling = Sampling(temperature, top_p, top_k, seed)

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from flashpack.cli.console import answer_json, gb, note, progress_bar
+from flashpack.cli.console import answer_json, gb, note, progress_bar, say
 from flashpack.errors import UsageError
 
 
@@ -51,16 +51,16 @@ def verify(
         answer_json({"pack": str(pack), "level": level, "checked_bytes": total, "findings": found})
     else:
         for finding in findings:
-            print(f"[{finding.code}] {finding}")
+            say(f"[{finding.code}] {finding}")
         if findings:
-            print(f"{pack}: {len(findings)} finding{'s' if len(findings) > 1 else ''}")
+            say(f"{pack}: {len(findings)} finding{'s' if len(findings) > 1 else ''}")
             note(f"repair it from another copy or from its source: flashpack repair {pack} --from COPY")
         elif quick:
-            print(f"{pack}: structure is whole (file sizes, headers, digest tables, copied files; data not read)")
+            say(f"{pack}: structure is whole (file sizes, headers, digest tables, copied files; data not read)")
         elif level == "sample":
-            print(f"{pack}: structure is whole, and {gb(total)} of data taken at random; {seconds:.1f} s")
+            say(f"{pack}: structure is whole, and {gb(total)} of data taken at random; {seconds:.1f} s")
         else:
-            print(f"{pack}: whole; {gb(total)} checked in {seconds:.1f} s")
+            say(f"{pack}: whole; {gb(total)} checked in {seconds:.1f} s")
     if findings:
         raise typer.Exit(1)
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from flashpack.errors import FormatError
 from flashpack.formats import Pack
-from flashpack.formats.manifest import Matrix
+from flashpack.formats.entries import Matrix
 from flashpack.kernels import AffineMatrix, Kernels
 from flashpack.skeleton import ExpertsModule, matrix_module, tied_names
 
@@ -67,37 +67,58 @@ class _Widen(nn.Module):
         return stored.to(self._dtype)
 
 
+def check(model: PreTrainedModel, pack: Pack, sites: list[ExpertsModule]) -> None:
+    """Compare names and shapes of the meta-device ``model`` with the dense tensors of the manifest; reads no data.
+
+    Raises ``FormatError`` if they do not agree.
+    """
+    experts = {f"{site.name}.{name}" for site in sites for name in site.parameters}
+    matrices = {m.name: m for m in pack.manifest.matrices}
+    tied = tied_names(model)
+    used: set[str] = set()
+    for name, parameter in model.state_dict().items():
+        if name in experts:
+            continue
+        stored = tied.get(name, name)
+        matrix = matrices.get(stored)
+        names = matrix.tensor_names().values() if matrix else [stored]
+        for n in names:
+            if n not in pack.tensors:
+                raise FormatError(f"{pack.folder}: lacks tensor {n}")
+        shape = matrix.shape if matrix else pack.tensors[stored].shape
+        if shape != tuple(parameter.shape):
+            raise FormatError(
+                f"{pack.folder}: {stored} has shape {list(shape)}, the model needs {list(parameter.shape)}"
+            )
+        if matrix and matrix_module(model, name) is None:
+            raise FormatError(f"{pack.folder}: {name} is quantized, but the model computes with it directly")
+        used.update(names)
+    unused = set(pack.tensors) - used
+    if unused:
+        raise FormatError(f"{pack.folder}: tensor {sorted(unused)[0]} has no place in {type(model).__name__}")
+
+
 def fill(model: PreTrainedModel, pack: Pack, sites: list[ExpertsModule], kernels: Kernels, dtype: torch.dtype) -> None:
     """Give every parameter of the meta-device ``model`` its stored values; the experts' are removed.
 
-    Raises ``FormatError`` if the pack and the model class do not agree on names or shapes.
+    ``check`` comes first.
     """
     for site in sites:
         for name in site.parameters:
             delattr(site.module, name)
     matrices = {m.name: m for m in pack.manifest.matrices}
     tied = tied_names(model)
-    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    used: set[str] = set()
     modules: dict[str, nn.Module] = {}
-    for name, shape in shapes.items():
-        stored = tied.get(name, name)
-        value, parts = _stored(pack, matrices, stored)
-        used.update(parts)
-        if value.shape != shape:
-            raise FormatError(f"{pack.folder}: {stored} has shape {list(value.shape)}, the model needs {list(shape)}")
+    for name in list(model.state_dict()):
+        value = _stored(pack, matrices, tied.get(name, name))
         module = matrix_module(model, name)
         if isinstance(module, nn.Linear):
             modules[name] = PackedLinear(kernels, value)
         elif module is not None:
             modules[name] = PackedEmbedding(kernels, value, dtype)
-        elif isinstance(value, AffineMatrix):
-            raise FormatError(f"{pack.folder}: {name} is quantized, but the model computes with it directly")
         else:
+            assert isinstance(value, Tensor)
             _set_parameter(model, name, value, _parameter_dtype(model, name, dtype))
-    unused = set(pack.tensors) - used
-    if unused:
-        raise FormatError(f"{pack.folder}: tensor {sorted(unused)[0]} has no place in {type(model).__name__}")
     for name, module in modules.items():
         stem = name.removesuffix(".weight")
         old = model.get_submodule(stem)
@@ -107,19 +128,14 @@ def fill(model: PreTrainedModel, pack: Pack, sites: list[ExpertsModule], kernels
     model.requires_grad_(False)
 
 
-def _stored(pack: Pack, matrices: dict[str, Matrix], name: str) -> tuple[Tensor | AffineMatrix, set[str]]:
-    """The stored value of a parameter and the names of the tensors it consists of."""
+def _stored(pack: Pack, matrices: dict[str, Matrix], name: str) -> Tensor | AffineMatrix:
+    """The stored value of a parameter."""
     matrix = matrices.get(name)
-    names = matrix.tensor_names() if matrix else {"weight": name}
-    for n in names.values():
-        if n not in pack.tensors:
-            raise FormatError(f"{pack.folder}: lacks tensor {n}")
-    parts = {part: _mapped(pack, n) for part, n in names.items()}
     if matrix is None:
-        return parts["weight"], {name}
+        return _mapped(pack, name)
+    parts = {part: _mapped(pack, n) for part, n in matrix.tensor_names().items()}
     e = matrix.encoding
-    value = AffineMatrix(parts["weight"], parts["scales"], parts["biases"], e.bits, e.group_size)
-    return value, set(names.values())
+    return AffineMatrix(parts["weight"], parts["scales"], parts["biases"], e.bits, e.group_size)
 
 
 def _mapped(pack: Pack, name: str) -> Tensor:

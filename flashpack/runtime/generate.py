@@ -6,19 +6,19 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashpack.errors import ContextError, FormatError, UsageError
+from flashpack.runtime import template
 from flashpack.runtime.memory import Usage, usage
+from flashpack.runtime.tokenizer import encode
+from flashpack.runtime.tokenizer import load_tokenizer as load_tokenizer
+from flashpack.skeleton import library_errors
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from flashpack.runtime.load import Runtime
-
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -69,19 +69,6 @@ class Result:
         }
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The pack's own tokenizer; never runs code from the pack."""
-    from transformers import AutoTokenizer
-
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        # transformers would make up an empty tokenizer.
-        raise FormatError(f"{folder}: the pack has no tokenizer; the source checkpoint had none")
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as e:
-        raise FormatError(f"{folder}: transformers cannot load the pack's tokenizer: {e}") from e
-
-
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool = False, thinking: bool | None = None
 ) -> list[int]:
@@ -89,18 +76,19 @@ def encode_prompt(
     if raw:
         if thinking is not None:
             raise UsageError("--thinking needs the chat template; leave out --raw")
-        return list(tokenizer(prompt)["input_ids"])
-    template = tokenizer.chat_template
-    if not template:
+        return encode(tokenizer, prompt, special=True)
+    if not tokenizer.chat_template:
         raise UsageError("the pack has no chat template; use --raw for plain continuation")
+    with library_errors("the pack's chat template"):
+        chosen = tokenizer.get_chat_template()
     extra: dict[str, Any] = {}
     if thinking is not None:
-        if "enable_thinking" not in str(template):
+        if "enable_thinking" not in chosen:
             raise UsageError("the pack's chat template knows no thinking switch; leave out --thinking")
         extra["enable_thinking"] = thinking
     messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **extra)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    text = template.render(chosen, messages, **{**tokenizer.special_tokens_map, **extra})
+    return encode(tokenizer, text, special=False)
 
 
 def generate(
@@ -128,6 +116,10 @@ def generate(
             f"the prompt has {len(ids)} tokens, the context {runtime.context}; shorten it or raise --context"
         )
 
+    rows: int = model_.get_input_embeddings().num_embeddings
+    if max(ids) >= rows:
+        raise FormatError(f"the pack's tokenizer gives token {max(ids)}, but the model has {rows}")
+
     class Stream(TextStreamer):
         """Passes text on and takes the time and memory at each token."""
 
@@ -135,6 +127,7 @@ def generate(
             super().__init__(tokenizer, skip_prompt=True)
             self.times: list[float] = []
             self.peak = usage()
+            self.handing_over = False
 
         def put(self, value: torch.Tensor) -> None:
             self.times.append(time.perf_counter())
@@ -145,7 +138,9 @@ def generate(
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             if on_text:
+                self.handing_over = True
                 on_text(text)
+                self.handing_over = False
 
     stops = _stop_tokens(model.generation_config, tokenizer)
     stream = Stream()
@@ -153,13 +148,18 @@ def generate(
     if sampling.temperature > 0:
         torch.manual_seed(sampling.seed)
     inputs = torch.tensor([ids])
-    with torch.inference_mode():
-        out = model_.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            generation_config=_config(model.generation_config, sampling, min(max_tokens, room), tokenizer),
-            streamer=stream,
-        )
+    try:
+        with torch.inference_mode(), library_errors("the model of this pack cannot be computed"):
+            out = model_.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                generation_config=_config(model.generation_config, sampling, min(max_tokens, room), tokenizer),
+                streamer=stream,
+            )
+    except FormatError as e:
+        if stream.handing_over and e.__cause__:
+            raise e.__cause__ from None  # the caller's own error
+        raise
     new = out[0, len(ids) :].tolist()
     # The stream's first entry is the prompt, handed over before it is processed.
     begun, first, last = stream.times[0], stream.times[1], stream.times[-1]
@@ -177,8 +177,10 @@ def generate(
 
 
 def _stop_tokens(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """All stop tokens of the generation config; the tokenizer's if it names none."""
+    """All stop tokens of the generation config; the tokenizer's if it names none; empty if there is none."""
     eos = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+    if eos is None:
+        return []
     return list(eos) if isinstance(eos, (list, tuple)) else [eos]
 
 
@@ -194,7 +196,8 @@ def _config(
     config.top_k = 0 if greedy else sampling.top_k
     config.max_new_tokens = max_tokens
     config.max_length = None
-    config.eos_token_id = _stop_tokens(base, tokenizer)
+    stops = _stop_tokens(base, tokenizer)
+    config.eos_token_id = stops or None
     if config.pad_token_id is None:
-        config.pad_token_id = config.eos_token_id[0]
+        config.pad_token_id = stops[0] if stops else 0
     return config

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashpack.errors import FormatError, UsageError
+from flashpack.errors import FormatError, UnsupportedError, UsageError
 from flashpack.formats import Pack
+from flashpack.formats.header import parse_json
 from flashpack.kernels import check_device, get_kernels
 from flashpack.runtime.memory import available, parse_size, usage
+from flashpack.skeleton import build, find_experts, library_errors, read_config
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from flashpack.runtime.budget import Budget
     from flashpack.runtime.store import ExpertStore
@@ -25,6 +27,14 @@ DEFAULT_CONTEXT = 8192
 """Tokens of context reserved by default, if the model has as many."""
 
 _TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+
+_BUFFER_BYTES = 64 * 2**20
+"""What computed buffers (rotary frequencies) may take beside as much as the dense part."""
+
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens")
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
+             "repetition_penalty")  # fmt: skip
+_LENGTHS = ("max_new_tokens", "max_length")
 
 
 @dataclass(frozen=True)
@@ -63,27 +73,32 @@ def load(
     from flashpack.runtime.kv import kv_bytes
     from flashpack.runtime.store import ExpertStore
     from flashpack.runtime.threads import confine
-    from flashpack.skeleton import build, find_experts, read_config
 
     dtype = dtype or torch.float32
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UsageError(f"dtype {dtype} is not float32, bfloat16 or float16")
     kernels = get_kernels(device, torch.get_num_threads())
     experts.register()
-    config = read_config(opened.folder)
-    model = build(config, experts.NAME, dtype)
-    if type(model).__name__ != opened.manifest.model["architecture"]:
-        raise FormatError(
-            f"{opened.folder}: config.json describes {type(model).__name__}, the manifest "
-            f"{opened.manifest.model['architecture']}"
-        )
-    sites = find_experts(model)
+    parameters = len(opened.manifest.tensors) + 2 * len(opened.manifest.layers)
+    try:
+        config = read_config(opened.folder)
+        model = build(config, experts.NAME, dtype, parameters)
+        if type(model).__name__ != opened.manifest.model["architecture"]:
+            raise FormatError(
+                f"{opened.folder}: config.json describes {type(model).__name__}, the manifest "
+                f"{opened.manifest.model['architecture']}"
+            )
+        sites = find_experts(model)
+    except UnsupportedError as e:
+        raise FormatError(f"{opened.folder}: {e}") from e
+    # Nothing is allocated before everything that config.json describes has been found in the pack.
     _check_layers(opened, sites)
+    dense.check(model, opened, sites)
+    hidden, top_k = _numbers(config, opened, sites)
     context = _context(config, context)
-    cache = kv_bytes(model, context)
-    hidden = config.hidden_size
-    top_k = next((getattr(config, k) for k in _TOP_K_KEYS if isinstance(getattr(config, k, None), int)), 1)
-    _fill_buffers(model)
+    with library_errors(f"{opened.folder}: the model of config.json cannot be computed"):
+        cache = kv_bytes(model, context)
+        _fill_buffers(model, opened.dense_bytes)
     dense.fill(model, opened, sites, kernels, dtype)
     widths = [m.out_features for m in model.modules() if isinstance(m, dense.PackedLinear)]
     work = budgets.work_bytes(
@@ -96,7 +111,7 @@ def load(
         module: Any = site.module
         activation = module._apply_gate if site.has_gate else module.act_fn
         module.flashpack = experts.RoutedExperts(store, kernels, site.layer, site.num_experts, activation)
-    _generation_config(model, opened.folder, budgets.PROMPT_CHUNK)
+    _generation_config(model, opened.folder, context, budgets.PROMPT_CHUNK)
     confine(model, torch.get_num_threads())
     runtime: Any = Runtime(opened, store, budget, context, kernels.name)
     model.flashpack = runtime
@@ -126,8 +141,23 @@ def _check_layers(pack: Pack, sites: list[ExpertsModule]) -> None:
             raise FormatError(f"{pack.folder}: layer {layer.index} has {layer.experts} experts, not {site.num_experts}")
 
 
+def _numbers(config: PretrainedConfig, pack: Pack, sites: list[ExpertsModule]) -> tuple[int, int]:
+    """Width of the hidden states and experts per token, both checked."""
+    hidden = getattr(config, "hidden_size", None)
+    top_k = next((n for n in (getattr(config, k, None) for k in _TOP_K_KEYS) if n is not None), 1)
+    if type(hidden) is not int or hidden != sites[0].parameters["down_proj"][1]:
+        raise FormatError(f"{pack.folder}: config.json: hidden_size {hidden!r} is not the width of the experts")
+    if type(top_k) is not int or not 1 <= top_k <= min(s.num_experts for s in sites):
+        raise FormatError(f"{pack.folder}: config.json: {top_k!r} experts per token, of {sites[0].num_experts}")
+    return hidden, top_k
+
+
 def _context(config: object, wanted: int | None) -> int:
-    limit = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        limit = DEFAULT_CONTEXT
+    if type(limit) is not int or limit < 1:
+        raise FormatError(f"config.json: max_position_embeddings {limit!r} is not a number of tokens")
     if wanted is None:
         return min(limit, DEFAULT_CONTEXT)
     if not 0 < wanted <= limit:
@@ -135,10 +165,13 @@ def _context(config: object, wanted: int | None) -> int:
     return wanted
 
 
-def _fill_buffers(model: PreTrainedModel) -> None:
+def _fill_buffers(model: PreTrainedModel, dense_bytes: int) -> None:
     """Compute the buffers no checkpoint holds (rotary frequencies), as transformers does after loading."""
     import torch
 
+    size = sum(buffer.nbytes for _, buffer in model.named_non_persistent_buffers())
+    if size > dense_bytes + _BUFFER_BYTES:
+        raise FormatError(f"config.json asks for {size} bytes of buffers, the dense part has {dense_bytes}")
     owners = {}
     for name, buffer in model.named_non_persistent_buffers():
         stem, _, leaf = name.rpartition(".")
@@ -154,9 +187,27 @@ def _fill_buffers(model: PreTrainedModel) -> None:
             raise FormatError(f"transformers does not say how to compute {name} of {type(model).__name__}")
 
 
-def _generation_config(model: PreTrainedModel, folder: Path, chunk: int) -> None:
+def _generation_config(model: PreTrainedModel, folder: Path, context: int, chunk: int) -> None:
+    """Stop tokens and sampling defaults of generation_config.json, or else of config.json.
+
+    Nothing else: other fields choose caches, number of beams or methods that transformers fetches code for.
+    """
     from transformers import GenerationConfig
 
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    path = folder / "generation_config.json"
+    data: Any = model.generation_config.to_dict()
+    if path.is_file():
+        data = parse_json(path.read_bytes(), str(path))
+    if not isinstance(data, dict):
+        raise FormatError(f"{path}: not a JSON object")
+    taken = {k: data[k] for k in (*_TOKENS, *_SAMPLING, *_LENGTHS) if data.get(k) is not None}
+    for name, value in taken.items():
+        kinds = (int, float, bool) if name in _SAMPLING else (int,)
+        values = value if isinstance(value, list) and name in _TOKENS else [value]
+        if not all(type(v) in kinds and abs(v) < 2**63 for v in values):
+            raise FormatError(f"{path}: {name} is {str(value)[:40]!r}")
+    for name in set(_LENGTHS) & set(taken):
+        taken[name] = max(1, min(taken[name], context))
+    with library_errors(str(path)):
+        model.generation_config = GenerationConfig(**taken)  # type: ignore[no-untyped-call]
     model.generation_config.prefill_chunk_size = chunk
