@@ -1,35 +1,41 @@
 """The plain torch kernels: correct on every machine, the oracle of all faster ones.
 
 A stored matrix is widened to float32 a block of rows at a time, small enough for the processor's cache, multiplied,
-and forgotten: nothing is ever copied whole. Blocks have a fixed size, so results do not depend on memory; products
-run on several threads only where that does not change their bits.
+and forgotten: nothing is ever copied whole.
+
+Results depend on nothing but the values: blocks are cut by the matrix's shape alone, each is computed by exactly one
+thread (``pool``), and every operand of a product begins at a multiple of 64 bytes, as one thread of a BLAS may still
+choose its code by where an operand lies.
 """
 
 from __future__ import annotations
 
-import os
+import threading
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from flashpack.formats.records import RecordKind, Section
+from flashpack.kernels.cpu.pool import one_thread, pool
 from flashpack.kernels.interface import Activation, AffineMatrix, RecordView
 
-BLOCK_VALUES = 2**19
-"""Values widened at a time: 2 MiB of float32."""
+BLOCK_VALUES = 2**18
+"""Values widened at a time: 1 MiB of float32."""
+
+ALIGNMENT = 64
+"""Bytes. torch allocates at multiples of it."""
 
 _TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U32": torch.int32}
 
 
 class ReferenceKernels:
-    """``Kernels`` in torch, on ``threads`` threads; around its calls torch may have another number."""
+    """``Kernels`` in torch, on ``threads`` threads whatever torch's own number is. For inference: no gradients."""
 
     name = "torch"
 
     def __init__(self, threads: int) -> None:
-        self._threads = threads
-        self._product_threads = threads if _reproducible(threads) else 1
+        self._pool = pool(threads)
 
     def view_record(self, record: Tensor, kind: RecordKind) -> RecordView:
         sections = {s.name: s for s in kind.sections}
@@ -39,10 +45,11 @@ class ReferenceKernels:
         return RecordView(first, matrices[-1])
 
     def expert(self, x: Tensor, record: RecordView, activation: Activation) -> Tensor:
-        wide = x.float()
-        parts = [self._matmul(wide, m) for m in record.first]
-        hidden = activation(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
-        return self._matmul(hidden, record.down).to(x.dtype)
+        with one_thread():  # the activation's, too
+            wide = x.float()
+            parts = [self._matmul(wide, m) for m in record.first]
+            hidden = activation(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
+            return self._matmul(hidden, record.down).to(x.dtype)
 
     def linear(self, x: Tensor, weight: Tensor | AffineMatrix) -> Tensor:
         return self._matmul(x.float(), weight).to(x.dtype)
@@ -54,86 +61,101 @@ class ReferenceKernels:
         rows = AffineMatrix(
             weight.words[flat], weight.scales[flat], weight.biases[flat], weight.bits, weight.group_size
         )
-        return _widen(rows, 0, len(flat)).to(dtype).view(*ids.shape, -1)
+        wide = torch.empty(rows.shape)
+        with one_thread():
+            _widen(rows, wide)
+        return wide.to(dtype).view(*ids.shape, -1)
 
     def _matmul(self, x: Tensor, weight: Tensor | AffineMatrix) -> Tensor:
         """float32 x [..., in] @ weight.T, the weight widened block by block."""
         rows, width = weight.shape
-        step = max(1, BLOCK_VALUES // width)
-        out = x.new_empty(*x.shape[:-1], rows)
+        # A multiple of 16 rows, so that blocks of the weight and of the result are as aligned as the whole.
+        step = max(16, BLOCK_VALUES // width // 16 * 16)
+        flat = _aligned(x.reshape(-1, width))
+        out = x.new_empty(len(flat), rows)
 
-        outside = torch.get_num_threads()
-        try:
-            for start in range(0, rows, step):
-                end = min(start + step, rows)
-                # Widening takes exactly rounded steps only: the same bits on any number of threads.
-                torch.set_num_threads(self._threads)
-                block = _widen(weight, start, end)
-                torch.set_num_threads(self._product_threads)
-                out[..., start:end] = F.linear(x, block)
-        finally:
-            torch.set_num_threads(outside)
-        return out
+        def multiply(start: int) -> None:
+            end = min(start + step, rows)
+            torch.mm(flat, _block(weight, start, end).t(), out=out[:, start:end])
+
+        self._pool.run(multiply, range(0, rows, step))
+        return out.view(*x.shape[:-1], rows)
 
 
-def _reproducible(threads: int) -> bool:
-    """Whether products have the same bits on one and on ``threads`` threads.
+class _Scratch(threading.local):
+    """Buffers of a thread, kept: the system's allocator would give such sizes back and fetch them again each time."""
 
-    MKL may cut a sum into as many parts as it has threads, unless its strict reproducible mode is on. It reads the
-    variable at the first product of the process, so that the answer may differ by what ran before.
-    """
-    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-    generator = torch.Generator().manual_seed(0)
-    outside = torch.get_num_threads()
-    try:
-        # Shapes that did differ without the strict mode.
-        for tokens, width, rows in ((1, 2048, 128), (32, 2048, 256), (100, 768, 340)):
-            x = torch.randn(tokens, width, generator=generator)
-            weight = torch.randn(rows, width, generator=generator)
-            results = []
-            for count in (1, threads):
-                torch.set_num_threads(count)
-                results.append(F.linear(x, weight))
-            if not torch.equal(*results):
-                return False
-    finally:
-        torch.set_num_threads(outside)
-    return True
+    def __init__(self) -> None:
+        self._buffers: dict[torch.dtype, Tensor] = {}
+
+    def take(self, dtype: torch.dtype, rows: int, width: int) -> Tensor:
+        """[rows, width], contiguous and aligned; valid until this thread asks for the type again."""
+        buffer = self._buffers.get(dtype)
+        if buffer is None or len(buffer) < rows * width:
+            with torch.inference_mode(False):  # of use in both modes
+                buffer = self._buffers[dtype] = torch.empty(rows * width, dtype=dtype)
+        return buffer[: rows * width].view(rows, width)
 
 
-def _widen(weight: Tensor | AffineMatrix, start: int, end: int) -> Tensor:
-    """Rows [start, end) in float32."""
+_scratch = _Scratch()
+
+
+def _block(weight: Tensor | AffineMatrix, start: int, end: int) -> Tensor:
+    """Rows [start, end) in float32, aligned; valid until the thread's next call."""
     if isinstance(weight, Tensor):
-        return weight[start:end].float()
-    codes = unpack_bits(weight.words[start:end], weight.bits)
-    grouped = codes.view(end - start, -1, weight.group_size)
-    grouped.mul_(weight.scales[start:end].unsqueeze(-1).float())
-    grouped.add_(weight.biases[start:end].unsqueeze(-1).float())
-    return codes
+        part: Tensor | AffineMatrix = weight[start:end]
+        if weight.dtype == torch.float32:
+            return _aligned(weight[start:end])
+    else:
+        words, scales, biases = weight.words[start:end], weight.scales[start:end], weight.biases[start:end]
+        part = AffineMatrix(words, scales, biases, weight.bits, weight.group_size)
+    out = _scratch.take(torch.float32, end - start, weight.shape[1])
+    _widen(part, out)
+    return out
 
 
-def unpack_bits(words: Tensor, bits: int) -> Tensor:
-    """int32 [rows, W] (contiguous) -> the codes as float32 [rows, W*32/bits]."""
+def _aligned(x: Tensor) -> Tensor:
+    """``x`` itself or a copy that is contiguous and aligned."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % ALIGNMENT else x
+
+
+def _widen(weight: Tensor | AffineMatrix, out: Tensor) -> None:
+    """Write the values of ``weight`` to ``out`` (float32, contiguous, of its shape)."""
+    if isinstance(weight, Tensor):
+        out.copy_(weight)
+        return
+    _unpack_bits(weight.words, weight.bits, out)
+    grouped = out.view(len(out), -1, weight.group_size)
+    grouped.mul_(weight.scales.unsqueeze(-1).float())
+    grouped.add_(weight.biases.unsqueeze(-1).float())
+
+
+def _unpack_bits(words: Tensor, bits: int, out: Tensor) -> None:
+    """Write the codes in int32 [rows, W] (contiguous) to ``out``, float32 [rows, W*32/bits] (contiguous)."""
     rows = words.shape[0]
     stream = words.view(torch.uint8)
     if bits == 8:
-        return stream.float()
-    if bits in (2, 4):
-        per_byte = 8 // bits
-        codes = torch.empty(rows, stream.shape[1], per_byte)
-        for i in range(per_byte):
-            part = stream >> (bits * i) if i else stream
-            codes[..., i] = part if i == per_byte - 1 else part & ((1 << bits) - 1)
-        return codes.view(rows, -1)
-    # 8 values in `bits` bytes, as in formats.affine
-    chunks = stream.view(rows, -1, bits).to(torch.int64)
-    word = chunks[..., 0]
-    for i in range(1, bits):
-        word = word | (chunks[..., i] << (8 * i))
-    codes = torch.empty(rows, chunks.shape[1], 8)
-    for i in range(8):
-        codes[..., i] = (word >> (bits * i)) & ((1 << bits) - 1)
-    return codes.view(rows, -1)
+        out.copy_(stream)
+    elif bits == 4:
+        # One byte of two codes becomes two bytes of one: 0xba -> 0x0b0a.
+        pairs = _scratch.take(torch.int16, 2 * rows, stream.shape[1])
+        low, high = pairs[:rows].copy_(stream), pairs[rows:]
+        torch.bitwise_left_shift(low, 4, out=high)
+        out.copy_(low.bitwise_or_(high).bitwise_and_(0x0F0F).view(torch.uint8))
+    elif bits == 2:
+        codes = out.view(rows, -1, 4)
+        for i in range(4):
+            codes[..., i] = (stream >> (2 * i)) & 3
+    else:
+        # 8 values in `bits` bytes, as in formats.affine
+        chunks = stream.view(rows, -1, bits).to(torch.int64)
+        word = chunks[..., 0]
+        for i in range(1, bits):
+            word = word | (chunks[..., i] << (8 * i))
+        codes = out.view(rows, -1, 8)
+        for i in range(8):
+            codes[..., i] = (word >> (bits * i)) & ((1 << bits) - 1)
 
 
 def _array(record: Tensor, section: Section, rows: int | None = None) -> Tensor:
