@@ -10,17 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from flashpack.converter.encode import encode_dense, encode_record
 from flashpack.converter.journal import Journal
 from flashpack.converter.plan import DensePlan, LayerPlan, Plan
-from flashpack.converter.quantize import Error, SourceFiles, encode_blocks, is_copy
+from flashpack.converter.quantize import Error, SourceFiles
 from flashpack.errors import OutputError
 from flashpack.formats import constants as C
 from flashpack.formats.checksums import hexdigest
 from flashpack.formats.entries import FileEntry, Matrix, TensorEntry
 from flashpack.formats.files import open_inside, pread
-from flashpack.formats.header import TensorSpec
 from flashpack.formats.layout import ShardLayout, dense_header
 from flashpack.formats.manifest import Manifest
 from flashpack.formats.reader import read_manifest, unlisted
@@ -177,61 +175,41 @@ def _submit(
 def _write_layer(
     plan: LayerPlan, kinds: list[RecordKind], out: Path, files: SourceFiles, progress: Progress, stop: threading.Event
 ) -> Outcome:
+    def advance(count: int) -> None:
+        if stop.is_set():
+            raise Stopped
+        progress(count)
+
     buffer = RecordBuffer(plan.kind)
-    record = buffer.data.data
     relative = []
     with ShardWriter(out, plan.layer, kinds) as writer:
         for expert in range(plan.layer.experts):
-            for projection in plan.kind.projections:
-                if stop.is_set():
-                    raise Stopped
-                source = plan.sources[projection.name].matrix(expert)
-                error = Error()
-                if is_copy(source, projection.encoding):
-                    for section in plan.kind.sections:
-                        role, part = section.name.split(".")
-                        if role == projection.name:
-                            place = record[section.offset : section.offset + section.nbytes]
-                            files.read_into(source.parts[part], place)
-                else:
-                    for start, rows, arrays in encode_blocks(files, source, projection.encoding, error):
-                        for part, array in arrays.items():
-                            place_rows = buffer.sections[f"{projection.name}.{part}"][start : start + rows]
-                            place_rows[:] = _unsigned(array)
-                    relative.append(error.relative())
-                progress(sum(p.nbytes for p in source.parts.values()))
-            writer.write(expert, record)
+            relative += encode_record(files, plan, expert, buffer, advance)
+            writer.write(expert, buffer.data.data)
         entry = writer.finish()
-    errors = {"max": max(relative), "mean": sum(relative) / len(relative)} if relative else {}
-    return Outcome(entry, errors=errors)
+    return Outcome(entry, errors=_summary(relative))
 
 
 def _write_dense(
     path: str, tensors: list[DensePlan], out: Path, files: SourceFiles, progress: Progress, stop: threading.Event
 ) -> Outcome:
-    specs = [t.specs() for t in tensors]
     relative = []
-    with DenseWriter(out, path, [s for group in specs for s in group]) as writer:
-        for tensor, group in zip(tensors, specs, strict=True):
+    with DenseWriter(out, path, [s for t in tensors for s in t.specs()]) as writer:
+        for tensor in tensors:
             error = Error()
-            names: dict[str, TensorSpec] = dict(zip(("weight", "scales", "biases"), group, strict=False))
-            source = tensor.source.flat()
-            for _, _, arrays in encode_blocks(files, source, tensor.encoding, error):
+            for name, data in encode_dense(files, tensor, error):
                 if stop.is_set():
                     raise Stopped
-                for part, array in arrays.items():
-                    writer.append(names[part].name, _unsigned(array).data.cast("B"))
+                writer.append(name, data)
             if error.norm:
                 relative.append(error.relative())
             progress(sum(p.nbytes for p in tensor.source.parts.values()))
         entry, entries = writer.finish()
-    errors = {"max": max(relative), "mean": sum(relative) / len(relative)} if relative else {}
-    return Outcome(entry, entries, errors)
+    return Outcome(entry, entries, _summary(relative))
 
 
-def _unsigned(array: np.ndarray) -> np.ndarray:
-    """The same bytes as unsigned integers, so that assignment copies bits and never converts."""
-    return np.ascontiguousarray(array).view(f"<u{array.dtype.itemsize}")
+def _summary(relative: list[float]) -> dict[str, float]:
+    return {"max": max(relative), "mean": sum(relative) / len(relative)} if relative else {}
 
 
 def default_workers() -> int:
