@@ -11,6 +11,7 @@ import typer
 from flashpack.cli.console import note
 from flashpack.cli.convert import convert
 from flashpack.cli.inspect import inspect
+from flashpack.cli.repair import repair
 from flashpack.cli.run import run
 from flashpack.cli.verify import verify
 from flashpack.errors import FlashpackError
@@ -43,7 +44,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-for _command in (convert, verify, inspect, run):
+for _command in (convert, verify, repair, inspect, run):
     app.command()(_guarded(_command))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from flashpack.cli.console import answer_json, gb, note, progress_bar, say
+from flashpack.cli.console import answer_json, gb, note, progress_bar, quiet_libraries, say
 from flashpack.errors import UsageError
 
 
@@ -17,11 +17,13 @@ def verify(
     quick: bool = typer.Option(False, help="Only structure, sizes, headers, digest tables and copied files."),
     sample: str | None = typer.Option(None, help="Also a random part of the data, for example 5%."),
     expect: str | None = typer.Option(None, help="Identity that the pack must have; any other pack is refused."),
+    against: Path | None = typer.Option(None, help="Checkpoint: prove that the pack is what it and the recipe give."),
     json: bool = typer.Option(False, "--json", help="Print the findings as JSON."),
 ) -> None:
     """Check a pack against its own checksums, without the source. Exit code 0 only if it is whole.
 
-    Checksums find damage. Whether a stranger's pack is the one you were promised, only --expect can tell.
+    With --against, every record and tensor is also made again from the source. Checksums find damage; whether a
+    stranger's pack is the one you were promised, only --expect can tell.
     """
     import time
 
@@ -37,11 +39,18 @@ def verify(
 
     def start(size: int) -> None:
         nonlocal bar, total
-        total = size
-        bar = progress_bar(size, "verifying")
+        total += size
+        if bar is not None:
+            bar.close()
+        bar = progress_bar(size, "verifying" if bar is None else "remaking")
 
     try:
         findings = run_verify(pack, level, share, expect, start, lambda n: bar.update(n))
+        if against is not None and not findings:
+            quiet_libraries()
+            from flashpack.converter.against import against as run_against
+
+            findings = run_against(pack, against, start, lambda n: bar.update(n))
     finally:
         if bar is not None:
             bar.close()
@@ -55,6 +64,8 @@ def verify(
         if findings:
             say(f"{pack}: {len(findings)} finding{'s' if len(findings) > 1 else ''}")
             note(f"repair it from another copy or from its source: flashpack repair {pack} --from COPY")
+        elif against is not None:
+            say(f"{pack}: whole ({level}), and what {against} and its recipe give; {seconds:.1f} s")
         elif quick:
             say(f"{pack}: structure is whole (file sizes, headers, digest tables, copied files; data not read)")
         elif level == "sample":

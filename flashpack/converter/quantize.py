@@ -73,15 +73,19 @@ class SourceFiles:
         values = values.reshape(tensor.shape)
         return values + np.float32(tensor.add) if tensor.add else values
 
+    def close(self) -> None:
+        """Close all files."""
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
+        self.close()
 
 
 @dataclass

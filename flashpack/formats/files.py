@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 import sys
@@ -91,14 +92,12 @@ def pwrite(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
 def sync(fd: int) -> None:
     """Force the file to the drive itself (F_FULLFSYNC on macOS, where fsync stops at the drive's cache)."""
     if sys.platform == "darwin":
-        import fcntl
-
         fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
     else:
         os.fsync(fd)
 
 
-def replace(partial: Path, path: Path) -> None:
+def publish(partial: Path, path: Path) -> None:
     """Give a finished file its name, durably."""
     os.replace(partial, path)
     sync_folder(path.parent)
@@ -123,7 +122,21 @@ def write_durably(path: Path, data: bytes, suffix: str) -> None:
             sync(fd)
         finally:
             os.close(fd)
-        replace(partial, path)
+        publish(partial, path)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the only writer's lock on a folder; ``OutputError`` if somebody else does. A kill releases it."""
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise OutputError(f"{folder}: another process is writing here; wait for it, or stop it") from e
+        yield
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager

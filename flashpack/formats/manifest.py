@@ -145,6 +145,14 @@ class Manifest:
         """The files by path."""
         return {f.path: f for f in self.files}
 
+    @cached_property
+    def _layers_by_path(self) -> dict[str, Layer]:
+        return {layer.path: layer for layer in self.layers}
+
+    def layer_of(self, path: str) -> Layer:
+        """The layer whose shard this file is."""
+        return self._layers_by_path[path]
+
     def dense_layout(self, path: str) -> tuple[bytes, Header]:
         """The header of a dense file: its bytes and its parsed form."""
         return dense_layout(self.dense_tensors.get(path, []), path)

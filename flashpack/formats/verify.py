@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -54,15 +54,26 @@ def verify(
     manifest, findings = _manifest(folder, expect)
     if manifest is None:
         return findings
-    findings += [
-        Finding("unlisted-file", path, "file", "not listed in the manifest; remove it")
-        for path in unlisted(folder, manifest)
-    ]
-    by_path = {layer.path: layer for layer in manifest.layers}
+    findings += unlisted_files(folder, manifest)
+    return findings + check_files(folder, manifest, manifest.files, level, share, on_start, progress, workers)
+
+
+def check_files(
+    folder: Path,
+    manifest: Manifest,
+    entries: Sequence[FileEntry],
+    level: str = "full",
+    share: float = 1.0,
+    on_start: Callable[[int], object] | None = None,
+    progress: Progress | None = None,
+    workers: int | None = None,
+) -> list[Finding]:
+    """``verify`` for some files of a pack whose manifest is known."""
+    findings: list[Finding] = []
     regions: list[Region] = []
     # Twice the processors: while one thread waits for the drive, another hashes.
     with ThreadPoolExecutor(workers or 2 * (os.cpu_count() or 1)) as pool:
-        for found in pool.map(lambda f: _file(folder, f, manifest, by_path.get(f.path)), manifest.files):
+        for found in pool.map(lambda f: _file(folder, f, manifest), entries):
             findings += (item for item in found if isinstance(item, Finding))
             regions += (item for item in found if isinstance(item, Region))
         regions = _chosen(regions, level, share)
@@ -72,6 +83,31 @@ def verify(
         for problem in pool.map(lambda r: _region(folder, r, report), regions):
             findings += problem
     return findings
+
+
+def unlisted_files(folder: Path, manifest: Manifest) -> list[Finding]:
+    """Files that the manifest does not know: a pack is exactly what its manifest says."""
+    return [
+        Finding("unlisted-file", path, "file", "not listed in the manifest; remove it")
+        for path in unlisted(folder, manifest)
+    ]
+
+
+def regions_of(manifest: Manifest, entry: FileEntry, tail: bytes = b"") -> list[Region]:
+    """The records of a shard whose ``tail`` this is, or the tensors of a dense file, in order."""
+    if entry.role == "dense":
+        tensors = manifest.dense_tensors[entry.path]
+        return [Region(entry.path, t.offset, t.nbytes, t.digest, tensor=t.name) for t in tensors]
+    layer = manifest.layer_of(entry.path)
+    layout = manifest.shard_layout(layer)
+    parsed = layout.parse_tail(tail)
+    regions = []
+    for expert in range(layer.experts):
+        stride = layout.stride(int(parsed.table[expert, 0]))
+        frame = None if layer.codec == "raw" else (parsed.sizes[expert], stride, parsed.contents[expert].hex())
+        offset, span, expected = parsed.offsets[expert], parsed.spans[expert], parsed.digests[expert].hex()
+        regions.append(Region(entry.path, offset, span, expected, layer.index, expert, frame=frame))
+    return regions
 
 
 def _chosen(regions: list[Region], level: str, share: float) -> list[Region]:
@@ -106,8 +142,9 @@ def _manifest(folder: Path, expect: str | None) -> tuple[Manifest | None, list[F
         return None, [finding]
 
 
-def _file(folder: Path, entry: FileEntry, manifest: Manifest, layer: Layer | None) -> list[Finding | Region]:
+def _file(folder: Path, entry: FileEntry, manifest: Manifest) -> list[Finding | Region]:
     """Check the structure of one file; what has digests of its own comes back as regions."""
+    layer = manifest.layer_of(entry.path) if entry.role == "experts" else None
     index = layer.index if layer else None
     try:
         fd = open_inside(folder, entry.path)
@@ -160,29 +197,23 @@ def _shard(fd: int, entry: FileEntry, manifest: Manifest, layer: Layer, size: in
             offset=layout.tail, expected=entry.digests["tail"], found=hexdigest(tail),
         )  # fmt: skip
     try:
-        parsed = layout.parse_tail(tail)
+        yield from regions_of(manifest, entry, tail)
     except FormatError as e:
         yield Finding("expert-table", entry.path, "table", str(e), layer.index, offset=layout.tail)
-        return
-    for expert in range(layer.experts):
-        stride = layout.stride(int(parsed.table[expert, 0]))
-        frame = None if layer.codec == "raw" else (parsed.sizes[expert], stride, parsed.contents[expert].hex())
-        offset, span, expected = parsed.offsets[expert], parsed.spans[expert], parsed.digests[expert].hex()
-        yield Region(entry.path, offset, span, expected, layer.index, expert, frame=frame)
 
 
 def _dense(fd: int, entry: FileEntry, manifest: Manifest, size: int) -> Iterator[Finding | Region]:
     header = manifest.dense_layout(entry.path)[0]
     yield from _header(fd, entry, header, size, None)
     end = len(header)
-    for t in manifest.dense_tensors[entry.path]:
-        if t.offset <= size and any(pread(fd, t.offset - end, end, entry.path)):
+    for region in regions_of(manifest, entry):
+        if region.offset <= size and any(pread(fd, region.offset - end, end, entry.path)):
             yield Finding("padding", entry.path, "padding", "bytes that must be zero are not", offset=end)
-        end = t.offset + t.nbytes
-        if end > size:
-            yield Finding("truncated-tensor", entry.path, "tensor", "cut off", tensor=t.name, offset=t.offset)
+        end = region.offset + region.size
+        if end <= size:
+            yield region
         else:
-            yield Region(entry.path, t.offset, t.nbytes, t.digest, tensor=t.name)
+            yield region.finding("truncated-tensor", "tensor", "cut off")
 
 
 def _region(folder: Path, region: Region, report: Progress) -> list[Finding]:

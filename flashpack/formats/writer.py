@@ -21,7 +21,7 @@ from flashpack.formats import constants as C
 from flashpack.formats.checksums import Hasher, digest, hasher, hexdigest
 from flashpack.formats.dtypes import ITEMSIZE
 from flashpack.formats.entries import FileEntry, Layer, TensorEntry
-from flashpack.formats.files import create, output_errors, pwrite, replace, resize, sync, write_durably
+from flashpack.formats.files import create, output_errors, publish, pwrite, resize, sync, write_durably
 from flashpack.formats.header import TensorSpec
 from flashpack.formats.layout import ShardLayout, dense_header
 from flashpack.formats.manifest import Manifest
@@ -51,7 +51,7 @@ class _PackFile:
         with output_errors(self._final):
             sync(self._fd)
             self._close()
-            replace(self._partial, self._final)
+            publish(self._partial, self._final)
 
     def _close(self) -> None:
         if self._open:

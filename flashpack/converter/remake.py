@@ -1,0 +1,125 @@
+"""A finished pack's content made again from its source: what ``verify --against`` compares and ``repair`` takes.
+
+Only where the recipe is reproducible: the same source and options then give the same bytes on any machine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+from flashpack.converter.convert import plan
+from flashpack.converter.encode import encode_dense, encode_record
+from flashpack.converter.plan import DensePlan, Options, Plan
+from flashpack.converter.quantize import Error, SourceFiles
+from flashpack.errors import SourceError, UnsupportedError, UsageError
+from flashpack.formats.entries import FileEntry, Layer, TensorEntry
+from flashpack.formats.findings import Region
+from flashpack.formats.manifest import Manifest
+from flashpack.formats.repair import Bytes, encode_stored
+from flashpack.formats.writer import RecordBuffer, RecordDigests
+
+REPRODUCIBLE = ("minmax",)
+"""Quantizers whose result depends on source and options alone."""
+
+
+class Remake:
+    """The content of the pack described by ``manifest``, made from ``src``.
+
+    Raises ``UnsupportedError`` if the recipe cannot be followed again, ``SourceError`` if ``src`` is damaged or
+    another model than the pack's.
+    """
+
+    def __init__(self, src: str | os.PathLike[str], manifest: Manifest) -> None:
+        self.name = str(src)
+        self.manifest = manifest
+        self.plan = plan(src, _options(manifest.recipe))
+        _check_same(self.plan, manifest, self.name)
+        self.files = SourceFiles(self.plan.checkpoint.folder)
+        self._layers = {p.layer.index: p for p in self.plan.layers}
+        self._dense = {name: t for t in self.plan.dense() for name in t.tensor_names().values()}
+
+    def record(self, layer: Layer, expert: int, advance: Callable[[int], object] = lambda count: None) -> memoryview:
+        """The record of an expert: stride bytes. ``advance`` is called with the source bytes that are done."""
+        work = self._layers[layer.index]
+        buffer = RecordBuffer(work.kind)
+        encode_record(self.files, work, expert, buffer, advance)
+        return buffer.data.data
+
+    def dense(self, plan: DensePlan) -> Iterator[tuple[str, memoryview]]:
+        """The stored tensors of a dense tensor or matrix, piece by piece."""
+        return encode_dense(self.files, plan, Error())
+
+    # What ``formats.repair`` asks of a donor:
+
+    def manifest_bytes(self) -> bytes | None:
+        """A source has no manifest."""
+        return None
+
+    def tail(self, layer: Layer) -> bytes | None:
+        """What stands behind the records of a shard, from all records made again."""
+        digests = RecordDigests(layer, self.manifest.record_kinds)
+        for expert in range(layer.experts):
+            digests.add(expert, self.record(layer, expert))
+        return digests.finish()[1]
+
+    def stored(self, region: Region, layer: Layer) -> Iterator[Bytes]:
+        """An expert's record as this pack's codec stores it."""
+        assert region.expert is not None
+        yield encode_stored(self.record(layer, region.expert), layer.codec)
+
+    def tensor(self, entry: TensorEntry) -> Iterator[Bytes] | None:
+        """The bytes of a dense tensor."""
+        return (data for name, data in self.dense(self._dense[entry.name]) if name == entry.name)
+
+    def copy(self, entry: FileEntry) -> bytes | None:
+        """A copied file; None if the source has none of this name."""
+        file = self.plan.checkpoint.folder / entry.path
+        return file.read_bytes() if entry.path in self.plan.copies else None
+
+    def close(self) -> None:
+        """Close the source's files."""
+        self.files.close()
+
+
+def _options(recipe: dict[str, object]) -> Options:
+    quantizer = recipe.get("quantizer")
+    if quantizer not in REPRODUCIBLE:
+        raise UnsupportedError(
+            f"the pack's quantizer {quantizer!r} does not give the same bytes again from the source; "
+            f"repair from another copy of the pack, and check with its own digests"
+        )
+    experts, dense, group_size = (recipe.get(k) for k in ("experts", "dense", "group_size"))
+    try:
+        if not (isinstance(experts, str) and isinstance(dense, str) and isinstance(group_size, int)):
+            raise UsageError("experts, dense or group_size is missing")
+        return Options(experts, dense, group_size)
+    except UsageError as e:
+        raise UnsupportedError(f"the pack's recipe is not one that this version follows: {e}") from e
+
+
+def _check_same(work: Plan, manifest: Manifest, name: str) -> None:
+    """The plan must describe this very pack, up to the codec; says what differs."""
+    theirs = {k: v for k, v in manifest.model.items() if k != "transformers"}
+    ours = {k: v for k, v in work.model.items() if k != "transformers"}
+    codecs = {layer.index: layer.codec for layer in manifest.layers}
+    layers = [
+        Layer(x.index, x.module, x.path, x.kinds, codecs.get(x.index, "raw")) for x in (p.layer for p in work.layers)
+    ]
+    tensors = {(s.name, path, s.dtype, s.shape) for path, ts in work.dense_files.items() for t in ts for s in t.specs()}
+    for what, mine, its in (
+        ("model", ours, theirs),
+        ("recipe", work.recipe, manifest.recipe),
+        ("shapes of experts", tuple(work.kinds), manifest.record_kinds),
+        ("MoE layers", layers, list(manifest.layers)),
+        ("dense tensors", tensors, {(t.name, t.path, t.dtype, t.shape) for t in manifest.tensors}),
+    ):
+        if mine != its:
+            raise SourceError(f"{name}: not the source of this pack: other {what}{_difference(mine, its)}")
+
+
+def _difference(ours: object, theirs: object) -> str:
+    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+        return ""
+    key = next(k for k in sorted({*ours, *theirs}) if ours.get(k) != theirs.get(k))
+    return f" ({key}: {ours.get(key)!r}, the pack's {theirs.get(key)!r})"
