@@ -29,6 +29,8 @@ def run(
     seed: int = typer.Option(0, help="Seed of sampling."),
     threads: int | None = typer.Option(None, min=1, help="Compute threads. Default: one per processor."),
     device: str = typer.Option("cpu", help="cpu."),
+    check: str = typer.Option("first", help="Compare experts with their checksums: first (read), always or never."),
+    expect: str | None = typer.Option(None, help="Identity that the pack must have; any other pack is refused."),
     json: bool = typer.Option(False, "--json", help="Print text and statistics as one JSON object."),
 ) -> None:
     """Answer a prompt within a memory budget. Text goes to stdout, statistics to stderr."""
@@ -44,7 +46,7 @@ def run(
         import torch
 
         torch.set_num_threads(threads)
-    model = load(pack, device=device, memory=memory, context=context)
+    model = load(pack, device=device, memory=memory, context=context, check=check, expect=expect)
 
     from flashpack.runtime.generate import Sampling, encode_prompt, generate, load_tokenizer
 

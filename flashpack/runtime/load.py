@@ -31,6 +31,9 @@ _TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_
 _BUFFER_BYTES = 64 * 2**20
 """What computed buffers (rotary frequencies) may take beside as much as the dense part."""
 
+CHECKS = ("first", "always", "never")
+"""When an expert's record is compared with its digest: when it is first read, at every read, or not at all."""
+
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens")
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
              "repetition_penalty")  # fmt: skip
@@ -54,24 +57,32 @@ def load(
     memory: int | str | None = None,
     dtype: torch.dtype | None = None,
     context: int | None = None,
+    check: str = "first",
+    expect: str | None = None,
 ) -> PreTrainedModel:
     """Open a pack as a transformers causal language model; its ``generate`` works.
 
     ``memory``: bytes the whole process may use, also as "2GB", "2GiB" or "smallest"; default: from what is
     available. ``dtype``: type of activations, float32 by default on CPU; stored weights stay mapped and are widened
-    per operation. ``context``: tokens of KV cache to reserve. The model carries its ``Runtime`` as ``.flashpack``.
+    per operation. ``context``: tokens of KV cache to reserve. ``check``: when an expert is compared with its digest:
+    ``"first"`` time it is read, ``"always"`` or ``"never"``. ``expect``: the identity the pack must have. The model
+    carries its ``Runtime`` as ``.flashpack``.
 
-    Raises ``FormatError``, ``IntegrityError``, ``MemoryBudgetError``, ``DeviceError`` or ``UsageError``.
+    Raises ``FormatError``, ``IntegrityError``, ``IdentityError``, ``MemoryBudgetError``, ``DeviceError`` or
+    ``UsageError``.
     """
     check_device(device)
-    opened = Pack(pack)
+    if check not in CHECKS:
+        raise UsageError(f"--check {check}: choose from {', '.join(CHECKS)}")
+    opened = Pack(pack, expect)
+    opened.check_copies()  # transformers reads them by name
 
     import torch
 
     from flashpack.runtime import budget as budgets
     from flashpack.runtime import dense, experts
     from flashpack.runtime.kv import kv_bytes
-    from flashpack.runtime.store import ExpertStore
+    from flashpack.runtime.store import ExpertStore, scratch_bytes
     from flashpack.runtime.threads import confine
 
     dtype = dtype or torch.float32
@@ -103,10 +114,10 @@ def load(
     widths = [m.out_features for m in model.modules() if isinstance(m, dense.PackedLinear)]
     work = budgets.work_bytes(
         hidden, top_k, config.vocab_size, max((w for w in widths if w < 16 * hidden), default=hidden)
-    )
+    ) + scratch_bytes(opened)
     total = parse_size(memory) if memory not in (None, "smallest") else memory
     budget = budgets.divide(opened, usage().anonymous, cache, work, total, available())
-    store = ExpertStore(opened, kernels, budget.slots)
+    store = ExpertStore(opened, kernels, budget.slots, check)
     for site in sites:
         module: Any = site.module
         activation = module._apply_gate if site.has_gate else module.act_fn

@@ -29,9 +29,6 @@ from flashpack.runtime.stats import LayerStats, StoreStats
 READ_THREADS = 8
 """Reads in flight. A drive reaches its rate only with several large reads queued."""
 
-CHECKS = ("first", "always", "never")
-"""When a record is compared with its digest: when it is first read, at every read, or not at all."""
-
 
 def scratch_bytes(pack: Pack) -> int:
     """Memory the readers of a compressed pack need for stored records before they are decoded."""
@@ -43,8 +40,9 @@ def scratch_bytes(pack: Pack) -> int:
 class ExpertStore:
     """Experts of an open pack, in memory as far as the arena goes.
 
-    ``slots``: number of records of each stride that the arena holds (``Budget.slots``). ``check``: one of
-    ``CHECKS``; a record that fails never reaches a kernel, and its read raises ``IntegrityError``.
+    ``slots``: number of records of each stride that the arena holds (``Budget.slots``). ``check``: ``"first"``
+    compares a record with its digest when it is first read, ``"always"`` at every read, ``"never"`` not at all; a
+    record that fails never reaches a kernel, and its read raises ``IntegrityError``.
     """
 
     def __init__(self, pack: Pack, kernels: Kernels, slots: dict[int, int], check: str = "first") -> None:
