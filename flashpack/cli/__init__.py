@@ -11,6 +11,7 @@ import typer
 from flashpack.cli.console import note
 from flashpack.cli.convert import convert
 from flashpack.cli.inspect import inspect
+from flashpack.cli.recode import recode
 from flashpack.cli.repair import repair
 from flashpack.cli.run import run
 from flashpack.cli.verify import verify
@@ -37,14 +38,14 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
             note(f"flashpack: {e}")
             raise typer.Exit(e.exit_code) from e
         except KeyboardInterrupt as e:
-            hint = "; run the same command again to continue" if command is convert else ""
+            hint = "; run the same command again to continue" if command in (convert, recode) else ""
             print(f"\nflashpack: interrupted{hint}", file=sys.stderr)
             raise typer.Exit(130) from e
 
     return call
 
 
-for _command in (convert, verify, repair, inspect, run):
+for _command in (convert, verify, repair, recode, inspect, run):
     app.command()(_guarded(_command))
 
 

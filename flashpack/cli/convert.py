@@ -19,6 +19,7 @@ def convert(
     experts: str = typer.Option("auto", help="auto, source, q8, q6, q5, q4, q3 or q2."),
     dense: str = typer.Option("auto", help="auto, source, q8 or q4."),
     group_size: int = typer.Option(64, help="Values per scale: 32, 64 or 128."),
+    codec: str = typer.Option("raw", help="raw, or zstd: each expert compressed; smaller, and slower to read."),
     dry_run: bool = typer.Option(False, help="Print the plan and write nothing."),
     overwrite: bool = typer.Option(False, help="Replace a finished or unfinished pack."),
     workers: int | None = typer.Option(None, min=1, help="Files written at once. Default: one per processor."),
@@ -34,7 +35,7 @@ def convert(
     from flashpack.converter import plan as make_plan
 
     if dry_run:
-        plan = make_plan(src, Options(experts, dense, group_size))
+        plan = make_plan(src, Options(experts, dense, group_size, codec))
         if json:
             answer_json(_plan_json(plan))
         else:
@@ -53,7 +54,9 @@ def convert(
         bar = progress_bar(total, "converting", done)
 
     try:
-        report = run_convert(src, out, experts, dense, group_size, overwrite, workers, begin, lambda n: bar.update(n))
+        report = run_convert(
+            src, out, experts, dense, group_size, codec, overwrite, workers, begin, lambda n: bar.update(n)
+        )
     finally:
         if bar is not None:
             bar.close()

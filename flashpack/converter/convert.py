@@ -47,6 +47,7 @@ def convert(
     experts: str = "auto",
     dense: str = "auto",
     group_size: int = 64,
+    codec: str = "raw",
     overwrite: bool = False,
     workers: int | None = None,
     on_plan: Callable[[Plan, int], object] | None = None,
@@ -61,12 +62,12 @@ def convert(
     Raises ``SourceError`` and ``UnsupportedError`` for the source, ``OutputError`` for the target.
     """
     begun = time.monotonic()
-    work = plan(src, Options(experts, dense, group_size))
+    work = plan(src, Options(experts, dense, group_size, codec))
     target = Path(out) if out is not None else default_out(src)
     source_bytes = work.source_bytes()
     with output_errors(target):
         check_folder(target, overwrite)
-        _check_space(target, work.file_sizes(), overwrite)
+        check_space(target, work.file_sizes(), overwrite)
     journal = Journal(target, _start(work), overwrite)
     try:
         finished = resume(work, target, journal)
@@ -153,10 +154,11 @@ def _start(work: Plan) -> dict[str, Any]:
         "source": work.checkpoint.fingerprint,
         "model": work.model,
         "recipe": work.recipe,
+        "codec": work.options.codec,
     }
 
 
-def _check_space(target: Path, sizes: dict[str, int], overwrite: bool) -> None:
+def check_space(target: Path, sizes: dict[str, int], overwrite: bool) -> None:
     """Refuse before the first byte what cannot fit; ``sizes`` are those of the files to come, by path."""
     needed = sum(size for path, size in sizes.items() if overwrite or not (target / path).exists())
     existing = next(p for p in (target.absolute(), *target.absolute().parents) if p.exists())

@@ -68,14 +68,14 @@ def resume(plan: Plan, out: Path, journal: Journal) -> dict[str, Outcome]:
             tail = outcome.file.size
         else:
             raise OutputError(f"{journal.path}: lists {path}, which is no part of this pack; use --overwrite")
-        if _kept(out, outcome.file, header, tail):
+        if kept(out, outcome.file, header, tail):
             finished[path] = outcome
         else:
             journal.notices.append(f"{out / path}: was finished and has changed since; it is done again")
     return finished
 
 
-def _kept(out: Path, entry: FileEntry, header: bytes, tail: int) -> bool:
+def kept(out: Path, entry: FileEntry, header: bytes, tail: int) -> bool:
     """Whether a file still has its size, its header and its digest table (from byte ``tail``). Records are not read:
     damage to them is found by a check of the pack, against the digests in the table."""
     try:

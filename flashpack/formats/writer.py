@@ -164,6 +164,10 @@ class DenseWriter(_PackFile):
         self._write(raw, tensor.offset + self._done[name])
         self._done[name] += len(raw)
 
+    def digests(self) -> dict[str, str]:
+        """Digests of the tensors as far as they have been written."""
+        return {name: hashed.hexdigest() for name, hashed in self._hashers.items()}
+
     def finish(self) -> tuple[FileEntry, list[TensorEntry]]:
         """Make the file durable and give it its name."""
         for name, tensor in self._tensors.items():
