@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,12 @@ PackOf = Callable[..., Path]
 def source_of(name: str) -> Path:
     """The checkpoint folder of a name: "trained", or one of the tiny ones."""
     return TRAINED if name == "trained" else CHECKPOINTS / name
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file below ``folder`` and its digest."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 @pytest.fixture(scope="session")

@@ -98,10 +98,11 @@ class PackDonor:
     def _read_manifest(self) -> bytes:
         try:
             size = self._fs.size(f"{self._root}/{C.MANIFEST}")
-        except FileNotFoundError as e:
-            raise NotAPackError(f"{self.name}: no {C.MANIFEST} there: not a pack") from e
         except Exception as e:  # whatever the file system's library raises
-            raise SourceError(f"{self.name}: cannot be read: {e}") from e
+            # fsspec says "not found" of a server that does not answer, too; its cause tells them apart.
+            if isinstance(e, FileNotFoundError) and (e.__cause__ is None or getattr(e.__cause__, "status", 0) == 404):
+                raise NotAPackError(f"{self.name}: no {C.MANIFEST} there: not a pack") from e
+            raise SourceError(f"{self.name}: cannot be read: {e.__cause__ or e}") from e
         if size is None or size > C.MAX_MANIFEST_BYTES:
             raise SourceError(f"{self.name}: the server does not tell the size of {C.MANIFEST}, or it is too large")
         return self._read(C.MANIFEST, 0, size)

@@ -23,6 +23,7 @@ from flashpack.formats.files import (
     chunks,
     create,
     locked,
+    open_direct,
     open_inside,
     output_errors,
     pread,
@@ -40,6 +41,9 @@ from flashpack.formats.verify import Progress, check_files, regions_of, unlisted
 from flashpack.formats.writer import commit_bytes
 
 Bytes = bytes | bytearray | memoryview
+
+_STRUCTURE = {"size", "missing-file", "unreadable-file", "header-digest", "tail-digest", "expert-table", "padding"}
+"""Findings that a file built anew no longer has, even if the donor gave nothing."""
 
 
 class Donor(Protocol):
@@ -101,8 +105,12 @@ def repair(
         findings = check_files(folder, manifest, manifest.files, on_start=on_start, progress=progress)
         damaged = {f.file for f in findings}
         for entry in (f for f in manifest.files if f.path in damaged):
-            mend = _mend_copy if entry.role == "copy" else _mend_large
-            if mend(folder, entry, manifest, donor, result):
+            codes = {f.code for f in findings if f.file == entry.path}
+            if entry.role == "copy":
+                mended = _mend_copy(folder, entry, donor, result)
+            else:
+                mended = _mend_large(folder, entry, codes, manifest, donor, result)
+            if mended:
                 result.files.append(entry.path)
         result.findings = check_files(folder, manifest, [f for f in manifest.files if f.path in damaged])
     if result.findings and not result.files:
@@ -149,7 +157,7 @@ def _restore_manifest(folder: Path, donor: Donor, expect: str | None, result: Re
     )
 
 
-def _mend_copy(folder: Path, entry: FileEntry, manifest: Manifest, donor: Donor, result: Repaired) -> bool:
+def _mend_copy(folder: Path, entry: FileEntry, donor: Donor, result: Repaired) -> bool:
     data = donor.copy(entry)
     if data is None or hexdigest(data) != entry.digests["file"] or not _free_way(folder, entry.path):
         return False
@@ -158,7 +166,9 @@ def _mend_copy(folder: Path, entry: FileEntry, manifest: Manifest, donor: Donor,
     return True
 
 
-def _mend_large(folder: Path, entry: FileEntry, manifest: Manifest, donor: Donor, result: Repaired) -> bool:
+def _mend_large(
+    folder: Path, entry: FileEntry, codes: set[str], manifest: Manifest, donor: Donor, result: Repaired
+) -> bool:
     """Build a shard or dense file anew; False leaves the old one as it is."""
     if not _free_way(folder, entry.path):
         return False
@@ -181,14 +191,15 @@ def _mend_large(folder: Path, entry: FileEntry, manifest: Manifest, donor: Donor
                 resize(fd, entry.size)
                 pwrite(fd, header, 0)
                 pwrite(fd, tail, entry.size - len(tail))
-            good = [_fill(fd, folder, region, manifest, old, size, donor, result) for region in regions]
+            fates = [_fill(fd, folder, region, manifest, old, size, donor) for region in regions]
             with output_errors(folder / entry.path):
                 sync(fd)
         finally:
             os.close(fd)
-        mended = [replace(region, path=partial) for region, whole in zip(regions, good, strict=True) if whole]
-        # A file of the right size with a hole in it would open, so the whole one must be complete.
-        if not mended or (size != entry.size and not all(good)) or _wrong(folder, mended):
+        whole = [replace(r, path=partial) for r, fate in zip(regions, fates, strict=True) if fate != "lost"]
+        better = "taken" in fates or codes & _STRUCTURE
+        # A file of the right size with a hole in it would open, so one of another size must become complete.
+        if not better or (size != entry.size and "lost" in fates) or _wrong(folder, whole):
             os.unlink(folder / partial)
             return False
     finally:
@@ -196,6 +207,7 @@ def _mend_large(folder: Path, entry: FileEntry, manifest: Manifest, donor: Donor
             os.close(old)
     with output_errors(folder / entry.path):
         publish(folder / partial, folder / entry.path)
+    result.pieces += fates.count("taken")
     return True
 
 
@@ -207,14 +219,14 @@ def _fill(
     old: int | None,
     size: int,
     donor: Donor,
-    result: Repaired,
-) -> bool:
-    """Write one record or tensor: the old bytes if they are whole, else the donor's if those are."""
+) -> str:
+    """Write one record or tensor: "kept" from the old file if it is whole there, else "taken" from the donor if it
+    is there, else "lost"."""
     end = region.offset + region.size
     if old is not None and end <= size:
         with contextlib.suppress(OSError):  # a part of the drive that cannot be read is a damaged part
             if _copy(fd, region, chunks(old, region.offset, region.size, region.path), folder):
-                return True
+                return "kept"
     if region.tensor is None:
         layer = manifest.layer_of(region.path)
         offers: Iterable[Iterator[Bytes] | None] = (iter([data]) for data in donor.stored(region, layer))
@@ -222,12 +234,11 @@ def _fill(
         offers = [donor.tensor(next(t for t in manifest.tensors if t.name == region.tensor))]
     for offer in offers:
         if offer is not None and _copy(fd, region, offer, folder):
-            result.pieces += 1
-            return True
+            return "taken"
     if old is not None and end <= size:
         with contextlib.suppress(OSError):  # nobody has it: what is there stays
             _copy(fd, region, chunks(old, region.offset, region.size, region.path), folder)
-    return False
+    return "lost"
 
 
 def _copy(fd: int, region: Region, pieces: Iterator[Bytes], folder: Path) -> bool:
@@ -275,7 +286,7 @@ def _find_tail(
 def _wrong(folder: Path, regions: list[Region]) -> bool:
     """Read back what has been written."""
     for region in regions:
-        fd = open_inside(folder, region.path)
+        fd = open_direct(folder, region.path)
         try:
             hashed = hasher()
             for piece in chunks(fd, region.offset, region.size, region.path):

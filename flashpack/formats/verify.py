@@ -17,7 +17,7 @@ from flashpack.formats import codecs
 from flashpack.formats import constants as C
 from flashpack.formats.checksums import hasher, hexdigest, hexdigest_of
 from flashpack.formats.entries import FileEntry, Layer
-from flashpack.formats.files import chunks, open_inside, pread
+from flashpack.formats.files import chunks, open_direct, open_inside, pread
 from flashpack.formats.findings import Finding, Region
 from flashpack.formats.manifest import Manifest
 from flashpack.formats.reader import check_identity, digest_file_bytes, manifest_bytes, unlisted
@@ -219,7 +219,7 @@ def _dense(fd: int, entry: FileEntry, manifest: Manifest, size: int) -> Iterator
 def _region(folder: Path, region: Region, report: Progress) -> list[Finding]:
     """Read one region and compare it with its digest."""
     try:
-        fd = open_inside(folder, region.path)
+        fd = open_direct(folder, region.path)
         try:
             if region.frame is not None:
                 return _frame(fd, region, *region.frame, report)
@@ -241,8 +241,12 @@ def _region(folder: Path, region: Region, report: Progress) -> list[Finding]:
 
 def _frame(fd: int, region: Region, size: int, stride: int, content: str, report: Progress) -> list[Finding]:
     """A compressed record: first the stored bytes, and only if they are whole what they decode to."""
-    stored = memoryview(pread(fd, region.size, region.offset, region.path))
-    report(region.size)
+    stored = memoryview(bytearray(region.size))
+    at = 0
+    for piece in chunks(fd, region.offset, region.size, region.path):
+        stored[at : at + len(piece)] = piece
+        at += len(piece)
+        report(len(piece))
     found = hexdigest(stored)
     if found != region.expected:
         return [region.finding("record-digest", "record", "the expert's record is damaged", region.expected, found)]
