@@ -9,20 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashpack.errors import FormatError
+from flashpack.errors import FormatError, IntegrityError
 from flashpack.formats import Pack
 from flashpack.kernels import get_kernels
 from flashpack.runtime.budget import stride_counts
 from flashpack.runtime.cache import LruCache
 from flashpack.runtime.store import ExpertStore
 from tests.conftest import PackOf
+from tests.formats.test_verify import flip
 
 CPU = get_kernels("cpu")
 
 
-def open_store(path: Path, slots: int) -> tuple[Pack, ExpertStore]:
+def open_store(path: Path, slots: int, check: str = "first") -> tuple[Pack, ExpertStore]:
     pack = Pack(path)
-    return pack, ExpertStore(pack, CPU, dict.fromkeys(stride_counts(pack.manifest), slots))
+    return pack, ExpertStore(pack, CPU, dict.fromkeys(stride_counts(pack.manifest), slots), check)
 
 
 def record_bytes(pack: Pack, layer: int, expert: int) -> bytes:
@@ -109,3 +110,41 @@ def test_lru_evicts_the_least_recently_used_but_never_a_pinned_expert() -> None:
     cache.forget((0, 4))
     assert cache.get((0, 4)) is None
     assert cache.claim((0, 5)) == 100
+
+
+def test_a_damaged_expert_stops_the_run_and_is_named_with_the_command_that_mends_it(
+    pack_copy: Callable[..., Path],
+) -> None:
+    path = pack_copy("qwen3_moe")
+    pack, store = open_store(path, 8)
+    with pack.open_shard(pack.layer(1)) as shard:
+        offset, _ = shard.extent(5)
+    flip(path / pack.layer(1).path, offset + 9)
+    assert len(list(store.stream(1, [0, 1, 2]))) == 3
+    with pytest.raises(IntegrityError, match=rf"layer 1, expert 5: .* 'flashpack repair {path} --from") as caught:
+        list(store.stream(1, [0, 5]))
+    assert caught.value.exit_code == 5
+    # The slot of the damaged record is free again, and what is asked for next is served.
+    assert sorted(e for e, _ in store.stream(1, [0, 1, 2, 3, 4, 6, 7])) == [0, 1, 2, 3, 4, 6, 7]
+    with pytest.raises(IntegrityError):
+        list(store.stream(1, [5]))
+
+
+@pytest.mark.parametrize(("check", "later"), [("first", True), ("always", False), ("never", True)])
+def test_damage_after_the_first_read_is_seen_only_if_every_read_is_checked(
+    pack_copy: Callable[..., Path], check: str, later: bool
+) -> None:
+    path = pack_copy("qwen3_moe")
+    pack, store = open_store(path, 1, check)
+    with pack.open_shard(pack.layer(0)) as shard:
+        places = {e: shard.extent(e)[0] for e in (2, 3)}
+    list(store.stream(0, [2]))
+    for place in places.values():
+        flip(path / pack.layer(0).path, place)
+    # One slot: 3 evicts nothing that is checked before it is read, 2 must be read again.
+    for expert, good in ((3, check == "never"), (4, True), (2, later)):
+        if good:
+            assert [e for e, _ in store.stream(0, [expert])] == [expert]
+        else:
+            with pytest.raises(IntegrityError, match=f"expert {expert}"):
+                list(store.stream(0, [expert]))
