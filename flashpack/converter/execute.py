@@ -14,7 +14,7 @@ from flashpack.converter.encode import encode_dense, encode_record
 from flashpack.converter.journal import Journal
 from flashpack.converter.plan import DensePlan, LayerPlan, Plan
 from flashpack.converter.quantize import Error, SourceFiles
-from flashpack.errors import OutputError
+from flashpack.errors import FormatError, OutputError
 from flashpack.formats import constants as C
 from flashpack.formats.checksums import hexdigest
 from flashpack.formats.entries import FileEntry, Matrix, TensorEntry
@@ -60,14 +60,17 @@ def resume(plan: Plan, out: Path, journal: Journal) -> dict[str, Outcome]:
     finished = {}
     for path, line in journal.done.items():
         outcome = Outcome.from_json(line)
-        if path in layers:
-            layout = ShardLayout.of_size(layers[path], tuple(plan.kinds), outcome.file.size)
-            header, tail = layout.header_bytes, layout.tail
-        elif path in plan.dense_files:
-            header = dense_header([s for t in plan.dense_files[path] for s in t.specs()], path)[0]
-            tail = outcome.file.size
-        else:
-            raise OutputError(f"{journal.path}: lists {path}, which is no part of this pack; use --overwrite")
+        size = outcome.file.size
+        try:
+            if path in layers:
+                layout = ShardLayout.of_size(layers[path], tuple(plan.kinds), size)
+                header, tail = layout.header_bytes, layout.tail
+            else:
+                header, tail = dense_header([s for t in plan.dense_files[path] for s in t.specs()], path)[0], size
+        except (KeyError, FormatError) as e:
+            raise OutputError(
+                f"{journal.path}: lists {path} of {size} bytes, which is no part of this pack; use --overwrite"
+            ) from e
         if kept(out, outcome.file, header, tail):
             finished[path] = outcome
         else:
@@ -137,7 +140,9 @@ def execute(
         tensors=tuple(t for o in outcomes.values() for t in o.tensors),
         files=tuple(o.file for o in outcomes.values()),
     )
-    strangers = unlisted(out, manifest)
+    # What a kill during an earlier commit left is replaced by this one.
+    replaced = {name + C.PARTIAL_SUFFIX for name in (C.MANIFEST, C.MANIFEST_DIGEST)}
+    strangers = [path for path in unlisted(out, manifest) if path not in replaced]
     if strangers:
         raise OutputError(f"{out / strangers[0]}: no part of the pack; remove it and run the same command again")
     journal.check()
