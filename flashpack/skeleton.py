@@ -71,8 +71,12 @@ def read_config(folder: Path) -> PretrainedConfig:
     Raises ``UnsupportedError`` for whatever transformers makes no sense of.
     """
     path = folder / "config.json"
+    from transformers import PretrainedConfig
+
     with library_errors(str(path), UnsupportedError):
-        text: PretrainedConfig = read_whole_config(folder).get_text_config(decoder=True)
+        text = read_whole_config(folder).get_text_config(decoder=True)
+    if not isinstance(text, PretrainedConfig):
+        raise UnsupportedError(f"{path}: its text_config belongs to no model_type")
     return text
 
 
@@ -160,7 +164,7 @@ def _at_most(parameters: int | None) -> Iterator[None]:
         nonlocal made
         made += threading.get_ident() == thread
         if made > limit:
-            raise FormatError(
+            raise UnsupportedError(
                 f"config.json describes a model of more than {limit} parts, but there are {parameters} tensors"
             )
 
@@ -186,7 +190,7 @@ def library_errors(what: str, error: type[FlashpackError] = FormatError) -> Iter
         # A panic of the tokenizers library is no Exception.
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
-        raise error(f"{what}: {type(e).__name__}: {_first_line(e)}") from e
+        raise error(f"{what}: {type(e).__name__}: {_one_line(e)}") from e
 
 
 def find_experts(model: PreTrainedModel) -> list[ExpertsModule]:
@@ -229,8 +233,8 @@ def tied_names(model: PreTrainedModel) -> dict[str, str]:
     return {k: v for k, v in dict(tied).items() if k in model.state_dict()}
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:300]
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def matrix_module(model: PreTrainedModel, name: str) -> nn.Module | None:

@@ -101,7 +101,7 @@ def load(
             )
         sites = find_experts(model)
     except UnsupportedError as e:
-        raise FormatError(f"{opened.folder}: {e}") from e
+        raise FormatError(f"{opened.folder}: {str(e).removeprefix(f'{opened.folder}/')}") from e
     # Nothing is allocated before everything that config.json describes has been found in the pack.
     _check_layers(opened, sites)
     dense.check(model, opened, sites)
