@@ -73,7 +73,7 @@ class Journal:
         processes = [line["process"] for line in self._read()[0] if line and "process" in line]
         try:
             os.kill(processes[-1], 0)
-        except (IndexError, ProcessLookupError):
+        except (IndexError, OverflowError, ProcessLookupError):
             return ""
         except PermissionError:
             pass  # alive, and somebody else's
@@ -206,11 +206,19 @@ def _finished(folder: Path) -> OutputError:
 def _parse(text: bytes, signed: bool) -> Line | None:
     try:
         line = json.loads(text)
+        if not isinstance(line, dict) or ((signed or "digest" in line) and not _is_sound(line)):
+            return None
     except (ValueError, RecursionError):
         return None
-    if not isinstance(line, dict) or (signed and line.pop("digest", None) != _digest(line)):
-        return None
     return line
+
+
+def _is_sound(line: Line) -> bool:
+    """Whether a line with a digest is what was written, in the form that it is used in."""
+    if line.pop("digest", None) != _digest(line):
+        return False
+    file = line.get("file", {"path": ""})
+    return isinstance(file, dict) and isinstance(file.get("path"), str) and type(line.get("process", 1)) is int
 
 
 def _digest(line: Line) -> str:

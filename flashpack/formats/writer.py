@@ -31,13 +31,19 @@ from flashpack.formats.records import RecordKind, align
 class _PackFile:
     """A file of the pack under construction: ``path.part`` until ``_publish`` renames it."""
 
-    def __init__(self, pack: Path, path: str) -> None:
+    def __init__(self, pack: Path, path: str, header: bytes = b"", size: int = 0) -> None:
         self.path = path
         self._final = pack / path
         self._partial = self._final.with_name(self._final.name + C.PARTIAL_SUFFIX)
         with output_errors(self._final):
             self._fd = create(self._partial)
         self._open = True
+        try:
+            self._write(header, 0)
+            self._resize(size)  # a size limit shows at once, not after an hour
+        except BaseException:
+            self._close()
+            raise
 
     def _write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         with output_errors(self._final):
@@ -124,9 +130,7 @@ class ShardWriter(_PackFile):
         self, pack: Path, layer: Layer, kinds: Sequence[RecordKind], table: NDArray[np.uint32] | None = None
     ) -> None:
         self._records = RecordDigests(layer, kinds, table)
-        super().__init__(pack, layer.path)
-        if layer.codec == "raw":
-            self._resize(self._records.layout.size)  # a size limit shows at once, not after an hour
+        super().__init__(pack, layer.path, size=self._records.layout.size if layer.codec == "raw" else 0)
 
     def write(self, expert: int, record: memoryview) -> None:
         """Write the record of the next expert: exactly ``stride`` bytes, padding included."""
@@ -150,9 +154,7 @@ class DenseWriter(_PackFile):
         self._tensors = {t.name: t for t in self._layout.tensors if not t.hidden}
         self._hashers: dict[str, Hasher] = {name: hasher() for name in self._tensors}
         self._done = dict.fromkeys(self._tensors, 0)
-        super().__init__(pack, path)
-        self._write(self._header, 0)
-        self._resize(self._layout.size)
+        super().__init__(pack, path, self._header, self._layout.size)
 
     def append(self, name: str, data: memoryview) -> None:
         """Write the next bytes of tensor ``name``."""

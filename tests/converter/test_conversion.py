@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,20 +10,13 @@ import pytest
 
 import flashpack
 from flashpack.converter import Options, plan
-from flashpack.errors import OutputError, SourceError, UnsupportedError, UsageError
-from flashpack.formats import Pack, verify
-from flashpack.formats.constants import JOURNAL, MANIFEST
-from tests.conftest import CHECKPOINTS, ROOT, TRAINED, PackOf, source_of
+from flashpack.errors import SourceError, UnsupportedError, UsageError
+from flashpack.formats import Pack
+from flashpack.formats.constants import MANIFEST
+from tests.conftest import CHECKPOINTS, TRAINED, PackOf, source_of
+from tests.converter.killing import contents
 
 SourceCopy = Callable[[str], Path]
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {
-        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file()
-    }
 
 
 def test_same_input_and_options_give_the_same_bytes(pack_of: PackOf, tmp_path: Path) -> None:
@@ -58,97 +44,6 @@ def test_a_plan_promises_the_sizes_that_are_written_and_writes_nothing(pack_of: 
     assert any(name.startswith("mtp.") for name in work.dropped)
     assert any("visual" in name for name in work.dropped)
     assert not any("layers.0.mlp" in name and "mtp" not in name for name in work.dropped)
-
-
-KILLED = """
-import os, signal, sys
-import flashpack
-from flashpack.converter import execute
-count = 0
-real = execute.ShardWriter.write
-def write(self, expert, record):
-    global count
-    count += 1
-    if count == int(sys.argv[3]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(self, expert, record)
-execute.ShardWriter.write = write
-flashpack.convert(sys.argv[1], sys.argv[2], workers=1)
-"""
-
-
-@pytest.mark.parametrize("moment", [1, 40, 100, 191])
-def test_a_killed_conversion_continues_and_ends_with_the_same_bytes(
-    pack_of: PackOf, tmp_path: Path, moment: int
-) -> None:
-    out = tmp_path / "out"
-    killed = subprocess.run([sys.executable, "-c", KILLED, TRAINED, out, str(moment)], cwd=ROOT, check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert not (out / MANIFEST).exists()
-    with pytest.raises(flashpack.errors.NotAPackError, match="unfinished conversion"):
-        Pack(out)
-    done = {p: p.stat().st_mtime_ns for p in (out / "experts").glob("*.safetensors")}
-    assert len(done) == (moment - 1) // 32
-    report = flashpack.convert(TRAINED, out)
-    # What was finished but not yet in the journal at the kill is done again: one file at the most.
-    assert report.resumed_files >= len(done)
-    assert sum(p.stat().st_mtime_ns == before for p, before in done.items()) >= len(done) - 1
-    assert contents(out) == contents(pack_of("trained", "q4", "q8"))
-
-
-def test_an_unfinished_conversion_with_other_options_or_source_is_not_mixed(
-    source_copy: SourceCopy, tmp_path: Path
-) -> None:
-    source, out = source_copy("trained"), tmp_path / "out"
-    subprocess.run([sys.executable, "-c", KILLED, source, out, "70"], cwd=ROOT, check=False)
-    with pytest.raises(OutputError, match="differs from this one: recipe experts q4 -> q3"):
-        flashpack.convert(source, out, experts="q3")
-    os.utime(source / "model-00001-of-00003.safetensors")
-    with pytest.raises(OutputError, match="source model-00001-of-00003.safetensors modified"):
-        flashpack.convert(source, out)
-    assert flashpack.convert(source, out, experts="q3", overwrite=True).resumed_files == 0
-    assert verify(out) == []
-
-
-def test_a_journal_cut_off_in_the_middle_of_a_line_still_serves(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    subprocess.run([sys.executable, "-c", KILLED, TRAINED, out, "70"], cwd=ROOT, check=False)
-    with open(out / JOURNAL, "ab") as f:
-        f.write(b'{"file": {"path": "experts/lay')
-    assert flashpack.convert(TRAINED, out).resumed_files >= 2
-    assert verify(out) == []
-
-
-def test_a_damaged_journal_is_refused(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / JOURNAL).write_bytes(b"\x00garbage\n")
-    with pytest.raises(OutputError, match="damaged; use --overwrite"):
-        flashpack.convert(CHECKPOINTS / "qwen3_moe", out)
-    assert flashpack.convert(CHECKPOINTS / "qwen3_moe", out, overwrite=True)
-
-
-def test_a_real_interrupt_leaves_a_resumable_folder(tmp_path: Path) -> None:
-    """SIGINT to the command while it works, as Ctrl-C does."""
-    out = tmp_path / "out"
-    slow = (
-        "import time\nfrom flashpack.converter import execute\nreal = execute.ShardWriter.write\n"
-        "def write(self, e, r):\n    time.sleep(0.05)\n    real(self, e, r)\n"
-        "execute.ShardWriter.write = write\nimport sys\nsys.argv[0] = 'flashpack'\n"
-        "from flashpack.cli import main\nmain()\n"
-    )
-    command = [sys.executable, "-c", slow, "convert", str(TRAINED), str(out), "--workers", "1"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    while not (out / "experts" / "layer-0000.safetensors").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "run the same command again to continue" in errors
-    assert "Traceback" not in errors
-    assert flashpack.convert(TRAINED, out).resumed_files >= 2
-    assert verify(out) == []
 
 
 def change_config(folder: Path, **fields: object) -> None:
@@ -318,57 +213,6 @@ def test_a_tied_head_that_is_present_must_equal_the_embedding(source_copy: Sourc
     save_file(tensors, path)
     with pytest.raises(SourceError, match="their values differ"):
         flashpack.convert(source, tmp_path / "other")
-
-
-def test_the_target_folder_is_never_overwritten_by_accident(pack_copy: Callable[..., Path], tmp_path: Path) -> None:
-    pack = pack_copy("qwen3_moe")
-    with pytest.raises(OutputError, match="finished pack"):
-        flashpack.convert(CHECKPOINTS / "qwen3_moe", pack)
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "thesis.txt").write_text("mine")
-    with pytest.raises(OutputError, match="not empty"):
-        flashpack.convert(CHECKPOINTS / "qwen3_moe", other)
-    with pytest.raises(OutputError, match="not one"):
-        flashpack.convert(CHECKPOINTS / "qwen3_moe", other, overwrite=True)
-    assert (other / "thesis.txt").read_text() == "mine"
-    with pytest.raises(OutputError, match="not a folder"):
-        flashpack.convert(CHECKPOINTS / "qwen3_moe", other / "thesis.txt")
-    before = Pack(pack).identity
-    flashpack.convert(CHECKPOINTS / "qwen3_moe", pack, experts="q3", overwrite=True)
-    assert Pack(pack).identity != before
-
-
-def test_no_space_is_said_before_the_first_byte(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(OutputError, match=r"0.01 GB needed, 0.00 GB free"):
-        flashpack.convert(TRAINED, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-FULL_DISK = """
-import resource, sys, flashpack
-resource.setrlimit(resource.RLIMIT_FSIZE, (800_000, 800_000))
-import signal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from flashpack.cli import main
-sys.argv = ["flashpack", "convert", sys.argv[1], sys.argv[2]]
-main()
-"""
-
-
-def test_a_write_that_fails_in_the_middle_is_one_line_and_resumable(tmp_path: Path) -> None:
-    """A file-size limit stands in for a full disk: writes fail with EFBIG."""
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", FULL_DISK, TRAINED, out]
-    failed = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
-    assert failed.returncode == OutputError.exit_code
-    assert "no space left" in failed.stderr
-    assert "Traceback" not in failed.stderr
-    assert not (out / MANIFEST).exists()
-    assert flashpack.convert(TRAINED, out)
-    assert verify(out) == []
 
 
 @pytest.mark.parametrize(
