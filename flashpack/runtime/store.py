@@ -114,13 +114,13 @@ class ExpertStore:
                 self._cache(layer, e).forget((layer, e))
 
     def close(self) -> None:
-        """Stop reading and close the files."""
+        """Stop reading and close the files; harmless if repeated."""
         self._pool.shutdown()
         for shard in self._shards.values():
             shard.close()
         for fd in self._fds.values():
             os.close(fd)
-        self._fds = {}
+        self._shards, self._fds = {}, {}
 
     def _cache(self, layer: int, expert: int) -> LruCache:
         return self._caches[self._shards[layer].kind(expert).stride]
