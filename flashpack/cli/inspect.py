@@ -17,11 +17,12 @@ def inspect(
     from flashpack.formats import Pack
     from flashpack.formats import constants as C
     from flashpack.formats.header import parse_json
+    from flashpack.formats.reader import manifest_bytes
 
     opened = Pack(pack)
     m = opened.manifest
     if json:
-        answer_json({"identity": opened.identity, "manifest": parse_json(m.to_bytes(), C.MANIFEST)})
+        answer_json({"identity": opened.identity, "manifest": parse_json(manifest_bytes(pack), C.MANIFEST)})
         return
     total = sum(f.size for f in m.files)
     say(f"{pack}: format version {C.VERSION}, {gb(total)}, {len(m.files)} files")
@@ -40,7 +41,7 @@ def inspect(
     for layer in m.layers:
         kinds = ", ".join(f"{count} of kind {kind}" for kind, count in layer.kinds)
         entry = files[layer.path]
-        say(f"  {layer.path}: {kinds}; {gb(entry.size)}, digest table {entry.digests['tail'][:16]}…")
+        say(f"  {layer.path}: {kinds}; {gb(entry.size)} {layer.codec}, digest table {entry.digests['tail'][:16]}…")
     say(f"dense      {gb(opened.dense_bytes)}: {len(m.tensors)} tensors, {len(m.matrices)} matrices quantized")
     quantized = {mat.name: mat for mat in m.matrices}
     parts = {n for mat in m.matrices for part, n in mat.tensor_names().items() if part != "weight"}
