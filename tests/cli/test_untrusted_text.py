@@ -70,9 +70,9 @@ def test_errors_of_template_and_tokenizer(pack_copy: PackCopy) -> None:
     check(flashpack("run", pack, "-p", "x", "--raw"), 4)
 
 
-def manifest_with(pack: Path, **changes: str) -> None:
+def manifest_with(pack: Path, part: str, **changes: str) -> None:
     data = json.loads((pack / "flashpack.json").read_text())
-    data["model"].update(changes)
+    data[part].update(changes)
     raw = json.dumps(data, sort_keys=True, indent=1).encode() + b"\n"
     (pack / "flashpack.json").write_bytes(raw)
     (pack / "flashpack.json.b3").write_text(f"{hexdigest(raw)}\n")
@@ -80,9 +80,11 @@ def manifest_with(pack: Path, **changes: str) -> None:
 
 def test_inspect_and_the_manifest(pack_copy: PackCopy) -> None:
     pack = pack_copy("trained")
-    manifest_with(pack, architecture=f"Model{EVIL}", transformers=EVIL)
-    assert "Model\\x1b]0;owned" in check(flashpack("inspect", pack), 0)
+    manifest_with(pack, "recipe", experts=f"q4{EVIL}")
+    assert "q4\\x1b]0;owned" in check(flashpack("inspect", pack), 0)
     check(flashpack("inspect", pack, "--json"), 0)
+    manifest_with(pack, "model", architecture=f"Model{EVIL}")
+    check(flashpack("inspect", pack), 4)
 
 
 def test_findings_name_files_as_they_are_written_not_as_they_look(pack_copy: PackCopy) -> None:

@@ -8,7 +8,7 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ import flashpack
 from flashpack.errors import FlashpackError, FormatError, UnsupportedError
 from flashpack.formats.verify import verify
 from flashpack.runtime.generate import Sampling, generate, load_tokenizer
+from flashpack.runtime.load import _fill_buffers
 from flashpack.skeleton import build, read_config
 from tests.conftest import ROOT, TRAINED
 from tests.strangers import bounded, change_json, rewrite
@@ -299,6 +300,13 @@ def test_a_token_that_the_model_does_not_have_is_refused(pack_copy: PackCopy) ->
     model, tokenizer = flashpack.load(pack, memory="smallest", context=32), load_tokenizer(pack)
     with pytest.raises(FormatError, match="token 4096, but the model has 4096"):
         generate(model, tokenizer, [5, 4096], 4)
+
+
+def test_buffers_larger_than_the_pack_explains_are_not_made() -> None:
+    model = torch.nn.Module()
+    model.register_buffer("table", torch.empty(10**12, device="meta"), persistent=False)
+    with pytest.raises(FormatError, match="asks for 4000000000000 bytes of buffers"), bounded():
+        _fill_buffers(cast(Any, model), 10**6)
 
 
 def test_the_converter_refuses_the_same_nonsense(source_copy: Callable[[str], Path], tmp_path: Path) -> None:
