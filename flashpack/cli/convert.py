@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from flashpack.cli.console import answer_json, gb, note, progress_bar, quiet_libraries
+from flashpack.cli.console import answer_json, gb, note, progress_bar, quiet_libraries, say
 
 if TYPE_CHECKING:
     from flashpack.converter import Plan, Report
@@ -86,38 +86,38 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
 
 def _print_plan(plan: Plan) -> None:
     sizes = plan.file_sizes()
-    print(f"{plan.model['architecture']}: {_choice(plan)}")
+    say(f"{plan.model['architecture']}: {_choice(plan)}")
     for i, kind in enumerate(plan.kinds):
         layers = [p for p in plan.layers if p.kind == kind]
         count = sum(p.layer.experts for p in layers)
         shapes = ", ".join(f"{p.name} {p.shape[0]}x{p.shape[1]} {p.encoding}" for p in kind.projections)
-        print(f"record kind {i}: {count} experts in {len(layers)} layers, {gb(kind.stride)} each: {shapes}")
+        say(f"record kind {i}: {count} experts in {len(layers)} layers, {gb(kind.stride)} each: {shapes}")
     by_encoding: dict[str, int] = {}
     for t in plan.dense():
         by_encoding[str(t.encoding)] = by_encoding.get(str(t.encoding), 0) + sum(s.nbytes for s in t.specs())
     for encoding, size in by_encoding.items():
-        print(f"dense {encoding}: {gb(size)}")
+        say(f"dense {encoding}: {gb(size)}")
     for path, size in sizes.items():
-        print(f"{size:>16,}  {path}")
-    print(f"{sum(sizes.values()):>16,}  bytes in all, from {sum(plan.source_bytes().values()):,} of the source")
+        say(f"{size:>16,}  {path}")
+    say(f"{sum(sizes.values()):>16,}  bytes in all, from {sum(plan.source_bytes().values()):,} of the source")
     for text in plan.notices:
-        print(f"note: {text}")
+        say(f"note: {text}")
     for name in plan.dropped:
-        print(f"dropped: {name}")
+        say(f"dropped: {name}")
 
 
 def _print_report(report: Report) -> None:
     ratio = report.pack_bytes / report.source_bytes
-    print(f"{report.pack}: {gb(report.pack_bytes)} from {gb(report.source_bytes)} ({ratio:.0%})")
-    print(f"  experts {gb(report.expert_bytes)} at {report.expert_bits:.2f} bits per weight")
-    print(f"  dense   {gb(report.dense_bytes)} at {report.dense_bits:.2f} bits per weight")
+    say(f"{report.pack}: {gb(report.pack_bytes)} from {gb(report.source_bytes)} ({ratio:.0%})")
+    say(f"  experts {gb(report.expert_bytes)} at {report.expert_bits:.2f} bits per weight")
+    say(f"  dense   {gb(report.dense_bytes)} at {report.dense_bits:.2f} bits per weight")
     if report.errors:
-        print("  relative quantization error (largest and mean over the matrices of a file)")
+        say("  relative quantization error (largest and mean over the matrices of a file)")
         for e in report.errors:
-            print(f"    {e.path:<40} {e.largest:.4f}  {e.mean:.4f}")
+            say(f"    {e.path:<40} {e.largest:.4f}  {e.mean:.4f}")
     if report.dropped:
-        print(f"  {len(report.dropped)} tensors of the source are no part of the language model (--dry-run lists them)")
+        say(f"  {len(report.dropped)} tensors of the source are no part of the language model (--dry-run lists them)")
     done = report.source_bytes - report.resumed_bytes
     rate = f", {gb(done / report.seconds)} of source per second" if done and report.seconds > 0 else ""
-    print(f"  {report.seconds:.1f} s{rate}")
-    print(f"  identity {report.identity}")
+    say(f"  {report.seconds:.1f} s{rate}")
+    say(f"  identity {report.identity}")
