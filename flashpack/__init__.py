@@ -1,7 +1,8 @@
 """flashpack: run Mixture-of-Experts models that do not fit in memory.
 
 The functions under the commands, loaded on first use so that ``import flashpack`` stays light:
-``convert`` and ``verify`` and ``load``; every error derives from ``flashpack.errors.FlashpackError``.
+``convert``, ``verify``, ``repair``, ``recode`` and ``load``. Every error derives from
+``flashpack.errors.FlashpackError``.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 from flashpack.version import __version__
 
 if TYPE_CHECKING:
-    from flashpack.converter import convert
+    from flashpack.converter import convert, recode, repair
     from flashpack.formats import verify
     from flashpack.runtime import load
 
-__all__ = ["__version__", "convert", "load", "verify"]
+__all__ = ["__version__", "convert", "load", "recode", "repair", "verify"]
 
 _HOMES = {
     "convert": "flashpack.converter",
+    "recode": "flashpack.converter",
+    "repair": "flashpack.converter",
     "verify": "flashpack.formats",
     "load": "flashpack.runtime",
 }

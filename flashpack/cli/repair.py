@@ -8,7 +8,6 @@ from typing import Any
 import typer
 
 from flashpack.cli.console import answer_json, note, progress_bar, quiet_libraries, say
-from flashpack.errors import UsageError
 
 
 def repair(
@@ -25,22 +24,8 @@ def repair(
     when it is complete; if nothing helps, nothing changes. Exit code 0 only if the pack is whole afterwards.
     """
     quiet_libraries()
-    from flashpack.formats import Manifest
-    from flashpack.formats import constants as C
-    from flashpack.formats.donor import PackDonor
-    from flashpack.formats.reader import manifest_bytes
-    from flashpack.formats.repair import repair as run_repair
+    from flashpack.converter import repair as run_repair
 
-    local = Path(source)
-    if local.exists() and pack.exists() and local.resolve() == pack.resolve():
-        raise UsageError(f"--from {source}: is the damaged pack itself; name another copy, or the checkpoint")
-    donor: Any
-    if local.is_dir() and not (local / C.MANIFEST).exists():
-        from flashpack.converter.remake import Remake
-
-        donor = Remake(source, Manifest.from_bytes(manifest_bytes(pack)))
-    else:
-        donor = PackDonor(source)
     bar: Any = None
 
     def start(size: int) -> None:
@@ -48,11 +33,10 @@ def repair(
         bar = progress_bar(size, "checking")
 
     try:
-        done = run_repair(pack, donor, expect, start, lambda n: bar.update(n))
+        done = run_repair(pack, source, expect, start, lambda n: bar.update(n))
     finally:
         if bar is not None:
             bar.close()
-        donor.close()
     if json:
         left = [f.to_json() for f in done.findings]
         answer_json({"pack": str(pack), "mended": done.files, "pieces": done.pieces, "findings": left})
