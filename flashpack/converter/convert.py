@@ -21,7 +21,7 @@ from flashpack.converter.plan import Options, Plan, bits_per_weight, make_plan
 from flashpack.converter.quantize import SourceFiles
 from flashpack.converter.report import LayerError, Report
 from flashpack.converter.source import Checkpoint, Extent, SourceTensor, open_checkpoint, plain_tensor
-from flashpack.errors import OutputError, SourceError, UnsupportedError
+from flashpack.errors import FormatError, OutputError, SourceError, UnsupportedError
 from flashpack.formats import constants as C
 from flashpack.formats.files import output_errors
 from flashpack.skeleton import build, find_experts, read_config, tied_names
@@ -80,7 +80,7 @@ def convert(
         )
         pack_bytes = sum(o.file.size for o in outcomes.values()) + (target / C.MANIFEST).stat().st_size
         journal.remove()
-    except OSError:
+    except (FormatError, OSError):
         journal.check()
         raise
     finally:

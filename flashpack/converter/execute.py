@@ -115,6 +115,8 @@ def execute(
                 done, futures = wait(futures, return_when=FIRST_COMPLETED)
                 # A failed unit last, so that one that finished at the same time is not lost.
                 for future in sorted(done, key=lambda f: f.exception() is not None):
+                    if isinstance(future.exception(), Stopped):
+                        continue  # the unit that failed is still to come
                     outcome = future.result()
                     plan.checkpoint.check_unchanged()
                     journal.append(outcome.to_json())
@@ -126,6 +128,7 @@ def execute(
     copies = {name: plan.checkpoint.read_copied(name) for name in plan.copies}
     plan.checkpoint.check_unchanged()
     for name, data in copies.items():
+        journal.check()
         outcomes[name] = Outcome(write_copy(out, name, data))
     manifest = Manifest(
         model=plan.model,
@@ -165,7 +168,11 @@ def _submit(
 ) -> set[Future[Outcome]]:
     def unit(write: Callable[..., Outcome], *arguments: Any) -> Outcome:
         journal.check()  # writing would make a removed folder anew
-        return write(*arguments, out, files, progress, stop)
+        try:
+            return write(*arguments, out, files, progress, stop)
+        except BaseException:
+            stop.set()
+            raise
 
     futures = set()
     for path, tensors in plan.dense_files.items():

@@ -142,7 +142,6 @@ class Journal:
 
     def append(self, entry: Line) -> None:
         """Record a finished file, durably."""
-        self.check()
         with output_errors(self.path):
             self._write(entry | {"digest": _digest(entry)})
 

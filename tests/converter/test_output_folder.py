@@ -16,7 +16,9 @@ import pytest
 
 import flashpack
 from flashpack.cli import app
+from flashpack.converter import execute
 from flashpack.converter.journal import Journal
+from flashpack.converter.source import Checkpoint
 from flashpack.errors import FlashpackError, NotAPackError, OutputError
 from flashpack.formats import Pack, verify
 from flashpack.formats.constants import JOURNAL, MANIFEST, MANIFEST_DIGEST
@@ -276,6 +278,28 @@ def test_a_folder_that_is_removed_in_the_middle_ends_the_conversion(tmp_path: Pa
     assert not out.exists()
     (tmp_path / "away").rename(out)
     assert flashpack.convert(TRAINED, out).resumed_files >= (2 if workers == 1 else 0)
+    assert verify(out) == []
+
+
+@pytest.mark.parametrize(("place", "name"), [(Checkpoint, "read_copied"), (execute, "unlisted")])
+def test_a_folder_that_is_removed_near_the_end_is_noticed_before_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: object, name: str
+) -> None:
+    out, real = tmp_path / "out", getattr(place, name)
+
+    def call(*arguments: Any) -> Any:
+        if out.exists():
+            out.rename(tmp_path / "away")
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, call)
+        with pytest.raises(OutputError, match="removed or replaced"):
+            flashpack.convert(SMALL, out)
+    assert not out.exists()
+    assert not (tmp_path / "away" / MANIFEST).exists()
+    (tmp_path / "away").rename(out)
+    flashpack.convert(SMALL, out)
     assert verify(out) == []
 
 
