@@ -198,11 +198,12 @@ def _shards(root: Path, fingerprint: dict[str, dict[str, Any]]) -> tuple[list[st
             weight_map = parse_json(raw, str(index_path))["weight_map"]
         except (FormatError, KeyError, TypeError) as e:
             raise SourceError(f"{index_path}: not a safetensors index: {e}") from e
-        shards = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-        for shard in shards:
-            if not isinstance(shard, str) or shard in ("", ".", "..") or "/" in shard or "\\" in shard:
-                raise SourceError(f"{index_path}: {shard!r} is not a file name")
-        return shards, weight_map
+        if not isinstance(weight_map, dict):
+            raise SourceError(f"{index_path}: not a safetensors index: weight_map is not an object")
+        for shard in weight_map.values():
+            if not isinstance(shard, str) or not 0 < len(shard.encode()) < 256 or re.search(r"^\.\.?$|[/\\\0]", shard):
+                raise SourceError(f"{index_path}: {str(shard)[:99]!r} is not a file name")
+        return sorted(set(weight_map.values())), weight_map
     files = sorted(p.name for p in root.glob("*.safetensors"))
     if files in (["model.safetensors"], ["model-00001-of-00001.safetensors"]):
         return files, {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zstandard
 
-from flashpack.errors import FormatError
+from flashpack.errors import FormatError, LimitError
 from flashpack.formats import constants as C
 from flashpack.formats.records import align
 
@@ -25,20 +25,29 @@ def compress(record: memoryview) -> bytes | memoryview:
 
 
 def decode(stored: memoryview, record: memoryview, what: str) -> None:
-    """Fill ``record`` from its ``stored`` bytes (without their padding); raises ``FormatError`` if they do not fit.
+    """Fill ``record`` from its ``stored`` bytes (without their padding); raises ``FormatError`` if they do not fit."""
+    record[:] = content(stored, len(record), what)
 
-    Memory is taken for the record's size only, whatever the frame claims.
+
+def content(stored: memoryview, size: int, what: str) -> memoryview | bytes:
+    """The record of ``size`` bytes that ``stored`` holds; raises ``FormatError`` if it holds another.
+
+    Memory is taken for ``size`` only, whatever the frame claims, and only if its header claims this. The record may
+    still be too large for this machine: ``LimitError``.
     """
-    if len(stored) == len(record):
-        record[:] = stored
-        return
+    if len(stored) == size:
+        return stored
     try:
         frame = zstandard.get_frame_parameters(stored)
-        if frame.content_size != len(record) or frame.dict_id:
-            raise FormatError(f"{what}: the frame holds {frame.content_size} bytes, the record {len(record)}")
-        data = zstandard.ZstdDecompressor().decompress(stored, max_output_size=len(record), allow_extra_data=False)
+        if frame.dict_id:
+            raise FormatError(f"{what}: the frame needs a dictionary")
+        if frame.content_size != size:
+            raise FormatError(f"{what}: the frame holds {frame.content_size} bytes, the record {size}")
+        data = zstandard.ZstdDecompressor().decompress(stored, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as e:
         raise FormatError(f"{what}: not a zstd frame: {e}") from e
-    if len(data) != len(record):
-        raise FormatError(f"{what}: the frame decodes to {len(data)} bytes, the record has {len(record)}")
-    record[:] = data
+    except MemoryError as e:
+        raise LimitError(f"{what}: not enough memory for a record of {size} bytes") from e
+    if len(data) != size:
+        raise FormatError(f"{what}: the frame decodes to {len(data)} bytes, the record has {size}")
+    return data

@@ -48,10 +48,12 @@ def whole(value: Any, what: str) -> int:
 
 
 def shape(data: dict[str, Any]) -> tuple[int, ...]:
-    """The field ``shape``: at most 8 sizes of at least 1."""
+    """The field ``shape``: at most ``MAX_DIMENSIONS`` sizes of at least 1."""
     sizes = tuple(whole(n, "shape") for n in items(data, "shape"))
-    if len(sizes) > 8 or 0 in sizes:
-        raise FormatError(f"{C.MANIFEST}: shape {list(sizes[:9])} is empty or has too many dimensions")
+    if len(sizes) > C.MAX_DIMENSIONS or 0 in sizes:
+        raise FormatError(
+            f"{C.MANIFEST}: shape {list(sizes[: C.MAX_DIMENSIONS + 1])} is empty or has too many dimensions"
+        )
     return sizes
 
 

@@ -117,11 +117,13 @@ def _tensor(name: str, field: Any, data_start: int, what: str) -> Tensor:
     if not isinstance(field, dict) or set(field) != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"{what}: tensor {name}: expected dtype, shape and data_offsets")
     dtype, shape, offsets = field["dtype"], field["shape"], field["data_offsets"]
-    if dtype not in ITEMSIZE:
+    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
         raise FormatError(f"{what}: tensor {name}: type {dtype!r} is unknown")
     numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
     if not all(type(n) is int and 0 <= n < 2**62 for n in numbers) or len(offsets) != 2:
         raise FormatError(f"{what}: tensor {name}: shape or data_offsets are not lists of sizes")
+    if len(shape) > C.MAX_DIMENSIONS:  # before they are multiplied: the product of a million sizes takes minutes
+        raise FormatError(f"{what}: tensor {name}: {len(shape)} dimensions are more than {C.MAX_DIMENSIONS}")
     nbytes = math.prod(shape) * ITEMSIZE[dtype]
     begin, end = offsets
     if end - begin != nbytes:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, pairwise
 from typing import Any
 
 from flashpack.errors import FormatError, VersionError
@@ -123,9 +124,9 @@ class Manifest:
         for path, tensors in self.dense_tensors.items():
             if path not in roles["dense"]:
                 raise FormatError(f"{C.MANIFEST}: tensor {tensors[0].name} lies in no dense file")
-        headers = {layer.path: self.shard_layout(layer).built for layer in self.layers}
-        headers |= {path: self.dense_layout(path) for path in roles["dense"]}
-        for path, (raw, header) in headers.items():
+        # One header at a time: all of a hostile manifest's would take a hundred times its own size.
+        shards = ((layer.path, self.shard_layout(layer).built) for layer in self.layers)
+        for path, (raw, header) in chain(shards, ((path, self.dense_layout(path)) for path in roles["dense"])):
             entry = self.by_path[path]
             if entry.size != header.size:
                 raise FormatError(f"{C.MANIFEST}: {path}: {entry.size} bytes, what it holds needs {header.size}")
@@ -134,8 +135,8 @@ class Manifest:
 
     @cached_property
     def dense_tensors(self) -> dict[str, list[TensorEntry]]:
-        """Dense file -> its tensors in the order of their offsets."""
-        found: dict[str, list[TensorEntry]] = {}
+        """Dense file -> its tensors in the order of their offsets; a file may hold none."""
+        found: dict[str, list[TensorEntry]] = {f.path: [] for f in self.files if f.role == "dense"}
         for t in sorted(self.tensors, key=lambda t: t.offset):
             found.setdefault(t.path, []).append(t)
         return found
@@ -164,7 +165,10 @@ class Manifest:
 
 def canonical(data: Any) -> bytes:
     """The one byte form of a JSON value: equal content has equal bytes and an equal digest."""
-    return json.dumps(data, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False).encode() + b"\n"
+    try:
+        return json.dumps(data, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False).encode() + b"\n"
+    except RecursionError as e:  # Python 3.12 parses more nesting than it writes
+        raise FormatError(f"{C.MANIFEST}: nested too deep") from e
 
 
 def _min_reader(data: dict[str, Any]) -> str:
@@ -194,11 +198,10 @@ def _check_paths(paths: list[str]) -> None:
     """Unique also where a file system ignores case; no file is another's folder."""
     lower = [path.lower() for path in paths]
     _unique("file", lower)
-    there = set(lower)
-    for path in lower:
-        parts = path.split("/")
-        if any("/".join(parts[:i]) in there for i in range(1, len(parts))):
-            raise FormatError(f"{C.MANIFEST}: {path} lies below a file")
+    # In this order, what lies below a file comes next after it.
+    for path, following in pairwise(sorted(lower, key=lambda p: p.replace("/", "\0"))):
+        if following.startswith(f"{path}/"):
+            raise FormatError(f"{C.MANIFEST}: {following} lies below a file")
 
 
 def _ordered(what: str, names: list[str]) -> None:

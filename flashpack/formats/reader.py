@@ -227,15 +227,25 @@ def check_identity(folder: Path, identity: str, expect: str | None) -> None:
 
 
 def unlisted(folder: Path, manifest: Manifest) -> list[str]:
-    """Files in the folder that the manifest does not know, except hidden ones (systems leave them) and the journal."""
+    """Files in the folder that the manifest does not know, except hidden ones (systems leave them) and the journal.
+
+    A link is a file here, wherever it leads; a folder that cannot be looked into (too deep, not readable) also.
+    """
     known = {*manifest.by_path, C.MANIFEST, C.MANIFEST_DIGEST, C.JOURNAL}
-    found = []
-    for at, folders, names in os.walk(folder):
-        # A link to a folder is not entered: what lies there is not in the pack, but the link itself is odd.
-        links = [f for f in folders if (Path(at) / f).is_symlink()]
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        for name in (*names, *links):
-            path = (Path(at) / name).relative_to(folder).as_posix()
-            if path not in known and not name.startswith("."):
-                found.append(path)
+    found, todo = [], [""]
+    while todo:  # a loop, because a stranger's folders may be deeper than calls can be
+        inside = todo.pop()
+        try:
+            for entry in os.scandir(folder / inside):
+                path = f"{inside}/{entry.name}".lstrip("/")
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    todo.append(path)
+                elif path not in known:
+                    found.append(path)
+        except OSError as e:
+            if not inside:
+                raise FormatError(f"{folder}: its files cannot be listed: {e.strerror}") from e
+            found.append(inside)
     return sorted(found)

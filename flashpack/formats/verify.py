@@ -252,9 +252,8 @@ def _frame(fd: int, region: Region, size: int, stride: int, content: str, report
         return [region.finding("record-digest", "record", "the expert's record is damaged", region.expected, found)]
     if any(stored[size:]):
         return [region.finding("padding", "padding", "bytes behind a frame are not zero")]
-    record = memoryview(bytearray(stride))
     try:
-        codecs.decode(stored[:size], record, region.path)
+        record = codecs.content(stored[:size], stride, region.path)
     except FormatError as e:
         return [region.finding("frame", "record", str(e))]
     if hexdigest(record) != content:
