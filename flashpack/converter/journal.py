@@ -19,7 +19,7 @@ from flashpack.converter.source import differences
 from flashpack.errors import OutputError
 from flashpack.formats import constants as C
 from flashpack.formats.checksums import hexdigest
-from flashpack.formats.files import output_errors, pwrite, resize, sync, sync_folder
+from flashpack.formats.files import locked, output_errors, pwrite, resize, sync, sync_folder
 
 Line = dict[str, Any]
 
@@ -129,9 +129,10 @@ class Journal:
         """Delete everything but the journal, in an order that a kill at any point does not harm."""
         resize(self._fd, self._end)
         self.append(_DISCARD)
-        # The manifest first: what is left of a pack without it never opens.
-        (self.folder / C.MANIFEST).unlink(missing_ok=True)
-        sync_folder(self.folder)
+        # The manifest first: what is left of a pack without it never opens, and nobody begins to repair it.
+        with locked(self.folder):
+            (self.folder / C.MANIFEST).unlink(missing_ok=True)
+            sync_folder(self.folder)
         for path in self.folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

@@ -165,6 +165,8 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise OutputError(f"{folder}: another process is writing here; wait for it, or stop it") from e
+        except OSError as e:  # some network file systems lock no folders
+            raise OutputError(f"{folder}: cannot be locked: {e.strerror}; work on a copy on a local disk") from e
         yield
     finally:
         os.close(fd)

@@ -76,8 +76,8 @@ def test_a_damaged_pack_is_not_recoded(
 
 
 KILLED = """
-import os, signal, sys
-from flashpack.converter import recode as module
+import importlib, os, signal, sys
+module = importlib.import_module("flashpack.converter.recode")
 count = 0
 real = module.ShardWriter.write
 def write(self, expert, record):

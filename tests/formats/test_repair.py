@@ -380,3 +380,12 @@ def test_only_one_repair_works_on_a_pack(pack_copy: Copy, pack_of: PackOf) -> No
     pack = pack_copy("qwen3_moe")
     with locked(pack), pytest.raises(OutputError, match="another process is writing here"):
         repair(pack, PackDonor(str(pack_of("qwen3_moe"))))
+
+
+def test_a_pack_that_is_being_repaired_is_not_overwritten(pack_copy: Copy, pack_of: PackOf) -> None:
+    from flashpack.formats.files import locked
+
+    pack, good = pack_copy("qwen3_moe"), pack_of("qwen3_moe")
+    with locked(pack), pytest.raises(OutputError, match="another process is writing here"):
+        flashpack.convert(CHECKPOINTS / "qwen3_moe", pack, overwrite=True)
+    assert {k: v for k, v in contents(pack).items() if k != "flashpack.journal"} == contents(good)
