@@ -66,6 +66,7 @@ def frame(data: bytes) -> bool:
 
 _KIND = RecordKind(tuple(Projection(name, (1, 32), Encoding("raw", "F32")) for name in ("up", "down")))
 _LARGE = RecordKind(tuple(Projection(name, (3, 4096), Encoding("raw", "F32")) for name in ("up", "down")))
+RECORD_PAGES = (_KIND.stride // C.PAGE, _LARGE.stride // C.PAGE)
 
 
 def tail(data: bytes) -> bool:

@@ -138,6 +138,29 @@ def test_bytes_spliced_into_files_with_right_digests_do_no_harm(
 
 
 @bounded(250)
+@given(
+    st.permutations([(0, 0), (0, 1), (1, 0)]),
+    st.lists(
+        st.sampled_from([0, 1, 100, C.PAGE, C.PAGE + 1, 2 * C.PAGE, 6 * C.PAGE, 2**32 - 1]), min_size=3, max_size=3
+    ),
+    st.sampled_from([0, 0, 0, 1, -1]),
+    st.integers(0, 3),
+    st.binary(max_size=4),
+)
+def test_places_in_a_shard_lie_apart_and_fill_it_or_are_refused(
+    table: list[tuple[int, int]], sizes: list[int], off: int, form: int, splice: bytes
+) -> None:
+    rows = b"".join(n.to_bytes(4, "little") for row in table for n in row) if form & 2 else b""
+    tail = rows + (b"".join(n.to_bytes(4, "little") for n in sizes) if form & 1 else b"")
+    needed = sum(-(-n // C.PAGE) for n in sizes)
+    pages = min(max(0, needed + off), 63)
+    most = [C.PAGE * targets.RECORD_PAGES[kind if form & 2 else 1] for kind, _ in table]
+    fits = all(0 < n <= limit for n, limit in zip(sizes, most, strict=True))
+    assert targets.tail(bytes([form | pages << 2]) + tail) == (not form & 1 or (fits and needed == pages))
+    targets.tail(bytes([form | pages << 2]) + tail[: 4 * len(splice)] + splice + tail[5 * len(splice) :])
+
+
+@bounded(250)
 @given(st.sampled_from(sorted(frames.GOOD)), RANDOMS)
 def test_damaged_frames_decode_to_their_size_or_are_refused(name: str, rng: random.Random) -> None:
     record, stored = frames.GOOD[name]
@@ -184,6 +207,11 @@ def test_a_bomb_in_a_pack_is_a_finding(tmp_path: Path, stated: int, code: str) -
     write_bomb(tmp_path, frames.zeros(2**31, stated))
     with room():
         assert [f.code for f in verify(tmp_path, workers=1)] == [code]
+
+
+def test_a_frame_with_a_dictionary_is_refused_as_such() -> None:
+    with pytest.raises(FormatError, match=r"^e: the frame needs a dictionary$"):
+        codecs.content(memoryview(frames.BAD["names-a-dictionary"]), len(frames.RECORD), "e")
 
 
 def test_a_record_that_does_not_fit_in_memory_is_said_in_one_line() -> None:
