@@ -13,8 +13,9 @@ from flashpack import errors
 from flashpack.formats import Encoding, Projection, RecordKind, affine
 from flashpack.formats import constants as C
 from flashpack.formats.dtypes import ITEMSIZE
-from flashpack.formats.manifest import FileEntry, canonical
-from flashpack.formats.shard import ShardLayout
+from flashpack.formats.entries import ROLES, Layer
+from flashpack.formats.layout import ShardLayout
+from flashpack.formats.manifest import canonical
 from tests.conftest import ROOT, PackOf
 
 TEXT = (ROOT / "SPEC.md").read_text()
@@ -22,16 +23,17 @@ SECTIONS = {int(m[1]): m[2] for m in re.finditer(r"^## (\d+)\. .*?\n(.*?)(?=^## 
 
 
 def tables(section: int) -> list[list[list[str]]]:
-    """The tables of a section: rows of cells, without code marks, the heading row first."""
+    """The tables of a section: rows of cells, without code marks and rule names, the heading row first."""
     found = []
     for block in re.findall(r"(?:^\|.*\n)+", SECTIONS[section], re.MULTILINE):
-        rows = [[cell.strip().replace("`", "") for cell in line.strip("|\n").split("|")] for line in block.splitlines()]
+        lines = [re.sub(r" ?`\[[a-z0-9-]+\]`", "", line) for line in block.splitlines()]
+        rows = [[cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in lines]
         found.append([rows[0], *rows[2:]])
     return found
 
 
 def test_limits() -> None:
-    limits = dict(tables(10)[0][1:])
+    limits = dict(tables(10)[1][1:])
     assert {k: int(v.split()[0]) for k, v in limits.items()} == {
         "header of a safetensors file": C.MAX_HEADER_BYTES,
         "manifest": C.MAX_MANIFEST_BYTES,
@@ -49,14 +51,16 @@ def test_error_codes_and_exit_codes() -> None:
 
 
 def test_finding_codes_are_those_the_checker_uses() -> None:
-    source = ast.parse((ROOT / "flashpack" / "formats" / "verify.py").read_text())
     used = set()
-    for node in ast.walk(source):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Finding":
-            code, _, section = node.args[:3]
-            assert isinstance(code, ast.Constant)
-            assert isinstance(section, ast.Constant)
-            used.add((code.value, section.value))
+    for name in ("findings", "verify"):
+        source = ast.parse((ROOT / "flashpack" / "formats" / f"{name}.py").read_text())
+        for node in ast.walk(source):
+            called = node.func if isinstance(node, ast.Call) else None
+            if isinstance(called, ast.Name) and called.id == "Finding":
+                used.add(tuple(ast.unparse(a).strip("'") for a in (node.args[0], node.args[2])))
+            elif isinstance(called, ast.Attribute) and called.attr == "finding":
+                used.add(tuple(ast.unparse(a).strip("'") for a in node.args[:2]))
+    used.discard(("code", "section"))  # the one that passes on what it is given
     listed = {(row[0], row[1]) for row in tables(8)[1][1:]}
     assert listed == used
 
@@ -64,7 +68,7 @@ def test_finding_codes_are_those_the_checker_uses() -> None:
 def test_dtypes() -> None:
     listed = {row[0]: int(row[1]) for row in tables(4)[0][1:]}
     assert listed == {name: ITEMSIZE[name] for name in listed}
-    assert set(listed) == {"U8", "U32", *C.RAW_DTYPES, *C.SCALE_DTYPES}
+    assert tuple(listed) == C.TENSOR_DTYPES
 
 
 def test_parameters_of_the_affine_encoding() -> None:
@@ -94,8 +98,16 @@ def test_names_of_files(name: str) -> None:
 
 
 def test_names_of_tensors_and_pages() -> None:
-    first_cells = [row[0] for row in tables(5)[2][1:]]
-    assert first_cells == [C.RECORDS_TENSOR.format(kind="K"), C.TABLE_TENSOR, C.DIGESTS_TENSOR]
+    plain, compressed = ([row[0] for row in table[1:]] for table in tables(5)[2:])
+    assert plain == [C.RECORDS_TENSOR.format(kind="K"), C.TABLE_TENSOR, C.DIGESTS_TENSOR]
+    kind = RecordKind(tuple(Projection(n, (8, 64), Encoding("raw", "F32")) for n in ("up", "down")))
+    specs = ShardLayout(Layer(0, "m", "p", ((0, 1), (1, 1)), "zstd"), (kind, kind), C.PAGE).specs
+    assert compressed == [s.name for s in specs]
+    types = ["U8 [F]", "U32 [experts, 2]", "U32 [experts]", "U8 [experts, 32]", "U8 [experts, 32]"]
+    assert [row[1] for row in tables(5)[3][1:]] == types
+    assert [(s.dtype, s.shape[1:]) for s in specs] == [
+        ("U8", ()), ("U32", (2,)), ("U32", ()), ("U8", (32,)), ("U8", (32,)),
+    ]  # fmt: skip
     assert f"`{C.PAD_PREFIX}N`" in SECTIONS[4]
     assert f"**page**: {C.PAGE} bytes" in SECTIONS[1]
     assert f"rounded up to a multiple of {C.SECTION_ALIGNMENT}." in SECTIONS[5]
@@ -118,14 +130,42 @@ def test_fields_of_the_manifest(pack_of: PackOf) -> None:
     assert {row[0] for row in top[1:]} == set(data)
     assert {row[0] for row in model[1:]} == set(data["model"])
     assert {row[0] for row in files[1:]} == set(data["files"][0])
-    for role, digests in FileEntry.ROLES.items():
+    for role, digests in ROLES.items():
         assert re.search(rf"`{role}`: " + ", ".join(f"`{d}`" for d in sorted(digests)), SECTIONS[3])
-    kind, layers, _ = tables(5)
+    kind, layers = tables(5)[:2]
     assert {row[0].split("[")[0] for row in kind[1:]} == set(data["record_kinds"][0])
-    assert {row[0] for row in layers[1:]} == set(data["layers"][0])
+    assert {row[0] for row in layers[1:]} == {*data["layers"][0], "codec"}  # a plain layer does not say so
     listed = {name for row in tables(7)[0][1:] for name in row[0].split(", ")}
     assert listed == set(data["tensors"][0])
     assert canonical({"b": [1], "a": "é"}) == b'{\n "a": "\\u00e9",\n "b": [\n  1\n ]\n}\n'
+
+
+def test_names_that_a_pack_does_not_hold() -> None:
+    sentence = re.search(r"in any case, in (.*?) `\[executable", SECTIONS[2].replace("\n", " "))
+    assert sentence
+    assert tuple(re.findall(r"`(\.\w+)`", sentence[1])) == C.REFUSED_SUFFIXES
+    own = re.search(r"MUST NOT be one of (.*?), in any\s+case", SECTIONS[3], re.DOTALL)
+    assert own
+    assert set(re.findall(r"`([^`]+)`", own[1])) == {C.MANIFEST, C.MANIFEST_DIGEST, C.JOURNAL, C.PARTIAL_SUFFIX}
+
+
+def test_features_codecs_and_numbers_in_the_text() -> None:
+    assert {row[0]: row[1] for row in tables(10)[0][1:]} == C.FEATURES
+    assert {*C.CODECS} == {"raw", *C.FEATURES}
+    assert f"1 to {C.MAX_NAME_BYTES} bytes" in SECTIONS[3]
+    assert f"at most {C.MAX_DIMENSIONS} integers" in SECTIONS[3]
+    assert C.MAX_INTEGER == 2**62
+    assert "from 0 to 2^62 - 1" in SECTIONS[3]
+    assert f"those of {C.PAGE_ALIGNED_FROM} bytes and more" in SECTIONS[7]
+    stride = dict(tables(5)[0][1:][i][::2] for i in range(len(tables(5)[0]) - 1))["stride"]
+    assert stride.endswith(f"at most {C.MAX_RECORD_BYTES}")
+
+
+def test_the_order_of_writing() -> None:
+    steps = re.findall(r"^\d\. (.*)", SECTIONS[9], re.MULTILINE)
+    begins = ("the journal", "each shard", "the copied", f"`{C.MANIFEST_DIGEST}`", f"`{C.MANIFEST}`", "removal")
+    assert len(steps) == len(begins)
+    assert all(step.startswith(begin) for step, begin in zip(steps, begins, strict=True))
 
 
 def test_metadata_of_shards(pack_of: PackOf) -> None:
@@ -133,6 +173,6 @@ def test_metadata_of_shards(pack_of: PackOf) -> None:
 
     pack = Pack(pack_of("qwen3_moe"))
     layer = pack.manifest.layers[1]
-    found = ShardLayout(layer, pack.manifest.record_kinds).built[1].metadata
+    found = pack.manifest.shard_layout(layer).built[1].metadata
     assert found == {"flashpack": "experts", "layer": "1", "module": "model.layers.1.mlp.experts"}
     assert '{"flashpack": "experts", "layer": "<index>"' in SECTIONS[5]

@@ -13,8 +13,8 @@ from flashpack.errors import FlashpackError, NotAPackError, UsageError
 from flashpack.formats import Encoding, Pack, Projection, RecordKind, verify
 from flashpack.formats.constants import MANIFEST, MANIFEST_DIGEST
 from flashpack.formats.entries import Layer
-from flashpack.formats.manifest import Manifest
 from flashpack.formats.layout import ShardLayout
+from flashpack.formats.manifest import Manifest
 from flashpack.formats.writer import RecordBuffer, ShardWriter, commit
 from tests.conftest import PackOf
 
