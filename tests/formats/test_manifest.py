@@ -42,7 +42,10 @@ def test_holds_no_path_time_or_host_of_this_machine(pack_of: PackOf) -> None:
     ("change", "message"),
     [
         (lambda m: m.update(version=2), "format version 2"),
-        (lambda m: m.update(required_features=["warp"]), "feature 'warp' is unknown to flashpack .*needs flashpack 0.1"),
+        (
+            lambda m: m.update(required_features=["warp"]),
+            "feature 'warp' is unknown to flashpack .*needs flashpack 0.1",
+        ),
         (lambda m: m["model"].update(name_schema="transformers-9"), "names 'transformers-9' is unknown"),
         (
             lambda m: m["record_kinds"][0]["projections"][0].update(encoding={"name": "trellis"}),
