@@ -261,6 +261,11 @@ def test_time_is_linear_in_what_is_parsed() -> None:
     begun = time.process_time()
     with pytest.raises(FormatError, match=r"^f: tensor a: 100000 dimensions are more than 8$"):
         parse_header(text, 8 + len(text), "f")
+    data = json.loads(SEEDS[0].read_bytes()[1:].partition(b"\0")[0])
+    data["tensors"] = [{"name": "t", "path": "d", "dtype": "U8", "offset": 0, "digest": "0" * 64}]
+    data["tensors"][0]["shape"] = [2**62 - 1] * 100_000
+    with pytest.raises(FormatError, match="too many dimensions"):
+        Manifest.from_bytes(canonical(data))
     assert time.process_time() - begun < 3
 
 
