@@ -12,6 +12,7 @@ from flashpack.formats.constants import AFFINE_BITS
 from flashpack.formats.dtypes import from_float32, to_float32
 from flashpack.formats.writer import RecordBuffer
 from flashpack.kernels import AffineMatrix, get_kernels
+from flashpack.kernels.cpu.reference import BLOCK_VALUES
 
 KERNELS = get_kernels("cpu")
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -54,6 +55,18 @@ def test_linear_and_embedding_over_quantized_matrices(bits: int, rows: int, widt
     assert np.abs(found - expected).max() < 2e-6 * width
     ids = torch.tensor([[rows - 1, 0, rows // 2]])
     assert np.array_equal(KERNELS.embedding(ids, matrix, torch.float32).numpy()[0], decoded[ids[0].numpy()])
+
+
+@pytest.mark.parametrize("bits", AFFINE_BITS)
+def test_no_tokens_and_more_tokens_than_a_block(bits: int) -> None:
+    encoding = Encoding("affine", "BF16", bits, 64)
+    parts, decoded = random_matrix(50, 128, encoding, bits)
+    words = torch.from_numpy(parts["weight"].view(np.int32))
+    matrix = AffineMatrix(words, stored(parts["scales"], "BF16"), stored(parts["biases"], "BF16"), bits, 64)
+    assert KERNELS.linear(torch.empty(2, 0, 128), matrix).shape == (2, 0, 50)
+    assert KERNELS.embedding(torch.empty(1, 0, dtype=torch.int64), matrix, torch.float16).shape == (1, 0, 128)
+    ids = torch.randint(0, 50, (3, BLOCK_VALUES // 128), generator=torch.Generator().manual_seed(bits))
+    assert np.array_equal(KERNELS.embedding(ids, matrix, torch.float32).numpy(), decoded[ids.numpy()])
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])

@@ -20,8 +20,11 @@ from flashpack.formats.records import RecordKind, Section
 from flashpack.kernels.cpu.pool import one_thread, pool
 from flashpack.kernels.interface import Activation, AffineMatrix, RecordView
 
-BLOCK_VALUES = 2**18
-"""Values widened at a time: 1 MiB of float32."""
+BLOCK_VALUES = 2**19
+"""Most values widened at a time: 2 MiB of float32."""
+
+SHARES = 4
+"""A matrix of several blocks has a multiple of so many, so that few threads get equal shares."""
 
 ALIGNMENT = 64
 """Bytes. torch allocates at multiples of it."""
@@ -62,24 +65,45 @@ class ReferenceKernels:
             weight.words[flat], weight.scales[flat], weight.biases[flat], weight.bits, weight.group_size
         )
         wide = torch.empty(rows.shape)
+        step = _block_rows(*rows.shape)
         with one_thread():
-            _widen(rows, wide)
+            for block, out in zip(_cut(rows, step), torch.split(wide, step), strict=True):
+                _widen(block, out)
         return wide.to(dtype).view(*ids.shape, -1)
 
     def _matmul(self, x: Tensor, weight: Tensor | AffineMatrix) -> Tensor:
         """float32 x [..., in] @ weight.T, the weight widened block by block."""
         rows, width = weight.shape
-        # A multiple of 16 rows, so that blocks of the weight and of the result are as aligned as the whole.
-        step = max(16, BLOCK_VALUES // width // 16 * 16)
         flat = _aligned(x.reshape(-1, width))
         out = x.new_empty(len(flat), rows)
+        step = _block_rows(rows, width)
+        # Cut here at once: every call of torch in a thread makes the others wait for the interpreter.
+        blocks = list(zip(_cut(weight, step), torch.split(out, step, dim=1), strict=True))
 
-        def multiply(start: int) -> None:
-            end = min(start + step, rows)
-            torch.mm(flat, _block(weight, start, end).t(), out=out[:, start:end])
+        def multiply(block: tuple[Tensor | AffineMatrix, Tensor]) -> None:
+            torch.mm(flat, _block(block[0]).t(), out=block[1])
 
-        self._pool.run(multiply, range(0, rows, step))
+        self._pool.run(multiply, blocks)
         return out.view(*x.shape[:-1], rows)
+
+
+def _block_rows(rows: int, width: int) -> int:
+    """Rows of a block: a multiple of 16, so that blocks of weight and result are as aligned as the whole."""
+    rows = max(rows, 1)
+    count = -(-rows * width // BLOCK_VALUES)
+    if count > 1:
+        count = -(-count // SHARES) * SHARES
+    return -(-rows // (16 * count)) * 16
+
+
+def _cut(weight: Tensor | AffineMatrix, step: int) -> list[Tensor | AffineMatrix]:
+    """The matrix in blocks of ``step`` rows, the last may have fewer."""
+    if isinstance(weight, Tensor):
+        return list(torch.split(weight, step))
+    parts = zip(
+        torch.split(weight.words, step), torch.split(weight.scales, step), torch.split(weight.biases, step), strict=True
+    )
+    return [AffineMatrix(*part, weight.bits, weight.group_size) for part in parts]
 
 
 class _Scratch(threading.local):
@@ -87,30 +111,31 @@ class _Scratch(threading.local):
 
     def __init__(self) -> None:
         self._buffers: dict[torch.dtype, Tensor] = {}
+        self._views: dict[tuple[torch.dtype, int, int], Tensor] = {}
 
     def take(self, dtype: torch.dtype, rows: int, width: int) -> Tensor:
         """[rows, width], contiguous and aligned; valid until this thread asks for the type again."""
-        buffer = self._buffers.get(dtype)
-        if buffer is None or len(buffer) < rows * width:
+        view = self._views.get((dtype, rows, width))
+        if view is None:
+            buffer = self._buffers.get(dtype)
             with torch.inference_mode(False):  # of use in both modes
-                buffer = self._buffers[dtype] = torch.empty(rows * width, dtype=dtype)
-        return buffer[: rows * width].view(rows, width)
+                if buffer is None or len(buffer) < rows * width:
+                    buffer = self._buffers[dtype] = torch.empty(rows * width, dtype=dtype)
+                    # Views of the old buffer would keep it.
+                    self._views = {key: v for key, v in self._views.items() if key[0] != dtype}
+                view = self._views[dtype, rows, width] = buffer[: rows * width].view(rows, width)
+        return view
 
 
 _scratch = _Scratch()
 
 
-def _block(weight: Tensor | AffineMatrix, start: int, end: int) -> Tensor:
-    """Rows [start, end) in float32, aligned; valid until the thread's next call."""
-    if isinstance(weight, Tensor):
-        part: Tensor | AffineMatrix = weight[start:end]
-        if weight.dtype == torch.float32:
-            return _aligned(weight[start:end])
-    else:
-        words, scales, biases = weight.words[start:end], weight.scales[start:end], weight.biases[start:end]
-        part = AffineMatrix(words, scales, biases, weight.bits, weight.group_size)
-    out = _scratch.take(torch.float32, end - start, weight.shape[1])
-    _widen(part, out)
+def _block(weight: Tensor | AffineMatrix) -> Tensor:
+    """A block in float32, contiguous and aligned; valid until the thread's next call."""
+    if isinstance(weight, Tensor) and weight.dtype == torch.float32:
+        return _aligned(weight)
+    out = _scratch.take(torch.float32, *weight.shape)
+    _widen(weight, out)
     return out
 
 
@@ -127,8 +152,8 @@ def _widen(weight: Tensor | AffineMatrix, out: Tensor) -> None:
         return
     _unpack_bits(weight.words, weight.bits, out)
     grouped = out.view(len(out), -1, weight.group_size)
-    grouped.mul_(weight.scales.unsqueeze(-1).float())
-    grouped.add_(weight.biases.unsqueeze(-1).float())
+    grouped.mul_(weight.scales.unsqueeze(-1))
+    grouped.add_(weight.biases.unsqueeze(-1))
 
 
 def _unpack_bits(words: Tensor, bits: int, out: Tensor) -> None:
@@ -139,10 +164,9 @@ def _unpack_bits(words: Tensor, bits: int, out: Tensor) -> None:
         out.copy_(stream)
     elif bits == 4:
         # One byte of two codes becomes two bytes of one: 0xba -> 0x0b0a.
-        pairs = _scratch.take(torch.int16, 2 * rows, stream.shape[1])
-        low, high = pairs[:rows].copy_(stream), pairs[rows:]
-        torch.bitwise_left_shift(low, 4, out=high)
-        out.copy_(low.bitwise_or_(high).bitwise_and_(0x0F0F).view(torch.uint8))
+        pairs = _scratch.take(torch.int16, rows, stream.shape[1]).copy_(stream)
+        pairs.bitwise_or_(pairs << 4).bitwise_and_(0x0F0F)
+        out.copy_(pairs.view(torch.uint8))
     elif bits == 2:
         codes = out.view(rows, -1, 4)
         for i in range(4):
