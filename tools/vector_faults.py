@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import zstandard
 from vector_packs import BF16, EMBED
 
@@ -17,10 +18,10 @@ from flashpack.formats import Encoding, Manifest, RecordKind
 from flashpack.formats import constants as C
 from flashpack.formats.checksums import digest, hexdigest
 from flashpack.formats.entries import Layer, Matrix
-from flashpack.formats.layout import ShardLayout
+from flashpack.formats.layout import ShardLayout, dense_spec
 from flashpack.formats.manifest import canonical
 from flashpack.formats.records import Projection, align
-from flashpack.formats.writer import commit_bytes
+from flashpack.formats.writer import DenseWriter, ShardWriter, commit_bytes
 
 Json = dict[str, Any]
 SHARD0 = "experts/layer-0000.safetensors"
@@ -273,6 +274,65 @@ FRAMES: list[tuple[str, str, Callable[[Path], None], str | None, str, str]] = [
 ]
 """Rule, variant, change, and how it is seen, of faults in the compressed pack."""
 
+
+def odd_kind(*projections: tuple[str, tuple[int, int], dict[str, Any]]) -> Callable[[Path], None]:
+    """One more record kind, which nobody uses, right in all but what its constructor would refuse."""
+    parts = []
+    for name, shape, fields in projections:
+        encoding = object.__new__(Encoding)
+        for key, value in ({"bits": 0, "group_size": 0} | fields).items():
+            object.__setattr__(encoding, key, value)
+        parts.append(Projection(name, shape, encoding))
+    kind = object.__new__(RecordKind)
+    object.__setattr__(kind, "projections", tuple(parts))
+    return change(lambda m: m["record_kinds"].append(kind.to_json()))
+
+
+def redense(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> Callable[[Path], None]:
+    """Another dense file, consistent in itself, in place of the pack's; no matrices."""
+
+    def put(folder: Path) -> None:
+        specs = [dense_spec(name, dtype, shape) for name, (dtype, shape) in tensors.items()]
+        with DenseWriter(folder, DENSE, specs) as writer:
+            for spec in specs:
+                writer.append(spec.name, memoryview(bytes(spec.nbytes)))
+            file, rows = writer.finish()
+        edit = {"tensors": [t.to_json() for t in sorted(rows, key=lambda t: t.name)], "matrices": []}
+        change(lambda m: (m.update(edit), entry(m, DENSE).update(file.to_json())))(folder)
+
+    return put
+
+
+def kind_without_records(folder: Path) -> None:
+    """A shard that gives a kind and no record of it, otherwise as it should be."""
+    manifest = Manifest.from_bytes((folder / C.MANIFEST).read_bytes())
+    layer = replace(manifest.layers[0], kinds=((0, 2), (1, 0)))
+    with ShardWriter(folder, layer, manifest.record_kinds, np.array([[0, 0], [0, 1]], "<u4")) as writer:
+        for expert in range(2):
+            writer.write(expert, memoryview(bytes(manifest.record_kinds[0].stride)))
+        file = writer.finish()
+    change(lambda m: (m["layers"].__setitem__(0, layer.to_json()), entry(m, SHARD0).update(file.to_json())))(folder)
+
+
+RAW = {"name": "raw", "dtype": "BF16"}
+SEVEN = {"name": "affine", "dtype": "BF16", "bits": 7, "group_size": 32}
+SIXTEEN = {"name": "affine", "dtype": "BF16", "bits": 4, "group_size": 16}
+CONSISTENT = [
+    Fault("wrong-type", change(lambda m: m["optional_features"].append(7)), variant="feature"),
+    Fault("wrong-type", change(lambda m: m["matrices"].append(7)), variant="entry"),
+    Fault("wrong-type", change(lambda m: k0(m)["projections"][0].update(encoding="q4")), variant="encoding"),
+    Fault("wrong-type", change(lambda m: k0(m)["projections"][0].update(shape=[32, 64, 1])), variant="matrix"),
+    Fault("zero-dimension", redense({"a": ("F32", (0,)), "b": ("F32", (1,))}), variant="alone"),
+    Fault("unknown-dtype", redense({"a": ("I64", (1,))}), variant="alone"),
+    Fault("empty-kind", kind_without_records, variant="alone"),
+    Fault("affine-out-of-range", odd_kind(("up", (1, 32), SEVEN), ("down", (1, 32), SEVEN)), variant="alone"),
+    Fault("affine-out-of-range", odd_kind(("up", (1, 32), SIXTEEN), ("down", (1, 32), SIXTEEN)), variant="group-alone"),
+    Fault("raw-out-of-range", odd_kind(("up", (1, 1), RAW | {"dtype": "F64"}), ("down", (1, 1), RAW)), variant="alone"),
+    Fault("odd-projections", odd_kind(("up", (1, 1), RAW), ("up", (1, 1), RAW)), variant="alone"),
+    Fault("odd-projections", odd_kind(("gate", (1, 1), RAW), ("down", (1, 1), RAW)), variant="no-up"),
+]
+"""Faults that no other rule would find, too."""
+
 V = "version"
 FAULTS: list[Fault] = [
     # Section 2
@@ -386,4 +446,5 @@ FAULTS: list[Fault] = [
     Fault("damaged-record", flip(SHARD0, 2 * C.PAGE - 1), "integrity", "read", "record-digest", variant="padding"),
     Fault("damaged-tensor", first_tensor, None, "", "tensor-digest"),
     Fault("damaged-copy", flip("config.json", 3), "integrity", "copies", "file-digest"),
+    *CONSISTENT,
 ]  # fmt: skip

@@ -33,7 +33,7 @@ WRITER_RULES = {
     "MUST NOT commit a manifest": "test_what_a_reader_would_refuse_is_not_committed",
     "MUST NOT execute anything": "test_code_beside_the_configuration_never_runs",
     "MUST NOT take what `config.json` says": "test_an_absurd_configuration_is_refused_before_anything_is_made",
-    "In every object a reader MUST ignore": "unknown-fields",
+    "a reader MUST ignore fields": "unknown-fields",
     "MUST, MUST NOT, SHOULD and MAY": "the meaning of the words",
 }
 """Sentences of SPEC.md that no invalid pack can break, and where they are tested."""
