@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
 from typing import TypeVar
@@ -72,9 +72,10 @@ class Pool:
                 drain()
         finally:
             todo.clear()
-            for future in futures:
-                if not future.cancel():  # a helper that has not begun is not waited for
-                    future.result()
+            begun = [future for future in futures if not future.cancel()]  # the others are not waited for
+            wait(begun)
+        for future in begun:
+            future.result()
 
     def _started(self) -> ThreadPoolExecutor:
         """The other threads, each with torch's threads off for good."""

@@ -69,7 +69,7 @@ class ReferenceKernels:
         with one_thread():
             for block, out in zip(_cut(rows, step), torch.split(wide, step), strict=True):
                 _widen(block, out)
-        return wide.to(dtype).view(*ids.shape, -1)
+        return wide.to(dtype).view(*ids.shape, wide.shape[1])
 
     def _matmul(self, x: Tensor, weight: Tensor | AffineMatrix) -> Tensor:
         """float32 x [..., in] @ weight.T, the weight widened block by block."""
@@ -151,14 +151,14 @@ def _widen(weight: Tensor | AffineMatrix, out: Tensor) -> None:
         out.copy_(weight)
         return
     _unpack_bits(weight.words, weight.bits, out)
-    grouped = out.view(len(out), -1, weight.group_size)
+    grouped = out.view(*weight.scales.shape, weight.group_size)
     grouped.mul_(weight.scales.unsqueeze(-1))
     grouped.add_(weight.biases.unsqueeze(-1))
 
 
 def _unpack_bits(words: Tensor, bits: int, out: Tensor) -> None:
     """Write the codes in int32 [rows, W] (contiguous) to ``out``, float32 [rows, W*32/bits] (contiguous)."""
-    rows = words.shape[0]
+    rows, width = out.shape
     stream = words.view(torch.uint8)
     if bits == 8:
         out.copy_(stream)
@@ -168,16 +168,16 @@ def _unpack_bits(words: Tensor, bits: int, out: Tensor) -> None:
         pairs.bitwise_or_(pairs << 4).bitwise_and_(0x0F0F)
         out.copy_(pairs.view(torch.uint8))
     elif bits == 2:
-        codes = out.view(rows, -1, 4)
+        codes = out.view(rows, width // 4, 4)
         for i in range(4):
             codes[..., i] = (stream >> (2 * i)) & 3
     else:
         # 8 values in `bits` bytes, as in formats.affine
-        chunks = stream.view(rows, -1, bits).to(torch.int64)
+        chunks = stream.view(rows, width // 8, bits).to(torch.int64)
         word = chunks[..., 0]
         for i in range(1, bits):
             word = word | (chunks[..., i] << (8 * i))
-        codes = out.view(rows, -1, 8)
+        codes = out.view(rows, width // 8, 8)
         for i in range(8):
             codes[..., i] = (word >> (bits * i)) & ((1 << bits) - 1)
 
