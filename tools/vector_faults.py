@@ -318,6 +318,7 @@ RAW = {"name": "raw", "dtype": "BF16"}
 SEVEN = {"name": "affine", "dtype": "BF16", "bits": 7, "group_size": 32}
 SIXTEEN = {"name": "affine", "dtype": "BF16", "bits": 4, "group_size": 16}
 CONSISTENT = [
+    Fault("wrong-type", change(lambda m: k0(m)["sections"][0].update(offset=False)), variant="boolean"),
     Fault("wrong-type", change(lambda m: m["optional_features"].append(7)), variant="feature"),
     Fault("wrong-type", change(lambda m: m["matrices"].append(7)), variant="entry"),
     Fault("wrong-type", change(lambda m: k0(m)["projections"][0].update(encoding="q4")), variant="encoding"),

@@ -207,6 +207,14 @@ def unknown_fields(folder: Path) -> None:
     commit_bytes(folder, canonical(data))
 
 
+def unknown_fields_of_sections(folder: Path) -> None:
+    """A field of a later version in the list of sections: ignored."""
+    base(folder)
+    data = json.loads((folder / C.MANIFEST).read_bytes())
+    data["record_kinds"][0]["sections"][0]["zz_later"] = 1
+    commit_bytes(folder, canonical(data))
+
+
 def later_reader(folder: Path) -> None:
     """Optional features and a min_reader that this version does not know."""
     pack = Builder(folder, [ungated(BF16)]).layer(0, (0, 1)).dense(1, SMALL)
@@ -240,6 +248,7 @@ VALID: dict[str, Callable[[Path], None]] = {
     "no-dense-part": no_dense,
     "no-layers": no_layers,
     "unknown-fields": unknown_fields,
+    "unknown-fields-of-sections": unknown_fields_of_sections,
     "later-reader": later_reader,
     "names": names,
     "leftovers": leftovers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -185,7 +186,14 @@ class RecordKind:
         if kind.stride > C.MAX_RECORD_BYTES:
             raise FormatError(f"record kind: stride {kind.stride} is over the cap {C.MAX_RECORD_BYTES}")
         known = kind.to_json()
-        for key in ("sections", "nbytes", "stride"):
-            if data.get(key) != known[key]:
+        rows = [fields.mapping(row, "an entry of sections") for row in fields.items(data, "sections")]
+        given = {
+            "sections": [{field: row.get(field) for field in ("name", "dtype", "shape", "offset")} for row in rows],
+            "nbytes": data.get("nbytes"),
+            "stride": data.get("stride"),
+        }
+        for key, value in given.items():
+            # As JSON, in which true is not 1.
+            if json.dumps(value, sort_keys=True) != json.dumps(known[key], sort_keys=True):
                 raise FormatError(f"record kind: {key} do not follow from the projections")
         return kind

@@ -25,6 +25,8 @@ from flashpack.formats.reader import check_identity, digest_file_bytes, manifest
 Progress = Callable[[int], object]
 """Called with the number of bytes checked since the last call; may come from several threads."""
 
+_MEMORY = 128 * 2**20  # for all workers together
+
 LEVELS = ("quick", "sample", "full")
 
 
@@ -71,8 +73,7 @@ def check_files(
     """``verify`` for some files of a pack whose manifest is known."""
     findings: list[Finding] = []
     regions: list[Region] = []
-    # Twice the processors: while one thread waits for the drive, another hashes.
-    with ThreadPoolExecutor(workers or 2 * (os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(workers or _workers(manifest)) as pool:
         for found in pool.map(lambda f: _file(folder, f, manifest), entries):
             findings += (item for item in found if isinstance(item, Finding))
             regions += (item for item in found if isinstance(item, Region))
@@ -83,6 +84,14 @@ def check_files(
         for problem in pool.map(lambda r: _region(folder, r, report), regions):
             findings += problem
     return findings
+
+
+def _workers(manifest: Manifest) -> int:
+    """Twice the processors: while one thread waits for the drive, another hashes. Fewer where each must hold a large
+    compressed record, stored and decoded."""
+    most = 2 * (os.cpu_count() or 1)
+    strides = [manifest.record_kinds[k].stride for x in manifest.layers if x.codec != "raw" for k, _ in x.kinds]
+    return max(1, min(most, _MEMORY // (2 * max(strides, default=1))))
 
 
 def unlisted_files(folder: Path, manifest: Manifest) -> list[Finding]:
