@@ -136,10 +136,10 @@ def check_kind(kind: Any) -> None:
 
 
 def check_files(files: list[Any]) -> None:
-    folded = {file["path"].casefold() for file in files}
+    folded = {"".join(map(str.lower, file["path"])) for file in files}  # one by one: a word's last sigma is another
     need(len(folded) == len(files), "a path stands twice")
     for file in files:
-        path, low = file["path"], file["path"].casefold()
+        path, low = file["path"], "".join(map(str.lower, file["path"]))
         good = all(part and part[0] != "." and len(part.encode()) <= 255 for part in path.split("/"))
         need(good and not {"\\", ":"} & set(path), f"not a path inside the pack: {path}")
         need(low not in OWN_NAMES and not low.endswith(FORBIDDEN), f"a name that a pack must not list: {path}")
@@ -182,7 +182,7 @@ def read_manifest(raw: bytes) -> Any:
     m = parse(raw)
     check(m, FIRST, "the manifest")  # first, so that a newer pack is refused as newer and not for what it changes
     need(m["format"] == "flashpack" and m["version"] >= 1, "another format")
-    need(re.fullmatch(r"[0-9]+(\.[0-9]+){1,3}", m["min_reader"]) is not None, "odd min_reader")
+    need(re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9}){1,3}", m["min_reader"]) is not None, "odd min_reader")
     newer = [f"version {m['version']}"] * (m["version"] > 1) + [f for f in m["required_features"] if f != "zstd"]
     need(not newer, f"{newer} needs flashpack {m['min_reader']}", "version")
     check(m, REST, "the manifest")

@@ -43,11 +43,12 @@ class Pack:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         path, proof = self.folder / "flashpack.json", self.folder / "flashpack.json.b3"
-        need(path.is_file(), f"{folder} has no manifest", "not-a-pack")
+        need(path.is_file() and not path.is_symlink(), f"{folder} has no manifest", "not-a-pack")
         need(path.stat().st_size <= 33554432, "the manifest is too large")  # before memory is taken for it
         raw = path.read_bytes()
         self.identity = blake3(raw).hexdigest()
-        need(proof.is_file() and proof.stat().st_size == 65, "the manifest's digest is missing or odd", "integrity")
+        plain = proof.is_file() and not proof.is_symlink()
+        need(plain and proof.stat().st_size == 65, "the manifest's digest is missing or odd", "integrity")
         need(proof.read_bytes() == f"{self.identity}\n".encode(), "the manifest is damaged", "integrity")
         self.manifest = read_manifest(raw)
         self.files = {file["path"]: file for file in self.manifest["files"]}

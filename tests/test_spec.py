@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
+import tarfile
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import flashpack
 from flashpack import errors
-from flashpack.formats import Encoding, Projection, RecordKind, affine
+from flashpack.formats import Encoding, Manifest, Projection, RecordKind, affine
 from flashpack.formats import constants as C
 from flashpack.formats.dtypes import ITEMSIZE
-from flashpack.formats.entries import ROLES, Layer
+from flashpack.formats.entries import ROLES, Layer, Matrix
 from flashpack.formats.layout import ShardLayout
 from flashpack.formats.manifest import canonical
-from tests.conftest import ROOT, PackOf
+from tests.conftest import ROOT, PackOf, source_of
 
 TEXT = (ROOT / "SPEC.md").read_text()
 SECTIONS = {int(m[1]): m[2] for m in re.finditer(r"^## (\d+)\. .*?\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)}
@@ -50,11 +55,10 @@ def test_error_codes_and_exit_codes() -> None:
     assert {row[0]: int(row[2]) for row in tables(11)[0][1:]} == expected
 
 
-def test_finding_codes_are_those_the_checker_uses() -> None:
+def test_finding_codes_are_those_the_checkers_use() -> None:
     used = set()
-    for name in ("findings", "verify"):
-        source = ast.parse((ROOT / "flashpack" / "formats" / f"{name}.py").read_text())
-        for node in ast.walk(source):
+    for path in (ROOT / "flashpack").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
             called = node.func if isinstance(node, ast.Call) else None
             if isinstance(called, ast.Name) and called.id == "Finding":
                 used.add(tuple(ast.unparse(a).strip("'") for a in (node.args[0], node.args[2])))
@@ -101,6 +105,16 @@ def test_names_of_tensors_and_pages() -> None:
     plain, compressed = ([row[0] for row in table[1:]] for table in tables(5)[2:])
     assert plain == [C.RECORDS_TENSOR.format(kind="K"), C.TABLE_TENSOR, C.DIGESTS_TENSOR]
     kind = RecordKind(tuple(Projection(n, (8, 64), Encoding("raw", "F32")) for n in ("up", "down")))
+    specs = ShardLayout(Layer(0, "m", "p", ((0, 5), (1, 2))), (kind, kind)).specs
+    assert [row[1] for row in tables(5)[2][1:]] == [
+        "U8 [count, stride of kind K]", "U32 [experts, 2]", "U8 [experts, 32]",
+    ]  # fmt: skip
+    assert [(s.name, s.dtype, s.shape) for s in specs] == [
+        ("records.0", "U8", (5, kind.stride)),
+        ("records.1", "U8", (2, kind.stride)),
+        ("table", "U32", (7, 2)),
+        ("digests", "U8", (7, 32)),
+    ]
     specs = ShardLayout(Layer(0, "m", "p", ((0, 1), (1, 1)), "zstd"), (kind, kind), C.PAGE).specs
     assert compressed == [s.name for s in specs]
     types = ["U8 [F]", "U32 [experts, 2]", "U32 [experts]", "U8 [experts, 32]", "U8 [experts, 32]"]
@@ -133,10 +147,20 @@ def test_fields_of_the_manifest(pack_of: PackOf) -> None:
     for role, digests in ROLES.items():
         assert re.search(rf"`{role}`: " + ", ".join(f"`{d}`" for d in sorted(digests)), SECTIONS[3])
     kind, layers = tables(5)[:2]
-    assert {row[0].split("[")[0] for row in kind[1:]} == set(data["record_kinds"][0])
+    first = data["record_kinds"][0]
+    assert {row[0] for row in kind[1:] if "[" not in row[0]} == set(first)
+    assert {row[0].split(".")[1] for row in kind[1:] if "[" in row[0]} == set(first["projections"][0])
+    named = next(row[2] for row in kind[1:] if row[0] == "sections").split(" of each section")[0]
+    assert set(named.split(", ")) == set(first["sections"][0])
+    named = next(row[2] for row in layers[1:] if row[0] == "kinds")
+    assert all(re.search(rf"\b{field} \(", named) for field in data["layers"][0]["kinds"][0])
     assert {row[0] for row in layers[1:]} == {*data["layers"][0], "codec"}  # a plain layer does not say so
     listed = {name for row in tables(7)[0][1:] for name in row[0].split(", ")}
     assert listed == set(data["tensors"][0])
+    sentence = re.search(r"`matrices` lists .*? quantized: (.*?)\. `x\.weight`", SECTIONS[7], re.DOTALL)
+    assert sentence
+    matrix = Matrix("x.weight", (1, 32), Encoding("affine", "F16", 3, 32)).to_json()
+    assert set(re.findall(r"`(\w+)`(?= [(\[])|`(\w+)`$", sentence[1])) >= {(field, "") for field in matrix}
     assert canonical({"b": [1], "a": "é"}) == b'{\n "a": "\\u00e9",\n "b": [\n  1\n ]\n}\n'
 
 
@@ -161,11 +185,47 @@ def test_features_codecs_and_numbers_in_the_text() -> None:
     assert stride.endswith(f"at most {C.MAX_RECORD_BYTES}")
 
 
-def test_the_order_of_writing() -> None:
+def test_the_order_of_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names appear and vanish in the order of the list."""
     steps = re.findall(r"^\d\. (.*)", SECTIONS[9], re.MULTILINE)
     begins = ("the journal", "each shard", "the copied", f"`{C.MANIFEST_DIGEST}`", f"`{C.MANIFEST}`", "removal")
     assert len(steps) == len(begins)
     assert all(step.startswith(begin) for step, begin in zip(steps, begins, strict=True))
+    out = tmp_path / "out"
+    happened: list[int] = []
+    really_replace, really_unlink = os.replace, os.unlink
+
+    def step(name: str) -> int:
+        order = {C.MANIFEST_DIGEST: 4, C.MANIFEST: 5}
+        return order.get(name, 2 if name.endswith(".safetensors") else 3)
+
+    def replacing(source: Path, target: Path) -> None:
+        assert source.name == target.name + C.PARTIAL_SUFFIX
+        assert (out / C.JOURNAL).exists()
+        happened.append(step(target.name))
+        really_replace(source, target)
+
+    def unlinking(path: Path, *, dir_fd: int | None = None) -> None:
+        if Path(path).name == C.JOURNAL:
+            happened.append(6)
+        really_unlink(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "replace", replacing)
+    monkeypatch.setattr(os, "unlink", unlinking)
+    flashpack.convert(source_of("qwen3_moe"), out)
+    assert happened == sorted(happened)
+    assert set(happened) == {2, 3, 4, 5, 6}
+
+
+def test_min_reader_is_the_newest_that_a_feature_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tarfile.open(ROOT / "tests/vectors/valid/small-compressed.tar.gz") as tar:
+        tar.extractall(tmp_path, filter="fully_trusted")
+    manifest = Manifest.from_bytes((tmp_path / C.MANIFEST).read_bytes())
+    monkeypatch.setattr(C, "FIRST_READER", "0.9.0")
+    monkeypatch.setattr(C, "FEATURES", {"zstd": "0.10.0"})
+    assert json.loads(manifest.to_bytes())["min_reader"] == "0.10.0"
+    plain = replace(manifest, layers=(), files=())
+    assert json.loads(plain.to_bytes())["min_reader"] == "0.9.0"
 
 
 def test_metadata_of_shards(pack_of: PackOf) -> None:
@@ -176,3 +236,6 @@ def test_metadata_of_shards(pack_of: PackOf) -> None:
     found = pack.manifest.shard_layout(layer).built[1].metadata
     assert found == {"flashpack": "experts", "layer": "1", "module": "model.layers.1.mlp.experts"}
     assert '{"flashpack": "experts", "layer": "<index>"' in SECTIONS[5]
+    path = "dense-00001.safetensors"
+    assert pack.manifest.dense_layout(path)[1].metadata == {"flashpack": "dense"}
+    assert '`__metadata__` is `{"flashpack": "dense"}`' in SECTIONS[7]

@@ -17,13 +17,17 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from vector_faults import FAULTS
-from vector_packs import VALID
+import vector_edges
+import vector_faults
+import vector_fields
+import vector_packs
 
 from flashpack.formats import Encoding, Pack, affine
 from flashpack.formats.dtypes import NUMPY, to_float32
 from flashpack.version import __version__
 
+VALID = vector_packs.VALID | vector_edges.MORE_VALID
+FAULTS = vector_faults.FAULTS + vector_fields.MORE_FAULTS
 ROOT = Path(__file__).resolve().parent.parent
 VECTORS = ROOT / "tests" / "vectors"
 

@@ -196,7 +196,8 @@ def _model(data: dict[str, Any]) -> dict[str, Any]:
 
 def _check_paths(paths: list[str]) -> None:
     """Unique also where a file system ignores case; no file is another's folder."""
-    lower = [path.lower() for path in paths]
+    # Character by character: the lower case of a whole word has another sigma at its end.
+    lower = ["".join(map(str.lower, path)) for path in paths]
     _unique("file", lower)
     # In this order, what lies below a file comes next after it.
     for path, following in pairwise(sorted(lower, key=lambda p: p.replace("/", "\0"))):
