@@ -15,7 +15,8 @@ import pytest
 
 import flashpack
 from flashpack import errors
-from flashpack.formats import Encoding, Manifest, Projection, RecordKind, affine
+from flashpack.errors import FormatError
+from flashpack.formats import Encoding, Manifest, Pack, Projection, RecordKind, affine, fields
 from flashpack.formats import constants as C
 from flashpack.formats.dtypes import ITEMSIZE
 from flashpack.formats.entries import ROLES, Layer, Matrix
@@ -81,6 +82,9 @@ def test_parameters_of_the_affine_encoding() -> None:
     assert tuple(map(int, parameters["group_size"])) == C.GROUP_SIZES
     assert tuple(parameters["scale_dtype"]) == C.SCALE_DTYPES
     encoding = Encoding("affine", "F16", 3, 32)
+    assert tables(6)[1][1:] == [
+        ["weight", "U32", "[O, I * b / 32]"], ["scales", "D", "[O, I / g]"], ["biases", "D", "[O, I / g]"],
+    ]  # fmt: skip
     assert list(encoding.parts((8, 64))) == [row[0] for row in tables(6)[1][1:]]
     assert encoding.parts((8, 64)) == {"weight": ("U32", (8, 6)), "scales": ("F16", (8, 2)), "biases": ("F16", (8, 2))}
     assert json.dumps(encoding.to_json()) == json.dumps(
@@ -91,14 +95,34 @@ def test_parameters_of_the_affine_encoding() -> None:
 def test_hexadecimal_examples() -> None:
     examples = tables(6)[2][1:]
     assert [int(row[0]) for row in examples] == list(C.AFFINE_BITS)
+    formula = re.search(r"the (\d+) values q\[i\] = \(i \* (\d+) \+ (\d+)\) mod 2\^b", SECTIONS[6])
+    assert formula
+    count, factor, first = map(int, formula.groups())
     for bits, text in ((int(b), text) for b, text in examples):
-        codes = ((np.arange(32) * 5 + 1) % 2**bits).astype(np.uint8)
+        codes = ((np.arange(count) * factor + first) % 2**bits).astype(np.uint8)
         assert affine.pack_bits(codes, bits).tobytes().hex() == text
 
 
-@pytest.mark.parametrize("name", [C.MANIFEST, C.MANIFEST_DIGEST, C.JOURNAL, f"*{C.PARTIAL_SUFFIX}"])
-def test_names_of_files(name: str) -> None:
-    assert f"`{name}`" in SECTIONS[2]
+def test_names_of_files(pack_of: PackOf) -> None:
+    rows = [row[0] for row in tables(2)[0][1:]]
+    shard, dense = f"{C.EXPERTS_FOLDER}/layer-NNNN.safetensors", "dense-NNNNN.safetensors"
+    others = ["config.json, tokenizer.json, ...", f"{C.JOURNAL}, *{C.PARTIAL_SUFFIX}"]
+    assert rows == [C.MANIFEST, C.MANIFEST_DIGEST, shard, dense, *others]
+    for name, role in ((shard, "experts"), (dense, "dense")):
+        paths = [f.path for f in Pack(pack_of("qwen3_moe")).manifest.files if f.role == role]
+        assert paths
+        assert all(re.fullmatch(re.sub("N+", lambda m: rf"\d{{{len(m[0])}}}", name), path) for path in paths)
+
+
+def test_what_covers_each_byte() -> None:
+    """The regions of section 8, and the digests that files of each role have."""
+    rows = tables(8)[0][1:]
+    assert [row[0].split(":")[0] for row in rows] == (
+        ["manifest", C.MANIFEST_DIGEST, *["shard"] * 3, *["dense file"] * 3, "copied file"]
+    )
+    for role, subject in (("experts", "shard"), ("dense", "dense file"), ("copy", "copied file")):
+        named = {d for row in rows if row[0].startswith(subject) for d in re.findall(r"digests\.(\w+)", row[1])}
+        assert named == ROLES[role]
 
 
 def test_names_of_tensors_and_pages() -> None:
@@ -176,13 +200,40 @@ def test_names_that_a_pack_does_not_hold() -> None:
 def test_features_codecs_and_numbers_in_the_text() -> None:
     assert {row[0]: row[1] for row in tables(10)[0][1:]} == C.FEATURES
     assert {*C.CODECS} == {"raw", *C.FEATURES}
+    assert TEXT.startswith(f"# The flashpack pack format, version {C.VERSION}\n")
+    assert f"as {2 * C.DIGEST_BYTES} lower-case hexadecimal" in SECTIONS[1]
+    assert f"digest, {2 * C.DIGEST_BYTES} hexadecimal" in SECTIONS[2]
+    assert f"is\n{2 * C.DIGEST_BYTES} lower-case hexadecimal" in SECTIONS[3]
     assert f"1 to {C.MAX_NAME_BYTES} bytes" in SECTIONS[3]
+    assert f"at most {C.MAX_KINDS} `[too-many-kinds]`" in SECTIONS[3]
+    assert f"section 5; at most {C.MAX_LAYERS} |" in SECTIONS[3]
+    assert f"below {C.MAX_LAYERS} `[layer-index-too-large]`" in SECTIONS[5]
+    assert f"at most {C.MAX_EXPERTS} experts in all `[too-many-experts]`" in SECTIONS[5]
+    assert f"at the next multiple of {C.SECTION_ALIGNMENT}, so" in SECTIONS[7]
     assert f"at most {C.MAX_DIMENSIONS} integers" in SECTIONS[3]
     assert C.MAX_INTEGER == 2**62
     assert "from 0 to 2^62 - 1" in SECTIONS[3]
     assert f"those of {C.PAGE_ALIGNED_FROM} bytes and more" in SECTIONS[7]
     stride = dict(tables(5)[0][1:][i][::2] for i in range(len(tables(5)[0]) - 1))["stride"]
     assert stride.endswith(f"at most {C.MAX_RECORD_BYTES}")
+
+
+def test_what_strings_and_paths_may_hold() -> None:
+    ranges = re.search(r"\(U\+(\w+) to U\+(\w+), U\+(\w+) to U\+(\w+)\)", SECTIONS[3])
+    assert ranges
+    a, b, c, d = (int(digits, 16) for digits in ranges.groups())
+    refused = set()
+    for code in range(0x400):
+        try:
+            fields.text({"k": f"x{chr(code)}"}, "k")
+        except FormatError:
+            refused.add(code)
+    assert refused == {*range(a, b + 1), *range(c, d + 1)}
+    longest = re.search(r"no part has more than (\d+) bytes", SECTIONS[3])
+    assert longest
+    assert fields.path({"p": "x" * int(longest[1])}, "p")
+    with pytest.raises(FormatError):
+        fields.path({"p": "x" * (int(longest[1]) + 1)}, "p")
 
 
 def test_the_order_of_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,8 +280,6 @@ def test_min_reader_is_the_newest_that_a_feature_needs(tmp_path: Path, monkeypat
 
 
 def test_metadata_of_shards(pack_of: PackOf) -> None:
-    from flashpack.formats import Pack
-
     pack = Pack(pack_of("qwen3_moe"))
     layer = pack.manifest.layers[1]
     found = pack.manifest.shard_layout(layer).built[1].metadata
