@@ -16,7 +16,7 @@ import pytest
 import flashpack
 from flashpack import errors
 from flashpack.errors import FormatError
-from flashpack.formats import Encoding, Manifest, Pack, Projection, RecordKind, affine, fields
+from flashpack.formats import Encoding, Manifest, Pack, Projection, RecordKind, affine, codecs, fields
 from flashpack.formats import constants as C
 from flashpack.formats.dtypes import ITEMSIZE
 from flashpack.formats.entries import ROLES, Layer, Matrix
@@ -266,6 +266,13 @@ def test_the_order_of_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     flashpack.convert(source_of("qwen3_moe"), out)
     assert happened == sorted(happened)
     assert set(happened) == {2, 3, 4, 5, 6}
+
+
+def test_a_record_is_compressed_only_where_a_page_is_saved() -> None:
+    assert "keeps a record uncompressed where a frame would not save a page" in SECTIONS[5]
+    one, two = memoryview(bytes(C.PAGE)), memoryview(bytes(2 * C.PAGE))
+    assert codecs.compress(one) is one
+    assert len(codecs.compress(two)) < C.PAGE
 
 
 def test_min_reader_is_the_newest_that_a_feature_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
