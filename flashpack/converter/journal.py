@@ -19,7 +19,7 @@ from flashpack.converter.source import differences
 from flashpack.errors import OutputError
 from flashpack.formats import constants as C
 from flashpack.formats.checksums import hexdigest
-from flashpack.formats.files import locked, output_errors, pwrite, resize, sync, sync_folder
+from flashpack.formats.files import locked, make_folder, output_errors, pwrite, resize, sync, sync_folder
 
 Line = dict[str, Any]
 
@@ -57,9 +57,7 @@ class Journal:
         while not self._is_here():
             self.close()  # its owner finished and removed it between our open and lock
             check_folder(self.folder, overwrite)
-            if not self.folder.exists():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                sync_folder(self.folder.parent)
+            make_folder(self.folder)
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
             try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,8 +99,11 @@ class Journal:
                 self.done[line["file"]["path"]] = line
         resize(self._fd, self._end)
         if not lines:
-            self._write(start)
-            sync_folder(self.folder)
+            # Nothing proves the first line, so it becomes a line only when all of it is there.
+            self._write(_text(start))
+            self._write(b"\n")
+        # Also when continuing: a killed run may have come no further than to a name.
+        sync_folder(self.folder)
         self.append({"process": os.getpid()})
 
     def _read(self) -> tuple[list[Line | None], int]:
@@ -129,6 +130,7 @@ class Journal:
         """Delete everything but the journal, in an order that a kill at any point does not harm."""
         resize(self._fd, self._end)
         self.append(_DISCARD)
+        sync_folder(self.folder)
         # The manifest first: what is left of a pack without it never opens, and nobody begins to repair it.
         with locked(self.folder):
             (self.folder / C.MANIFEST).unlink(missing_ok=True)
@@ -144,13 +146,12 @@ class Journal:
     def append(self, entry: Line) -> None:
         """Record a finished file, durably."""
         with output_errors(self.path):
-            self._write(entry | {"digest": _digest(entry)})
+            self._write(_text(entry | {"digest": _digest(entry)}) + b"\n")
 
-    def _write(self, line: Line) -> None:
-        text = json.dumps(line, sort_keys=True).encode() + b"\n"
-        pwrite(self._fd, text, self._end)
+    def _write(self, data: bytes) -> None:
+        pwrite(self._fd, data, self._end)
         sync(self._fd)
-        self._end += len(text)
+        self._end += len(data)
 
     def check(self) -> None:
         """Raise ``OutputError`` if the folder is no longer the one that was opened. From any thread."""
@@ -221,5 +222,9 @@ def _is_sound(line: Line) -> bool:
     return isinstance(file, dict) and isinstance(file.get("path"), str) and type(line.get("process", 1)) is int
 
 
+def _text(line: Line) -> bytes:
+    return json.dumps(line, sort_keys=True).encode()
+
+
 def _digest(line: Line) -> str:
-    return hexdigest(json.dumps(line, sort_keys=True).encode())
+    return hexdigest(_text(line))

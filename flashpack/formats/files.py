@@ -19,6 +19,7 @@ READ_CHUNK = 4 * 2**20
 
 _BLOCK = 4096  # what direct reads are aligned to; a multiple of every drive's blocks
 _thread = threading.local()
+_making = threading.Lock()
 
 
 def open_inside(folder: Path, path: str, flags: int = 0) -> int:
@@ -103,8 +104,16 @@ def chunks(fd: int, offset: int, size: int, what: str) -> Iterator[memoryview]:
 
 def create(path: Path) -> int:
     """A descriptor of a new, empty file, for writing and reading; folders are made, an old file is emptied."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+
+
+def make_folder(folder: Path) -> None:
+    """Make what is missing of ``folder`` and the folders above it, durably. From any thread."""
+    with _making:  # whoever finds it there may rely on its name
+        for missing in [p for p in (folder, *folder.parents) if not p.is_dir()][::-1]:
+            missing.mkdir(exist_ok=True)
+            sync_folder(missing.parent)
 
 
 def resize(fd: int, size: int) -> None:
@@ -121,7 +130,7 @@ def pwrite(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
 
 
 def sync(fd: int) -> None:
-    """Force the file to the drive itself (F_FULLFSYNC on macOS, where fsync stops at the drive's cache)."""
+    """Force a file or folder to the drive itself (F_FULLFSYNC on macOS, where fsync stops at the drive's cache)."""
     if sys.platform == "darwin":
         fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
     else:
@@ -138,7 +147,7 @@ def sync_folder(folder: Path) -> None:
     """Make renames and new names in ``folder`` durable."""
     fd = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        sync(fd)
     finally:
         os.close(fd)
 
