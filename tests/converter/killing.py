@@ -97,10 +97,13 @@ def main(source: Path, folder: Path, seed: int) -> None:
 
     # A kill somewhere in each conversion; the next one brings it to its end.
     tried = 0
-    while len(stages) < KILLS and tried < 2 * KILLS:
+    while len(stages) < KILLS and tried < 6 * KILLS:
         workers = 1 + tried % 2
         if killed(workers, moments.uniform(0, lengths[workers - 1])):
             assert attempt(source, out, 1)
+            lengths[workers - 1] *= 1.02
+        else:  # the machine has become faster since: others have stopped working
+            lengths[workers - 1] *= 0.85
         assert contents(out) == expected, "another result"
         shutil.rmtree(out)
         tried += 1
