@@ -186,10 +186,10 @@ class Journal:
 
 def check_folder(folder: Path, overwrite: bool) -> None:
     """``folder`` must be absent, empty or an unfinished conversion; with ``overwrite`` also a pack."""
+    if not os.path.lexists(folder):
+        return  # asked first, because another conversion may make it at this moment
     if not folder.is_dir():
-        if folder.exists() or folder.is_symlink():
-            raise OutputError(f"{folder}: exists and is not a folder")
-        return
+        raise OutputError(f"{folder}: exists and is not a folder")
     names = {p.name for p in folder.iterdir()}
     if C.JOURNAL in names or not names:
         return
