@@ -66,31 +66,47 @@ class ExpertsModule:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The text model's configuration from ``folder/config.json``; never runs code from the folder.
+    """The text model's configuration from ``folder/config.json``; see ``text_config``."""
+    return text_config(_read_json(folder), str(folder / "config.json"))
+
+
+def read_whole_config(folder: Path) -> PretrainedConfig:
+    """Like ``read_config``, with the parts that are no text model (vision, audio)."""
+    return _whole_config(_read_json(folder), str(folder / "config.json"))
+
+
+def text_config(data: Any, path: str) -> PretrainedConfig:
+    """The text model's configuration from the JSON of a config.json, which messages call ``path``; never runs code.
 
     Raises ``UnsupportedError`` for whatever transformers makes no sense of.
     """
-    path = folder / "config.json"
     from transformers import PretrainedConfig
 
-    with library_errors(str(path), UnsupportedError):
-        text = read_whole_config(folder).get_text_config(decoder=True)
+    with library_errors(path, UnsupportedError):
+        text = _whole_config(data, path).get_text_config(decoder=True)
     if not isinstance(text, PretrainedConfig):
         raise UnsupportedError(f"{path}: its text_config belongs to no model_type")
     return text
 
 
-def read_whole_config(folder: Path) -> PretrainedConfig:
-    """Like ``read_config``, with the parts that are no text model (vision, audio)."""
-    import transformers
-    from transformers import CONFIG_MAPPING
-
+def _read_json(folder: Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
         raise UnsupportedError(f"{path}: missing; flashpack needs the checkpoint's config.json")
     try:
         with library_errors(str(path)):
-            data = _inert(parse_json(path.read_bytes(), str(path)), str(path))
+            return parse_json(path.read_bytes(), str(path))
+    except FormatError as e:
+        raise UnsupportedError(str(e)) from e
+
+
+def _whole_config(data: Any, path: str) -> PretrainedConfig:
+    import transformers
+    from transformers import CONFIG_MAPPING
+
+    try:
+        with library_errors(path):
+            data = _inert(data, path)
     except FormatError as e:
         raise UnsupportedError(str(e)) from e
     kind = data.get("model_type") if isinstance(data, dict) else None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from flashpack.converter.execute import Progress, default_workers
+from flashpack.converter.folder import SourceFolder
 from flashpack.converter.plan import DensePlan
 from flashpack.converter.remake import Remake
 from flashpack.formats import Finding, Pack
@@ -51,7 +51,7 @@ def against(
         hashes = {name: hasher() for name in work.tensor_names().values()}
         for name, data in remake.dense(work):
             hashes[name].update(data)
-        report(sum(part.nbytes for part in work.source.parts.values()))
+        report(work.source.nbytes)
         for name, hashed in hashes.items():
             entry, found = entries[name], hashed.hexdigest()
             if found != entry.digest:
@@ -74,10 +74,10 @@ def against(
     return findings + list(_copies(opened, remake.plan.checkpoint.folder, remake.plan.copies))
 
 
-def _copies(pack: Pack, source: Path, names: list[str]) -> Iterator[Finding]:
+def _copies(pack: Pack, source: SourceFolder, names: list[str]) -> Iterator[Finding]:
     listed = {f.path: f.digests["file"] for f in pack.manifest.files if f.role == "copy"}
     for name in sorted({*listed, *names}):
-        found = hexdigest((source / name).read_bytes()) if name in names else None
+        found = hexdigest(source.read(name)) if name in names else None
         if found != listed.get(name):
             yield Finding(
                 "source-copy", name, "file", "the source has another file",

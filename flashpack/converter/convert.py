@@ -14,17 +14,18 @@ from typing import Any
 import numpy as np
 
 from flashpack.converter.execute import Progress, default_workers, execute, resume
+from flashpack.converter.folder import SourceFolder
 from flashpack.converter.journal import Journal, check_folder
-from flashpack.converter.mlx import is_mlx, read_mlx
 from flashpack.converter.names import Bindings, bind
 from flashpack.converter.plan import Options, Plan, bits_per_weight, make_plan
-from flashpack.converter.quantize import SourceFiles
 from flashpack.converter.report import LayerError, Report
-from flashpack.converter.source import Checkpoint, Extent, SourceTensor, open_checkpoint, plain_tensor
-from flashpack.errors import FormatError, OutputError, SourceError, UnsupportedError
+from flashpack.converter.source import CONFIG, Checkpoint, open_checkpoint
+from flashpack.converter.tensor import Extent
+from flashpack.converter.weights import read_tensors
+from flashpack.errors import FormatError, OutputError, SourceError
 from flashpack.formats import constants as C
 from flashpack.formats.files import output_errors
-from flashpack.skeleton import build, find_experts, read_config, tied_names
+from flashpack.skeleton import build, find_experts, text_config, tied_names
 from flashpack.version import __version__
 
 log = logging.getLogger(__name__)
@@ -33,8 +34,8 @@ log = logging.getLogger(__name__)
 def plan(src: str | os.PathLike[str], options: Options | None = None) -> Plan:
     """What converting ``src`` would do; reads headers only (``--dry-run``)."""
     checkpoint = open_checkpoint(src)
-    tensors, source_format = _read_tensors(checkpoint)
-    model = build(read_config(checkpoint.folder))
+    tensors, source_format = read_tensors(checkpoint)
+    model = build(text_config(checkpoint.config, checkpoint.folder.where(CONFIG)))
     sites = find_experts(model)
     bindings = bind(model, sites, tensors)
     _drop_tied(bindings, tied_names(model), checkpoint)
@@ -85,6 +86,7 @@ def convert(
         raise
     finally:
         journal.close()
+        work.checkpoint.folder.close()
     errors = [LayerError(path, o.errors["max"], o.errors["mean"]) for path, o in sorted(outcomes.items()) if o.errors]
     by_role: dict[str, int] = {}
     for o in outcomes.values():
@@ -114,36 +116,24 @@ def default_out(src: str | os.PathLike[str]) -> Path:
     return Path(Path(src).resolve().name + ".flashpack")
 
 
-def _read_tensors(checkpoint: Checkpoint) -> tuple[dict[str, SourceTensor], str]:
-    """The logical tensors of the source and the name of its weight format."""
-    if is_mlx(checkpoint):
-        return read_mlx(checkpoint), "mlx-affine"
-    for config in (checkpoint.config, checkpoint.config.get("text_config") or {}):
-        quantization: Any = config.get("quantization_config")
-        if quantization:
-            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-            raise UnsupportedError(f"{checkpoint.folder}: weights quantized with {method!r} are not supported yet")
-    return {name: plain_tensor(name, *t) for name, t in checkpoint.stored.items()}, "plain"
-
-
 def _drop_tied(bindings: Bindings, tied: dict[str, str], checkpoint: Checkpoint) -> None:
     """A tied parameter that is present all the same must equal the one it is tied to; it is stored once."""
-    with SourceFiles(checkpoint.folder) as files:
-        for name, target in tied.items():
-            if name not in bindings.dense:
-                continue
-            copy, original = bindings.dense.pop(name), bindings.dense[target]
-            alike = (copy.encoding, copy.shape) == (original.encoding, original.shape) and all(
-                _same_bytes(files, extent, copy.parts[part]) for part, extent in original.parts.items()
-            )
-            if not alike:
-                raise SourceError(f"config.json ties {copy.name} to {original.name}, but their values differ")
-            bindings.dropped.append(copy.name)
+    for name, target in tied.items():
+        if name not in bindings.dense:
+            continue
+        copy, original = bindings.dense.pop(name), bindings.dense[target]
+        alike = (copy.format, copy.shape) == (original.format, original.shape) and all(
+            _same_bytes(checkpoint.folder, extent, copy.parts[part]) for part, extent in original.parts.items()
+        )
+        if not alike:
+            raise SourceError(f"config.json ties {copy.name} to {original.name}, but their values differ")
+        bindings.dropped.append(copy.name)
 
 
-def _same_bytes(files: SourceFiles, a: Extent, b: Extent) -> bool:
-    blocks = ((row, min(1024, a.rows - row)) for row in range(0, a.rows, 1024))
-    return all(np.array_equal(files.read(a.take(*block)), files.read(b.take(*block))) for block in blocks)
+def _same_bytes(folder: SourceFolder, a: Extent, b: Extent) -> bool:
+    rows = a.shape[0] if a.shape else 0
+    blocks = ((row, min(1024, rows - row)) for row in range(0, rows, 1024))
+    return all(np.array_equal(a.take(*block).read(folder), b.take(*block).read(folder)) for block in blocks)
 
 
 def _start(work: Plan) -> dict[str, Any]:

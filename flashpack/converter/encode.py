@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from flashpack.converter.folder import SourceFolder
 from flashpack.converter.plan import DensePlan, LayerPlan
-from flashpack.converter.quantize import Error, SourceFiles, encode_blocks, is_copy
+from flashpack.converter.quantize import Error, encode_blocks, is_exact
 from flashpack.formats.writer import RecordBuffer
 
 
 def encode_record(
-    files: SourceFiles, plan: LayerPlan, expert: int, buffer: RecordBuffer, advance: Callable[[int], object]
+    folder: SourceFolder, plan: LayerPlan, expert: int, buffer: RecordBuffer, advance: Callable[[int], object]
 ) -> list[float]:
     """Fill ``buffer`` with the record of ``expert``; returns the relative error of each matrix that was quantized.
 
@@ -22,25 +23,26 @@ def encode_record(
     record = buffer.data.data
     for projection in plan.kind.projections:
         source = plan.sources[projection.name].matrix(expert)
-        if is_copy(source, projection.encoding):
+        if is_exact(source, projection.encoding) and source.verbatim:
             for section in plan.kind.sections:
                 role, part = section.name.split(".")
                 if role == projection.name:
-                    files.read_into(source.parts[part], record[section.offset : section.offset + section.nbytes])
+                    extent, end = source.parts[part], section.offset + section.nbytes
+                    folder.read_into(extent.path, extent.offset, record[section.offset : end])
         else:
             error = Error()
-            for start, rows, arrays in encode_blocks(files, source, projection.encoding, error):
+            for start, rows, arrays in encode_blocks(folder, source, projection.encoding, error):
                 for part, array in arrays.items():
                     buffer.sections[f"{projection.name}.{part}"][start : start + rows] = unsigned(array)
             relative.append(error.relative())
-        advance(sum(p.nbytes for p in source.parts.values()))
+        advance(source.nbytes)
     return relative
 
 
-def encode_dense(files: SourceFiles, plan: DensePlan, error: Error) -> Iterator[tuple[str, memoryview]]:
+def encode_dense(folder: SourceFolder, plan: DensePlan, error: Error) -> Iterator[tuple[str, memoryview]]:
     """The stored tensors of a dense tensor or matrix, block by block: (tensor name, its next bytes)."""
     names = plan.tensor_names()
-    for _, _, arrays in encode_blocks(files, plan.source.flat(), plan.encoding, error):
+    for _, _, arrays in encode_blocks(folder, plan.source.flat(), plan.encoding, error):
         for part, array in arrays.items():
             yield names[part], unsigned(array).data.cast("B")
 

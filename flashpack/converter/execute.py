@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from flashpack.converter.encode import encode_dense, encode_record
+from flashpack.converter.folder import SourceFolder
 from flashpack.converter.journal import Journal
 from flashpack.converter.plan import DensePlan, LayerPlan, Plan
-from flashpack.converter.quantize import Error, SourceFiles
+from flashpack.converter.quantize import Error
 from flashpack.errors import FormatError, OutputError
 from flashpack.formats import constants as C
 from flashpack.formats.checksums import hexdigest
@@ -108,8 +109,9 @@ def execute(
         return hexdigest(raw), {f.path: finished.get(f.path, Outcome(f)) for f in committed.files}
     outcomes = dict(finished)
     stop = threading.Event()
-    with SourceFiles(plan.checkpoint.folder) as files, ThreadPoolExecutor(workers) as pool:
-        futures = _submit(pool, plan, out, journal, files, progress, set(outcomes), stop)
+    folder = plan.checkpoint.folder
+    with ThreadPoolExecutor(workers) as pool:
+        futures = _submit(pool, plan, out, journal, folder, progress, set(outcomes), stop)
         try:
             while futures:
                 done, futures = wait(futures, return_when=FIRST_COMPLETED)
@@ -125,7 +127,7 @@ def execute(
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
-    copies = {name: plan.checkpoint.read_copied(name) for name in plan.copies}
+    copies = {name: folder.read(name) for name in plan.copies}
     plan.checkpoint.check_unchanged()
     for name, data in copies.items():
         journal.check()
@@ -161,7 +163,7 @@ def _submit(
     plan: Plan,
     out: Path,
     journal: Journal,
-    files: SourceFiles,
+    folder: SourceFolder,
     progress: Progress,
     skip: set[str],
     stop: threading.Event,
@@ -169,7 +171,7 @@ def _submit(
     def unit(write: Callable[..., Outcome], *arguments: Any) -> Outcome:
         journal.check()  # writing would make a removed folder anew
         try:
-            return write(*arguments, out, files, progress, stop)
+            return write(*arguments, out, folder, progress, stop)
         except BaseException:
             stop.set()
             raise
@@ -185,7 +187,7 @@ def _submit(
 
 
 def _write_layer(
-    plan: LayerPlan, kinds: list[RecordKind], out: Path, files: SourceFiles, progress: Progress, stop: threading.Event
+    plan: LayerPlan, kinds: list[RecordKind], out: Path, folder: SourceFolder, progress: Progress, stop: threading.Event
 ) -> Outcome:
     def advance(count: int) -> None:
         if stop.is_set():
@@ -196,26 +198,26 @@ def _write_layer(
     relative = []
     with ShardWriter(out, plan.layer, kinds) as writer:
         for expert in range(plan.layer.experts):
-            relative += encode_record(files, plan, expert, buffer, advance)
+            relative += encode_record(folder, plan, expert, buffer, advance)
             writer.write(expert, buffer.data.data)
         entry = writer.finish()
     return Outcome(entry, errors=_summary(relative))
 
 
 def _write_dense(
-    path: str, tensors: list[DensePlan], out: Path, files: SourceFiles, progress: Progress, stop: threading.Event
+    path: str, tensors: list[DensePlan], out: Path, folder: SourceFolder, progress: Progress, stop: threading.Event
 ) -> Outcome:
     relative = []
     with DenseWriter(out, path, [s for t in tensors for s in t.specs()]) as writer:
         for tensor in tensors:
             error = Error()
-            for name, data in encode_dense(files, tensor, error):
+            for name, data in encode_dense(folder, tensor, error):
                 if stop.is_set():
                     raise Stopped
                 writer.append(name, data)
             if error.norm:
                 relative.append(error.relative())
-            progress(sum(p.nbytes for p in tensor.source.parts.values()))
+            progress(tensor.source.nbytes)
         entry, entries = writer.finish()
     return Outcome(entry, entries, _summary(relative))
 

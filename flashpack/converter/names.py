@@ -12,7 +12,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flashpack.converter.source import SourceTensor
+from flashpack.converter.tensor import SourceTensor
 from flashpack.errors import SourceError, UnsupportedError
 from flashpack.skeleton import ExpertsModule, tied_names
 
@@ -41,8 +41,7 @@ class ExpertSource:
     def matrix(self, expert: int) -> SourceTensor:
         """The matrix [rows, I] of one expert."""
         if self.stacked:
-            whole = self.tensors[0]
-            return whole.flat().rows(expert * whole.shape[1] + self.start, self.rows)
+            return self.tensors[0].expert(expert).rows(self.start, self.rows)
         return self.tensors[expert].rows(self.start, self.rows)
 
     def split(self) -> tuple[ExpertSource, ExpertSource]:
@@ -172,7 +171,7 @@ def _expert_source(tensors: list[SourceTensor]) -> ExpertSource:
     if len(first.shape) == 3 and len(tensors) == 1:
         return ExpertSource((first,), first.shape[0], 0, first.shape[1])
     for t in tensors:
-        if t.shape != first.shape or t.encoding != first.encoding or len(t.shape) != 2:
+        if t.shape != first.shape or t.format != first.format or len(t.shape) != 2:
             raise SourceError(f"{t.name} differs from {first.name} in shape or type; experts of a layer must be alike")
     return ExpertSource(tuple(tensors), 0, 0, first.shape[0])
 

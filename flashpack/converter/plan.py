@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from flashpack.converter.names import Bindings, ExpertSource
-from flashpack.converter.source import Checkpoint, SourceTensor
+from flashpack.converter.source import Checkpoint
+from flashpack.converter.tensor import SourceTensor
 from flashpack.errors import UsageError
 from flashpack.formats import constants as C
 from flashpack.formats.entries import Layer, Matrix
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 EXPERT_CHOICES = ("auto", "source", "q8", "q6", "q5", "q4", "q3", "q2")
 DENSE_CHOICES = ("auto", "source", "q8", "q4")
+ROUNDED_EXPERTS, ROUNDED_DENSE = "q4", "q8"
+"""What values are rounded to where neither the source nor the user says otherwise."""
+
 DENSE_FILE_BYTES = 4 * 2**30
 """A dense file is closed when it reaches this size, so that an interrupted conversion keeps the earlier ones."""
 
@@ -106,22 +110,17 @@ class Plan:
             specs = [s for t in tensors for s in t.specs()]
             sizes[path] = dense_header(specs, path)[1].size
         for name in self.copies:
-            sizes[name] = (self.checkpoint.folder / name).stat().st_size
+            sizes[name] = self.checkpoint.folder.size(name)
         return sizes
 
     def source_bytes(self) -> dict[str, int]:
         """Bytes of the source behind each shard and dense file."""
         sizes = {
-            p.layer.path: sum(
-                part.nbytes
-                for source in p.sources.values()
-                for e in range(p.layer.experts)
-                for part in source.matrix(e).parts.values()
-            )
+            p.layer.path: sum(s.matrix(e).nbytes for s in p.sources.values() for e in range(p.layer.experts))
             for p in self.layers
         }
         for path, tensors in self.dense_files.items():
-            sizes[path] = sum(part.nbytes for t in tensors for part in t.source.parts.values())
+            sizes[path] = sum(t.source.nbytes for t in tensors)
         return sizes
 
     def notice(self, text: str) -> None:
@@ -142,8 +141,8 @@ def make_plan(
 
     quantized = source_format != "plain"
     recipe = {
-        "experts": _resolve(options.experts, quantized, "q4"),
-        "dense": _resolve(options.dense, quantized, "q8"),
+        "experts": _resolve(options.experts, quantized, ROUNDED_EXPERTS),
+        "dense": _resolve(options.dense, quantized, ROUNDED_DENSE),
         "group_size": options.group_size,
         "quantizer": "minmax",
         "source_format": source_format,
@@ -177,7 +176,7 @@ def _plan_layer(plan: Plan, site: ExpertsModule, sources: dict[str, ExpertSource
         if name in sources:
             source = sources[name].matrix(0)
             shape = (source.shape[0], source.shape[1])
-            encoding = _choose(plan, plan.recipe["experts"], source, f"experts' {name} projection")
+            encoding = _choose(plan, plan.recipe["experts"], source, f"experts' {name} projection", ROUNDED_EXPERTS)
             projections.append(Projection(name, shape, encoding))
     kind = RecordKind(tuple(projections))
     if kind not in plan.kinds:
@@ -211,12 +210,11 @@ def _dense_encoding(
 ) -> Encoding:
     if matrix_module(model, name) is None or source.add:
         # A parameter that the model computes with directly: stored plain. Decoding to float32 loses nothing.
-        exact = not source.encoding.quantized and not source.add
-        return source.encoding if exact else Encoding("raw", "F32")
-    choice = plan.recipe["dense"]
-    if choice == "source" or not _worth_quantizing(sites, name, source.shape):
-        return source.encoding
-    return _choose(plan, choice, source, re.sub(r"\.\d+\.", ".*.", name))
+        exact = source.encoding is not None and not source.encoding.quantized
+        return _kept(source) if exact else Encoding("raw", "F32")
+    if not _worth_quantizing(sites, name, source.shape):
+        return _kept(source)
+    return _choose(plan, plan.recipe["dense"], source, re.sub(r"\.\d+\.", ".*.", name), ROUNDED_DENSE)
 
 
 def _worth_quantizing(sites: list[ExpertsModule], name: str, shape: tuple[int, ...]) -> bool:
@@ -228,15 +226,27 @@ def _worth_quantizing(sites: list[ExpertsModule], name: str, shape: tuple[int, .
     return not is_router and rows * 32 > width
 
 
-def _choose(plan: Plan, choice: str, source: SourceTensor, what: str) -> Encoding:
-    """The encoding for ``choice``: the largest group that divides the width, or the source's type if none does."""
+def _kept(source: SourceTensor) -> Encoding:
+    """The encoding that holds the source's values exactly."""
+    return source.encoding or Encoding("raw", "F32")
+
+
+def _choose(plan: Plan, choice: str, source: SourceTensor, what: str, rounded: str) -> Encoding:
+    """The encoding for ``choice``: the largest group that divides the width, or the source's type if none does.
+
+    ``rounded``: the choice instead of "source" where no encoding of a pack holds the source's values.
+    """
     if choice == "source":
-        return source.encoding
+        if source.encoding is not None:
+            return source.encoding
+        plan.notice(f"{what}: no encoding of a pack holds {source.format} exactly; decoded and rounded to {rounded}")
+        choice = rounded
     width = source.shape[-1]
     fits = [g for g in C.GROUP_SIZES if g <= plan.options.group_size and width % g == 0]
     if not fits:
-        plan.notice(f"{what}: {width} input values are no multiple of 32; kept as {source.encoding}")
-        return source.encoding
+        kept = _kept(source)
+        plan.notice(f"{what}: {width} input values are no multiple of 32; kept as {kept}")
+        return kept
     if fits[-1] != plan.options.group_size:
         plan.notice(f"{what}: {plan.options.group_size} does not divide {width} input values; groups of {fits[-1]}")
     return Encoding("affine", "BF16", int(choice[1:]), fits[-1])

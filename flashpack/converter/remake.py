@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from flashpack.converter.convert import plan
 from flashpack.converter.encode import encode_dense, encode_record
 from flashpack.converter.plan import DensePlan, Options, Plan
-from flashpack.converter.quantize import Error, SourceFiles
+from flashpack.converter.quantize import Error
 from flashpack.errors import SourceError, UnsupportedError, UsageError
 from flashpack.formats.entries import FileEntry, Layer, TensorEntry
 from flashpack.formats.findings import Region
@@ -35,7 +35,7 @@ class Remake:
         self.manifest = manifest
         self.plan = plan(src, _options(manifest.recipe))
         _check_same(self.plan, manifest, self.name)
-        self.files = SourceFiles(self.plan.checkpoint.folder)
+        self.folder = self.plan.checkpoint.folder
         self._layers = {p.layer.index: p for p in self.plan.layers}
         self._dense = {name: t for t in self.plan.dense() for name in t.tensor_names().values()}
 
@@ -43,12 +43,12 @@ class Remake:
         """The record of an expert: stride bytes. ``advance`` is called with the source bytes that are done."""
         work = self._layers[layer.index]
         buffer = RecordBuffer(work.kind)
-        encode_record(self.files, work, expert, buffer, advance)
+        encode_record(self.folder, work, expert, buffer, advance)
         return buffer.data.data
 
     def dense(self, plan: DensePlan) -> Iterator[tuple[str, memoryview]]:
         """The stored tensors of a dense tensor or matrix, piece by piece."""
-        return encode_dense(self.files, plan, Error())
+        return encode_dense(self.folder, plan, Error())
 
     # What ``formats.repair`` asks of a donor:
 
@@ -74,12 +74,11 @@ class Remake:
 
     def copy(self, entry: FileEntry) -> bytes | None:
         """A copied file; None if the source has none of this name."""
-        file = self.plan.checkpoint.folder / entry.path
-        return file.read_bytes() if entry.path in self.plan.copies else None
+        return self.folder.read(entry.path) if entry.path in self.plan.copies else None
 
     def close(self) -> None:
         """Close the source's files."""
-        self.files.close()
+        self.folder.close()
 
 
 def _options(recipe: dict[str, object]) -> Options:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from flashpack.converter.folder import SourceFolder, open_folder, source_errors
+from flashpack.converter.tensor import Extent
 from flashpack.errors import FormatError, SourceError, UnsupportedError
 from flashpack.formats.checksums import hexdigest
-from flashpack.formats.dtypes import ITEMSIZE
-from flashpack.formats.header import parse_json, read_header
-from flashpack.formats.records import Encoding
+from flashpack.formats.header import Header, parse_json, read_header
 
+CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 
 # Copied into the pack if present, besides every file whose name starts with "tokenizer" or "LICENSE".
@@ -39,186 +34,122 @@ _COPIED = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """A stored array in a source file, seen as 2-D [all leading dimensions, last dimension], or some of its rows."""
-
-    path: str
-    dtype: str
-    offset: int
-    rows: int
-    row_bytes: int
-
-    def take(self, start: int, rows: int) -> Extent:
-        """Rows [start, start + rows)."""
-        return replace(self, offset=self.offset + start * self.row_bytes, rows=rows)
-
-    @property
-    def nbytes(self) -> int:
-        return self.rows * self.row_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class SourceTensor:
-    """A tensor of the model as the source stores it: its logical shape, how values are encoded, where parts lie.
-
-    ``add`` is added to the decoded values: MLX stores some norm weights with 1 added.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    encoding: Encoding
-    parts: dict[str, Extent]
-    add: float = 0.0
-
-    def rows(self, start: int, count: int) -> SourceTensor:
-        """Rows [start, start + count) of a matrix, seen as 2-D [rows, width]."""
-        parts = {k: p.take(start, count) for k, p in self.parts.items()}
-        return replace(self, shape=(count, self.shape[-1]), parts=parts)
-
-    def flat(self) -> SourceTensor:
-        """The same values as one matrix [all leading dimensions, width]."""
-        width = self.shape[-1] if self.shape else 1
-        return replace(self, shape=(math.prod(self.shape[:-1]), width))
-
-
 @dataclass(frozen=True)
 class Checkpoint:
-    """A source checkpoint: ``stored`` maps tensor names to (dtype, shape, extent); ``config`` is config.json.
+    """A source checkpoint: ``stored`` maps tensor names to where they lie; ``config`` is config.json.
 
     ``fingerprint`` says what the source was when it was opened: file -> what identifies it, as JSON.
     """
 
-    folder: Path
+    folder: SourceFolder
     config: dict[str, Any]
-    stored: dict[str, tuple[str, tuple[int, ...], Extent]]
+    stored: dict[str, Extent]
     fingerprint: dict[str, dict[str, Any]]
 
     def check_unchanged(self) -> None:
         """Raise ``SourceError`` if a file is no longer the one that was opened, so that nothing made of both is kept.
 
-        Compares what can be had without reading tensors: size and modified time, the bytes of JSON files.
+        Compares what can be had without reading tensors: the state of a file, the bytes of JSON files.
         """
         for name, before in self.fingerprint.items():
-            path = self.folder / name
-            with source_errors(path):
-                now = _content(path.read_bytes()) if "content" in before else _state(path.stat())
+            content = "content" in before
+            now = _content(self.folder.read(name)) if content else self.folder.state(name)
             before = {key: before[key] for key in now}
             if now != before:
                 raise SourceError(
-                    f"{path}: changed during the conversion: {', '.join(differences(before, now))}; put the original "
-                    f"back and run the same command again, or start anew with --overwrite"
+                    f"{self.folder.where(name)}: changed during the conversion: {', '.join(differences(before, now))}; "
+                    f"put the original back and run the same command again, or start anew with --overwrite"
                 )
-
-    def read_copied(self, name: str) -> bytes:
-        """The bytes of one of ``copied_files``."""
-        with source_errors(self.folder / name):
-            return (self.folder / name).read_bytes()
 
     def copied_files(self) -> list[str]:
         """Names of the small files that go into the pack unchanged, sorted."""
-        names = [p.name for p in self.folder.iterdir() if p.is_file()]
-        return sorted(
+        return [
             n
-            for n in names
+            for n in self.folder.files()
             if n in _COPIED or (n.startswith(("tokenizer", "LICENSE")) and not n.endswith((".py", ".safetensors")))
-        )
+        ]
 
 
-def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
     """Read config.json, the index and every shard's header; refuses incomplete checkpoints."""
-    root = Path(folder)
-    if not root.is_dir():
-        raise SourceError(f"{root}: no such folder")
-    config_path = root / "config.json"
-    if not config_path.is_file():
-        raise SourceError(f"{root}: no config.json; is this a Hugging Face checkpoint folder?")
-    with source_errors(config_path):
-        raw = config_path.read_bytes()
-        config = parse_json(raw, str(config_path))
+    folder = open_folder(src)
+    files = folder.files()
+    if CONFIG not in files:
+        raise SourceError(f"{folder.name}: no {CONFIG}; is this a Hugging Face checkpoint folder?")
+    raw = folder.read(CONFIG)
+    with source_errors(folder.where(CONFIG)):
+        config = parse_json(raw, folder.where(CONFIG))
     if not isinstance(config, dict):
-        raise SourceError(f"{config_path}: not a JSON object")
-    fingerprint = {config_path.name: _content(raw)}
-    shards, wanted = _shards(root, fingerprint)
-    stored: dict[str, tuple[str, tuple[int, ...], Extent]] = {}
+        raise SourceError(f"{folder.where(CONFIG)}: not a JSON object")
+    fingerprint = {CONFIG: _content(raw)}
+    shards, wanted = _shards(folder, files, fingerprint)
+    stored: dict[str, Extent] = {}
     for shard in shards:
-        path = root / shard
-        if not path.is_file():
-            raise SourceError(f"{path}: the shard is missing; download it again")
-        with source_errors(path), open(path, "rb") as f:
-            header = read_header(f.fileno(), str(path))
-            state = _state(os.fstat(f.fileno()))
+        where = folder.where(shard)
+        if shard not in files:
+            raise SourceError(f"{where}: the shard is missing; download it again")
+        state = folder.state(shard)
+        with source_errors(where):
+            header = _read_header(folder, shard, state["size"])
         fingerprint[shard] = state | {"header": hexdigest(repr(header.tensors).encode())}
         for t in header.tensors:
             if wanted.get(t.name, shard) != shard:
                 continue  # a second copy: the index decides
-            rows = math.prod(t.shape[:-1])
-            row_bytes = t.nbytes // rows if rows else 0
             if t.name in stored:
-                other = stored[t.name][2].path
-                raise SourceError(f"{path}: tensor {t.name} is also in {other}; the index names neither")
-            stored[t.name] = (t.dtype, t.shape, Extent(shard, t.dtype, t.offset, rows, row_bytes))
+                raise SourceError(f"{where}: tensor {t.name} is also in {stored[t.name].path}; the index names neither")
+            stored[t.name] = Extent(shard, t.dtype, t.offset, t.shape)
     for name, shard in wanted.items():
         if name not in stored:
-            raise SourceError(f"{root / INDEX}: names tensor {name}, which {shard} does not hold; download both again")
-    return Checkpoint(root, config, stored, fingerprint)
+            raise SourceError(
+                f"{folder.where(INDEX)}: names tensor {name}, which {shard} does not hold; download both again"
+            )
+    return Checkpoint(folder, config, stored, fingerprint)
 
 
-@contextlib.contextmanager
-def source_errors(path: Path) -> Iterator[None]:
-    """Turn what goes wrong in reading ``path`` into a ``SourceError``."""
-    try:
-        yield
-    except FormatError as e:
-        raise SourceError(str(e)) from e
-    except OSError as e:
-        raise SourceError(f"{path}: cannot be read: {e.strerror}") from e
+def _read_header(folder: SourceFolder, shard: str, size: int) -> Header:
+    """The header of a shard of ``size`` bytes."""
 
+    def read(count: int, offset: int) -> bytearray:
+        buffer = bytearray(count)
+        folder.read_into(shard, offset, memoryview(buffer))
+        return buffer
 
-def _state(status: os.stat_result) -> dict[str, Any]:
-    """Size in bytes and modified time (UTC, with nanoseconds) of a file; two states are only ever compared."""
-    return {"size": status.st_size, "modified": str(np.datetime64(status.st_mtime_ns, "ns"))}
+    return read_header(read, size, folder.where(shard))
 
 
 def _content(data: bytes) -> dict[str, Any]:
     return {"content": hexdigest(data)}
 
 
-def _shards(root: Path, fingerprint: dict[str, dict[str, Any]]) -> tuple[list[str], dict[str, str]]:
+def _shards(
+    folder: SourceFolder, files: list[str], fingerprint: dict[str, dict[str, Any]]
+) -> tuple[list[str], dict[str, str]]:
     """Names of the shards to read, and the index's map from tensor to shard (empty without an index).
 
     Adds the index to ``fingerprint``.
     """
-    index_path = root / INDEX
-    if index_path.is_file():
-        with source_errors(index_path):
-            raw = index_path.read_bytes()
+    where = folder.where(INDEX)
+    if INDEX in files:
+        raw = folder.read(INDEX)
         fingerprint[INDEX] = _content(raw)
         try:
-            weight_map = parse_json(raw, str(index_path))["weight_map"]
+            weight_map = parse_json(raw, where)["weight_map"]
         except (FormatError, KeyError, TypeError) as e:
-            raise SourceError(f"{index_path}: not a safetensors index: {e}") from e
+            raise SourceError(f"{where}: not a safetensors index: {e}") from e
         if not isinstance(weight_map, dict):
-            raise SourceError(f"{index_path}: not a safetensors index: weight_map is not an object")
+            raise SourceError(f"{where}: not a safetensors index: weight_map is not an object")
         for shard in weight_map.values():
             if not isinstance(shard, str) or not 0 < len(shard.encode()) < 256 or re.search(r"^\.\.?$|[/\\\0]", shard):
-                raise SourceError(f"{index_path}: {str(shard)[:99]!r} is not a file name")
+                raise SourceError(f"{where}: {str(shard)[:99]!r} is not a file name")
         return sorted(set(weight_map.values())), weight_map
-    files = sorted(p.name for p in root.glob("*.safetensors"))
-    if files in (["model.safetensors"], ["model-00001-of-00001.safetensors"]):
-        return files, {}
-    if files:
-        raise SourceError(f"{root}: {len(files)} safetensors files but no {INDEX}; download it too")
-    if any(root.glob("*.bin")) or any(root.glob("*.gguf")):
-        raise UnsupportedError(f"{root}: no safetensors files; .bin and .gguf checkpoints are not supported")
-    raise SourceError(f"{root}: no safetensors files")
-
-
-def plain_tensor(name: str, dtype: str, shape: tuple[int, ...], extent: Extent) -> SourceTensor:
-    """An unquantized tensor; ``dtype`` must be one that packs hold raw."""
-    if dtype not in ("BF16", "F16", "F32"):
-        raise UnsupportedError(f"tensor {name}: stored type {dtype} ({ITEMSIZE[dtype]} bytes) is not supported yet")
-    return SourceTensor(name, shape, Encoding("raw", dtype), {"weight": extent})
+    shards = [name for name in files if name.endswith(".safetensors")]
+    if shards in (["model.safetensors"], ["model-00001-of-00001.safetensors"]):
+        return shards, {}
+    if shards:
+        raise SourceError(f"{folder.name}: {len(shards)} safetensors files but no {INDEX}; download it too")
+    if any(name.endswith((".bin", ".gguf")) for name in files):
+        raise UnsupportedError(f"{folder.name}: no safetensors files; .bin and .gguf checkpoints are not supported")
+    raise SourceError(f"{folder.name}: no safetensors files")
 
 
 def differences(old: object, new: object, name: str = "") -> list[str]:

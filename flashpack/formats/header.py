@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from flashpack.errors import FormatError
 from flashpack.formats import constants as C
 from flashpack.formats.dtypes import ITEMSIZE
-from flashpack.formats.files import pread
 from flashpack.formats.records import align
 
 
@@ -75,18 +74,18 @@ def parse_json(data: bytes | bytearray, what: str, floats: bool = True) -> Any:
     return value
 
 
-def read_header(fd: int, what: str) -> Header:
-    """Parse and check the header of an open safetensors file; ``what`` names the file in errors."""
-    size = os.fstat(fd).st_size
+def read_header(read: Callable[[int, int], bytes | bytearray], size: int, what: str) -> Header:
+    """Parse and check the header of a safetensors file of ``size`` bytes, of which ``read(count, offset)`` gives
+    some; ``what`` names the file in errors."""
     if size < 8:
         raise FormatError(f"{what}: {size} bytes are too few for a safetensors file")
-    length = int.from_bytes(pread(fd, 8, 0, what), "little")
+    length = int.from_bytes(read(8, 0), "little")
     if length > min(size - 8, C.MAX_HEADER_BYTES):
-        start = bytes(pread(fd, min(size, 40), 0, what))
+        start = bytes(read(min(size, 40), 0))
         if start.startswith(b"version https://git-lfs"):
             raise FormatError(f"{what}: a Git LFS pointer, not the file itself; run 'git lfs pull'")
         raise FormatError(f"{what}: truncated or not a safetensors file (header of {length} bytes, file of {size})")
-    return parse_header(pread(fd, length, 8, what), size, what)
+    return parse_header(read(length, 8), size, what)
 
 
 def parse_header(text: bytes | bytearray, size: int, what: str) -> Header:

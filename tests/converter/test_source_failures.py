@@ -15,8 +15,8 @@ import pytest
 
 import flashpack
 from flashpack.cli import app
-from flashpack.converter import quantize
-from flashpack.converter.source import Checkpoint
+from flashpack.converter import folder as source_folder
+from flashpack.converter.folder import LocalFolder
 from flashpack.errors import SourceError
 from flashpack.formats.constants import MANIFEST
 from tests.conftest import TRAINED, PackOf
@@ -35,7 +35,7 @@ def test_a_read_error_stops_all_workers_and_loses_nothing(
     pack_of: PackOf,
     workers: int,
 ) -> None:
-    out, real, reads, lock = tmp_path / "out", quantize.pread_into, 0, threading.Lock()
+    out, real, reads, lock = tmp_path / "out", source_folder.pread_into, 0, threading.Lock()
 
     def pread_into(fd: int, buffer: memoryview, offset: int, what: str) -> None:
         nonlocal reads
@@ -48,7 +48,7 @@ def test_a_read_error_stops_all_workers_and_loses_nothing(
         real(fd, buffer, offset, what)
 
     with monkeypatch.context() as patch:
-        patch.setattr(quantize, "pread_into", pread_into)
+        patch.setattr(source_folder, "pread_into", pread_into)
         with pytest.raises(SystemExit, match=r"^3$"):
             app(["convert", str(TRAINED), str(out), "--workers", str(workers)])
     errors = capsys.readouterr().err
@@ -117,14 +117,14 @@ def test_a_source_that_changes_during_the_conversion_is_not_mixed(
 def test_a_config_that_changes_after_the_last_tensor_is_not_mixed_in(
     source_copy: SourceCopy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, real = source_copy("qwen3_moe"), Checkpoint.read_copied
+    source, real = source_copy("qwen3_moe"), LocalFolder.read
 
-    def read_copied(checkpoint: Checkpoint, name: str) -> bytes:
-        if name == "config.json":
+    def read(folder: LocalFolder, name: str) -> bytes:
+        if name == "tokenizer.json":  # read once, when the tensors are done
             change_config(source)
-        return real(checkpoint, name)
+        return real(folder, name)
 
-    monkeypatch.setattr(Checkpoint, "read_copied", read_copied)
+    monkeypatch.setattr(LocalFolder, "read", read)
     with pytest.raises(SourceError, match=r"config\.json: changed during the conversion"):
         flashpack.convert(source, tmp_path / "out")
     assert not (tmp_path / "out" / MANIFEST).exists()
@@ -135,13 +135,13 @@ def test_a_source_file_that_cannot_be_read_is_named(
     source_copy: SourceCopy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     source = source_copy("trained")
-    real_open, real_read = open, Path.read_bytes
+    real_open, real_read = os.open, Path.read_bytes
 
     def refuse(path: object) -> None:
         if Path(str(path)).name == name:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr("builtins.open", lambda path, *a, **k: refuse(path) or real_open(path, *a, **k))
+    monkeypatch.setattr(os, "open", lambda path, *a, **k: refuse(path) or real_open(path, *a, **k))
     monkeypatch.setattr(Path, "read_bytes", lambda path: refuse(path) or real_read(path))
     with pytest.raises(SourceError, match=f"{name}: cannot be read: Permission denied"):
         flashpack.convert(source, tmp_path / "out")

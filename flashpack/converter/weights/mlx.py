@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from flashpack.converter.source import Checkpoint, Extent, SourceTensor, plain_tensor
+from flashpack.converter.source import Checkpoint
+from flashpack.converter.tensor import Extent, Packed, SourceTensor, plain_tensor
 from flashpack.errors import FormatError, SourceError, UnsupportedError
-from flashpack.formats.records import PARTS, Encoding
+from flashpack.formats.records import Encoding
 
 # Families whose mlx-lm conversion stores norm weights with 1 added, because transformers computes x * (1 + w) and
 # mlx-lm x * w; the names are those of mlx-lm's `sanitize` functions.
@@ -35,18 +36,18 @@ def read_mlx(checkpoint: Checkpoint) -> dict[str, SourceTensor]:
     """The checkpoint's tensors under Hugging Face names; a stacked expert tensor has ``*`` for the expert."""
     folded = checkpoint.config.get("model_type") in _FOLDED_FAMILIES
     tensors = {}
-    for name, (dtype, shape, extent) in checkpoint.stored.items():
+    for name, extent in checkpoint.stored.items():
+        shape = extent.shape
         stem, _, part = name.rpartition(".")
         if part in ("scales", "biases") and f"{stem}.weight" in checkpoint.stored:
             continue
         if part == "weight" and f"{stem}.scales" in checkpoint.stored:
-            tensor = _quantized(checkpoint, stem, shape, extent)
+            tensor = _quantized(checkpoint, stem, extent)
         else:
-            tensor = plain_tensor(name, dtype, shape, extent)
+            tensor = plain_tensor(name, extent)
         if name.endswith("conv1d.weight") and len(shape) == 3 and shape[-1] == 1:
             # [channels, kernel, 1] here, [channels, 1, kernel] in torch: the same bytes.
-            rows = replace(extent, rows=shape[0], row_bytes=extent.nbytes // shape[0])
-            tensor = replace(tensor, shape=(shape[0], 1, shape[1]), parts={"weight": rows})
+            tensor = plain_tensor(name, extent.reshape(shape[0], 1, shape[1]))
         if folded and name.endswith(_FOLDED_NORMS):
             tensor = replace(tensor, add=-1.0)
         renamed = _rename(name)
@@ -60,27 +61,29 @@ def _rename(name: str) -> str:
     return name.replace(".switch_mlp.", ".experts.*.")
 
 
-def _quantized(checkpoint: Checkpoint, stem: str, words: tuple[int, ...], extent: Extent) -> SourceTensor:
+def _quantized(checkpoint: Checkpoint, stem: str, extent: Extent) -> SourceTensor:
     bits, group_size = _parameters(checkpoint.config.get("quantization", {}), stem)
     parts = {"weight": extent}
-    dtypes = {}
-    for part in PARTS[1:]:
+    words = extent.shape
+    for part in ("scales", "biases"):
         if f"{stem}.{part}" not in checkpoint.stored:
             raise UnsupportedError(f"tensor {stem}.weight has no {part}: MLX modes other than affine are not supported")
-        dtypes[part], shape, parts[part] = checkpoint.stored[f"{stem}.{part}"]
+        parts[part] = checkpoint.stored[f"{stem}.{part}"]
+        shape = parts[part].shape
         width = words[-1] * 32 // bits
         if shape != (*words[:-1], width // group_size) or width % group_size or words[-1] * 32 % bits:
             raise SourceError(
                 f"tensor {stem}.{part} has shape {list(shape)}; {bits} bits in groups of {group_size}, as config.json "
                 f"says, need {[*words[:-1], width // group_size]}"
             )
-    if dtypes["scales"] != dtypes["biases"]:
-        raise UnsupportedError(f"tensor {stem}: scales are {dtypes['scales']}, biases {dtypes['biases']}")
+    scales, biases = parts["scales"].dtype, parts["biases"].dtype
+    if scales != biases:
+        raise UnsupportedError(f"tensor {stem}: scales are {scales}, biases {biases}")
     try:
-        encoding = Encoding("affine", dtypes["scales"], bits, group_size)
+        encoding = Encoding("affine", scales, bits, group_size)
     except FormatError as e:
         raise UnsupportedError(f"tensor {stem}.weight: {bits} bits in groups of {group_size} are not supported") from e
-    return SourceTensor(f"{stem}.weight", (*words[:-1], width), encoding, parts)
+    return SourceTensor(f"{stem}.weight", (*words[:-1], width), Packed(encoding), parts)
 
 
 def _parameters(quantization: dict[str, Any], module: str) -> tuple[int, int]:
