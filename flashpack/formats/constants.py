@@ -47,8 +47,20 @@ AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 SCALE_DTYPES = ("BF16", "F16", "F32")
 RAW_DTYPES = ("BF16", "F16", "F32")
+BIAS_DTYPES = ("BF16", "F16", "F32")
 
-TENSOR_DTYPES = ("U8", "U32", "BF16", "F16", "F32")
+MXFP4_GROUP = 32
+NVFP4_GROUP = 16
+"""Input values that share a scale."""
+
+GLOBAL_SCALES = ("none", "multiply", "divide")
+"""What the scales of an ``nvfp4`` matrix go through with its ``global`` part."""
+
+FP8_SCALE_DTYPES = ("F32", "BF16", "F16", "E8M0")
+MAX_BLOCK = 65_536
+"""Most rows or columns of a block that shares an fp8 scale."""
+
+TENSOR_DTYPES = ("U8", "U32", "I32", "I64", "BF16", "F16", "F32")
 """Types of tensors in the files of a pack."""
 
 PAGE_ALIGNED_FROM = 65536
@@ -60,7 +72,14 @@ CODECS = ("raw", "zstd")
 FIRST_READER = "0.1.0"
 """The first version of flashpack that reads packs without required features."""
 
-FEATURES = {"zstd": "0.1.0"}
+FEATURES = {
+    "expert_bias": "0.1.0",
+    "fp8_e4m3": "0.1.0",
+    "int_tensors": "0.1.0",
+    "mxfp4": "0.1.0",
+    "nvfp4": "0.1.0",
+    "zstd": "0.1.0",
+}
 """Required features that this reader understands, and the first version of flashpack that has each."""
 
 REFUSED_SUFFIXES = (".py", ".pyc", ".pyd", ".so", ".dylib", ".dll", ".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle")

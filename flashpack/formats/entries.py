@@ -10,7 +10,7 @@ from flashpack.errors import FormatError, VersionError
 from flashpack.formats import constants as C
 from flashpack.formats import fields
 from flashpack.formats.dtypes import ITEMSIZE
-from flashpack.formats.records import PARTS, Encoding
+from flashpack.formats.records import Encoding
 
 ROLES = {"experts": {"header", "tail"}, "dense": {"header"}, "copy": {"file"}}
 """Role of a file -> the digests its entry has."""
@@ -83,16 +83,16 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A quantized dense matrix: the logical shape [out, in] behind the tensors .weight, .scales and .biases."""
+    """A quantized dense matrix: the logical shape [out, in] behind the tensors of its parts."""
 
     name: str
     shape: tuple[int, int]
     encoding: Encoding
 
     def tensor_names(self) -> dict[str, str]:
-        """Part -> tensor name: ``x.weight`` is stored as ``x.weight``, ``x.scales``, ``x.biases``."""
+        """Part -> tensor name: ``x.weight`` is stored as ``x.weight``, ``x.scales`` and what else there is."""
         stem = self.name.removesuffix(".weight")
-        return {part: f"{stem}.{part}" for part in PARTS}
+        return {part: f"{stem}.{part}" for part in self.encoding.part_names}
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "shape": list(self.shape), "encoding": self.encoding.to_json()}

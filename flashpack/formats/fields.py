@@ -47,6 +47,14 @@ def whole(value: Any, what: str) -> int:
     return value
 
 
+def pair(data: dict[str, Any], key: str) -> tuple[int, int]:
+    """A field that is a list of two integers from 0 to 2**62 - 1."""
+    numbers = [whole(n, key) for n in items(data, key)]
+    if len(numbers) != 2:
+        raise FormatError(f"{C.MANIFEST}: {key} is not a list of two numbers")
+    return numbers[0], numbers[1]
+
+
 def shape(data: dict[str, Any]) -> tuple[int, ...]:
     """The field ``shape``: at most ``MAX_DIMENSIONS`` sizes of at least 1."""
     sizes = tuple(whole(n, "shape") for n in items(data, "shape"))

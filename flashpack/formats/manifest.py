@@ -40,7 +40,14 @@ class Manifest:
     @property
     def required_features(self) -> list[str]:
         """What a reader must understand beyond the first version of the format, sorted."""
-        return sorted({layer.codec for layer in self.layers} - {"raw"})
+        projections = [p for kind in self.record_kinds for p in kind.projections]
+        used = {layer.codec for layer in self.layers}
+        used |= {p.encoding.name for p in projections} | {m.encoding.name for m in self.matrices}
+        if any(p.bias for p in projections):
+            used.add("expert_bias")
+        if any(t.dtype in ("I32", "I64") for t in self.tensors):
+            used.add("int_tensors")
+        return sorted(used & C.FEATURES.keys())
 
     def to_bytes(self) -> bytes:
         """Canonical bytes: sorted keys, one space of indentation, ASCII, a newline at the end."""

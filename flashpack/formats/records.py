@@ -16,8 +16,8 @@ from flashpack.formats.dtypes import ITEMSIZE
 PROJECTIONS = ("gate", "up", "down")
 """Roles of an expert's matrices, in record order; experts without a gate have ``up`` and ``down`` only."""
 
-PARTS = ("weight", "scales", "biases")
-"""Stored arrays of an encoded matrix; raw matrices have ``weight`` only."""
+PARTS = ("weight", "scales", "biases", "global")
+"""Stored arrays of encoded matrices, in the order of a record; raw matrices have ``weight`` only."""
 
 
 def align(value: int, alignment: int) -> int:
@@ -27,69 +27,150 @@ def align(value: int, alignment: int) -> int:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How the values of a matrix are stored.
+    """How the values of a matrix are stored (SPEC.md section 6).
 
-    ``raw``: ``dtype`` is the type of the values. ``affine``: integers of ``bits`` bits in groups of
-    ``group_size`` along the input dimension; ``dtype`` is the type of scales and biases.
+    ``raw``: ``dtype`` is the type of the values; integers are for plain dense tensors only. ``affine``: integers of
+    ``bits`` bits in groups of ``group_size`` along the input dimension; ``dtype`` is the type of scales and biases.
+    ``MXFP4``, ``nvfp4()`` and ``fp8()`` make the others.
     """
 
     name: str
     dtype: str
     bits: int = 0
     group_size: int = 0
+    block: tuple[int, int] = (0, 0)
+    global_scale: str = ""
 
     def __post_init__(self) -> None:
-        if self.name == "raw":
-            good = self.dtype in C.RAW_DTYPES and self.bits == 0 and self.group_size == 0
-        elif self.name == "affine":
-            good = self.dtype in C.SCALE_DTYPES and self.bits in C.AFFINE_BITS and self.group_size in C.GROUP_SIZES
-        else:
-            raise VersionError(f"encoding {self.name!r} is unknown")
-        if not good:
+        numbers = (self.dtype, self.bits, self.group_size)
+        match self.name:
+            case "raw":
+                good = self.dtype in C.TENSOR_DTYPES and numbers[1:] == (0, 0)
+            case "affine":
+                good = self.dtype in C.SCALE_DTYPES and self.bits in C.AFFINE_BITS and self.group_size in C.GROUP_SIZES
+            case "mxfp4":
+                good = numbers == ("E8M0", 4, C.MXFP4_GROUP)
+            case "nvfp4":
+                good = numbers == ("E4M3", 4, C.NVFP4_GROUP) and self.global_scale in C.GLOBAL_SCALES
+            case "fp8_e4m3":
+                good = self.dtype in C.FP8_SCALE_DTYPES and numbers[1:] == (8, 0)
+                good = good and len(self.block) == 2 and all(0 <= n <= C.MAX_BLOCK for n in self.block)
+            case _:
+                raise VersionError(f"encoding {self.name!r} is unknown")
+        others = (self.block == (0, 0) or self.name == "fp8_e4m3") and (not self.global_scale or self.name == "nvfp4")
+        if not good or not others:
             raise FormatError(f"encoding {self!r} has a parameter out of range")
 
     @property
     def quantized(self) -> bool:
         return self.name != "raw"
 
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The stored arrays of a matrix, in the order of ``PARTS``."""
+        if self.name == "raw":
+            return PARTS[:1]
+        if self.name == "affine":
+            return PARTS[:3]
+        return ("weight", "scales", "global") if self.global_scale in ("multiply", "divide") else PARTS[:2]
+
     def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Stored arrays of a matrix [..., I] of this ``shape``: part -> (dtype, shape)."""
+        """Stored arrays of a matrix [..., out, in] of this ``shape``: part -> (dtype, shape)."""
         if not self.quantized:
             return {"weight": (self.dtype, shape)}
         *lead, width = shape
+        if self.name == "fp8_e4m3":
+            if not lead:
+                raise FormatError(f"{self}: shape {list(shape)} is not that of a matrix")
+            blocks = [-(-size // (step or size)) for size, step in zip(shape[-2:], self.block, strict=True)]
+            scales = "U8" if self.dtype == "E8M0" else self.dtype
+            return {"weight": ("U8", shape), "scales": (scales, (*lead[:-1], *blocks))}
         if width % self.group_size:
             raise FormatError(f"{self}: {width} input values are not a multiple of {self.group_size}")
         groups = (*lead, width // self.group_size)
-        words = (*lead, width * self.bits // 32)
-        return {"weight": ("U32", words), "scales": (self.dtype, groups), "biases": (self.dtype, groups)}
+        found = {"weight": ("U32", (*lead, width * self.bits // 32))}
+        if self.name == "affine":
+            return found | {"scales": (self.dtype, groups), "biases": (self.dtype, groups)}
+        found["scales"] = ("U8", groups)
+        return found | {"global": ("F32", (*lead[:-1], 1))} if "global" in self.part_names else found
+
+    def part_rows(self, part: str, start: int, stop: int) -> slice:
+        """Rows of a stored part that rows [start, stop) of the matrix need.
+
+        Where rows share scales, row ``start`` may be in the middle of a block: it is its row ``start % block[0]``.
+        """
+        if part == "global":
+            return slice(0, 1)
+        if part == "scales" and self.name == "fp8_e4m3":
+            rows = self.block[0]
+            return slice(start // rows, -(-stop // rows)) if rows else slice(0, 1)
+        return slice(start, stop)
+
+    def stackable(self, rows: int) -> bool:
+        """Whether two matrices of ``rows`` rows, each part of one right before the other's, are one matrix."""
+        if self.name == "fp8_e4m3":
+            return self.block[0] > 0 and rows % self.block[0] == 0
+        return "global" not in self.part_names
 
     def bits_per_weight(self) -> float:
-        """Stored bits per value, scales and biases included."""
+        """Stored bits per value, scales and biases included, but for scales of whole rows, columns or matrices."""
         if not self.quantized:
             return 8.0 * ITEMSIZE[self.dtype]
-        return self.bits + 2 * 8 * ITEMSIZE[self.dtype] / self.group_size
+        scale = 8 * ITEMSIZE.get(self.dtype, 1)
+        if self.name == "fp8_e4m3":
+            return 8 + (scale / math.prod(self.block) if all(self.block) else 0)
+        return self.bits + (2 if self.name == "affine" else 1) * scale / self.group_size
 
     def to_json(self) -> dict[str, Any]:
-        if not self.quantized:
-            return {"name": self.name, "dtype": self.dtype}
-        return {
-            "name": self.name,
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "scale_dtype": self.dtype,
-        }
+        data: dict[str, Any] = {"name": self.name}
+        if self.name == "raw":
+            data["dtype"] = self.dtype
+        elif self.name == "affine":
+            data |= {"bits": self.bits, "group_size": self.group_size, "scale_dtype": self.dtype}
+        elif self.name == "nvfp4":
+            data["global_scale"] = self.global_scale
+        elif self.name == "fp8_e4m3":
+            data |= {"block": list(self.block), "scale_dtype": self.dtype}
+        return data
 
     @classmethod
     def from_json(cls, data: Any) -> Encoding:
         data = fields.mapping(data, "an encoding")
         name = fields.text(data, "name")
-        if name == "affine":
-            bits, group_size = fields.integer(data, "bits"), fields.integer(data, "group_size")
-            return cls(name, fields.text(data, "scale_dtype"), bits, group_size)
-        return cls(name, fields.text(data, "dtype") if name == "raw" else "")
+        match name:
+            case "raw":
+                return cls(name, fields.text(data, "dtype"))
+            case "affine":
+                bits, group_size = fields.integer(data, "bits"), fields.integer(data, "group_size")
+                return cls(name, fields.text(data, "scale_dtype"), bits, group_size)
+            case "mxfp4":
+                return MXFP4
+            case "nvfp4":
+                return nvfp4(fields.text(data, "global_scale"))
+            case "fp8_e4m3":
+                return fp8(fields.text(data, "scale_dtype"), fields.pair(data, "block"))
+        return cls(name, "")
 
     def __str__(self) -> str:
-        return f"{self.bits}-bit g{self.group_size}" if self.quantized else self.dtype.lower()
+        if self.name == "affine":
+            return f"{self.bits}-bit g{self.group_size}"
+        if self.name == "fp8_e4m3":
+            return f"fp8 {self.block[0]}x{self.block[1]} {self.dtype.lower()}"
+        return self.name if self.quantized else self.dtype.lower()
+
+
+MXFP4 = Encoding("mxfp4", "E8M0", 4, C.MXFP4_GROUP)
+"""4-bit floats in groups of 32 with a power of two each."""
+
+
+def nvfp4(global_scale: str) -> Encoding:
+    """4-bit floats in groups of 16 with an 8-bit float each; one of ``GLOBAL_SCALES`` for the matrix."""
+    return Encoding("nvfp4", "E4M3", 4, C.NVFP4_GROUP, global_scale=global_scale)
+
+
+def fp8(scale_dtype: str, block: tuple[int, int]) -> Encoding:
+    """8-bit floats; one scale per ``block`` of rows and columns, 0 for all of them."""
+    return Encoding("fp8_e4m3", scale_dtype, 8, block=block)
 
 
 @dataclass(frozen=True)
@@ -108,11 +189,23 @@ class Section:
 
 @dataclass(frozen=True)
 class Projection:
-    """One matrix of an expert: [out features, in features] and its encoding."""
+    """One matrix of an expert: [out features, in features] and its encoding; the type of its bias [out], if any."""
 
     name: str
     shape: tuple[int, int]
     encoding: Encoding
+    bias: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        row = {"name": self.name, "shape": list(self.shape), "encoding": self.encoding.to_json()}
+        return row | {"bias": self.bias} if self.bias else row
+
+    @classmethod
+    def from_json(cls, data: Any) -> Projection:
+        data = fields.mapping(data, "an entry of projections")
+        bias = fields.text(data, "bias") if "bias" in data else ""
+        encoding = Encoding.from_json(data.get("encoding"))
+        return cls(fields.text(data, "name"), fields.matrix_shape(data), encoding, bias)
 
 
 @dataclass(frozen=True)
@@ -125,25 +218,33 @@ class RecordKind:
         names = tuple(p.name for p in self.projections)
         if names not in (PROJECTIONS, PROJECTIONS[1:]):
             raise FormatError(f"a record holds gate, up, down or up, down; not {', '.join(names[:4])}")
+        for p in self.projections:
+            if not p.encoding.quantized and p.encoding.dtype not in C.RAW_DTYPES:
+                raise FormatError(f"encoding {p.encoding!r} has a parameter out of range")
+            if p.bias not in ("", *C.BIAS_DTYPES):
+                raise FormatError(f"the bias of {p.name} is of type {p.bias}, not {', '.join(C.BIAS_DTYPES)}")
 
     @cached_property
     def sections(self) -> tuple[Section, ...]:
-        """Sections in record order: first those of gate and up, part by part, then those of down.
+        """Sections in record order: first those of gate and up, part by part, then those of down, then the biases.
 
         Equal encodings of gate and up thus lie side by side and can be used as one matrix.
         """
         first = [p for p in self.projections if p.name != "down"]
         down = [p for p in self.projections if p.name == "down"]
+        arrays = [
+            (f"{p.name}.{part}", *p.encoding.parts(p.shape)[part])
+            for projections in (first, down)
+            for part in PARTS
+            for p in projections
+            if part in p.encoding.part_names
+        ]
+        arrays += [(f"{p.name}.bias", p.bias, p.shape[:1]) for p in self.projections if p.bias]
         sections = []
         offset = 0
-        for projections in (first, down):
-            for part in PARTS:
-                for p in projections:
-                    arrays = p.encoding.parts(p.shape)
-                    if part in arrays:
-                        dtype, shape = arrays[part]
-                        sections.append(Section(f"{p.name}.{part}", dtype, shape, offset))
-                        offset = align(offset + sections[-1].nbytes, C.SECTION_ALIGNMENT)
+        for name, dtype, shape in arrays:
+            sections.append(Section(name, dtype, shape, offset))
+            offset = align(offset + sections[-1].nbytes, C.SECTION_ALIGNMENT)
         return tuple(sections)
 
     @cached_property
@@ -163,9 +264,7 @@ class RecordKind:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "projections": [
-                {"name": p.name, "shape": list(p.shape), "encoding": p.encoding.to_json()} for p in self.projections
-            ],
+            "projections": [p.to_json() for p in self.projections],
             "sections": [
                 {"name": s.name, "dtype": s.dtype, "shape": list(s.shape), "offset": s.offset} for s in self.sections
             ],
@@ -176,13 +275,7 @@ class RecordKind:
     @classmethod
     def from_json(cls, data: Any) -> RecordKind:
         data = fields.mapping(data, "an entry of record_kinds")
-        rows = [fields.mapping(p, "an entry of projections") for p in fields.items(data, "projections")]
-        kind = cls(
-            tuple(
-                Projection(fields.text(p, "name"), fields.matrix_shape(p), Encoding.from_json(p.get("encoding")))
-                for p in rows
-            )
-        )
+        kind = cls(tuple(Projection.from_json(p) for p in fields.items(data, "projections")))
         if kind.stride > C.MAX_RECORD_BYTES:
             raise FormatError(f"record kind: stride {kind.stride} is over the cap {C.MAX_RECORD_BYTES}")
         known = kind.to_json()

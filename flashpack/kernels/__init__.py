@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from flashpack.errors import DeviceError
-from flashpack.kernels.interface import AffineMatrix, Kernels, RecordView
+from flashpack.kernels.interface import Kernels, RecordView, StoredMatrix
 
-__all__ = ["AffineMatrix", "Kernels", "RecordView", "check_device", "get_kernels"]
+__all__ = ["Kernels", "RecordView", "StoredMatrix", "check_device", "get_kernels"]
 
 DEVICES = ("cpu",)
 

@@ -5,45 +5,57 @@ Arrays are torch tensors on the device. Block layouts are those of ``flashpack.f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
 
-    from flashpack.formats.records import RecordKind
+    from flashpack.formats.records import Encoding, RecordKind
 
 Activation = Callable[["torch.Tensor"], "torch.Tensor"]
 """[tokens, 2I] (gate rows first) -> [tokens, I] for gated experts; [tokens, I] -> [tokens, I] without a gate."""
 
 
 @dataclass(frozen=True, slots=True)
-class AffineMatrix:
-    """A group-affine matrix [out, in]: ``words`` int32 [out, in*bits/32] (the bits of uint32), ``scales`` and
-    ``biases`` [out, in/group_size] in bfloat16, float16 or float32."""
+class StoredMatrix:
+    """A quantized matrix [out, in] in its stored parts (``formats.records.Encoding.parts``), U32 words as int32.
 
-    words: torch.Tensor
+    ``scales`` are as stored: bfloat16, float16, float32 or, where they are small floats, uint8. ``first``: of rows cut
+    from a larger matrix, the number of the first one in its block of fp8 scales.
+    """
+
+    encoding: Encoding
+    weight: torch.Tensor
     scales: torch.Tensor
-    biases: torch.Tensor
-    bits: int
-    group_size: int
+    biases: torch.Tensor | None = None
+    global_scale: torch.Tensor | None = None
+    first: int = 0
+
+    @classmethod
+    def of(cls, encoding: Encoding, parts: Mapping[str, torch.Tensor]) -> StoredMatrix:
+        """From its parts by name."""
+        return cls(encoding, parts["weight"], parts["scales"], parts.get("biases"), parts.get("global"))
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.words.shape[0], self.words.shape[1] * 32 // self.bits
+        rows, stored = self.weight.shape
+        return rows, stored if self.encoding.name == "fp8_e4m3" else stored * 32 // self.encoding.bits
 
 
 @dataclass(frozen=True, slots=True)
 class RecordView:
-    """An expert's record where it lies in memory, ready for kernels.
+    """An expert's record where it lies in memory, ready for kernels: nothing in it is a copy.
 
     ``first`` are the matrices before the activation, in row order: gate and up as one where they lie side by side,
-    else gate and up, or up alone.
+    else gate and up, or up alone; ``first_bias`` the bias [out] of each. Biases are bfloat16, float16 or float32.
     """
 
-    first: tuple[torch.Tensor | AffineMatrix, ...]
-    down: torch.Tensor | AffineMatrix
+    first: tuple[torch.Tensor | StoredMatrix, ...]
+    down: torch.Tensor | StoredMatrix
+    first_bias: tuple[torch.Tensor | None, ...]
+    down_bias: torch.Tensor | None
 
 
 class Kernels(Protocol):
@@ -58,14 +70,15 @@ class Kernels(Protocol):
     def expert(self, x: torch.Tensor, record: RecordView, activation: Activation) -> torch.Tensor:
         """One expert's feed-forward network: x [tokens, hidden] -> [tokens, hidden].
 
+        Biases are added in float32, before the activation and after ``down``.
         A row of the result does not depend on how many threads computed it.
         """
         ...
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor | AffineMatrix) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, weight: torch.Tensor | StoredMatrix) -> torch.Tensor:
         """x [..., in] times the transpose of ``weight`` [out, in] -> [..., out]."""
         ...
 
-    def embedding(self, ids: torch.Tensor, weight: torch.Tensor | AffineMatrix, dtype: torch.dtype) -> torch.Tensor:
+    def embedding(self, ids: torch.Tensor, weight: torch.Tensor | StoredMatrix, dtype: torch.dtype) -> torch.Tensor:
         """Rows of ``weight``: ids [...] -> [..., in], in ``dtype``."""
         ...

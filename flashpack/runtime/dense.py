@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from flashpack.errors import FormatError
 from flashpack.formats import Pack
 from flashpack.formats.entries import Matrix
-from flashpack.kernels import AffineMatrix, Kernels
+from flashpack.kernels import Kernels, StoredMatrix
 from flashpack.skeleton import ExpertsModule, matrix_module, tied_names
 
 SMALL_BYTES = 2**20
@@ -28,7 +28,7 @@ _TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 class PackedLinear(nn.Module):
     """``nn.Linear`` over a stored matrix [out, in]."""
 
-    def __init__(self, kernels: Kernels, weight: Tensor | AffineMatrix) -> None:
+    def __init__(self, kernels: Kernels, weight: Tensor | StoredMatrix) -> None:
         super().__init__()
         self._kernels = kernels
         self.matrix = weight
@@ -44,7 +44,7 @@ class PackedLinear(nn.Module):
 class PackedEmbedding(nn.Module):
     """``nn.Embedding`` over a stored matrix [vocabulary, hidden]."""
 
-    def __init__(self, kernels: Kernels, weight: Tensor | AffineMatrix, dtype: torch.dtype) -> None:
+    def __init__(self, kernels: Kernels, weight: Tensor | StoredMatrix, dtype: torch.dtype) -> None:
         super().__init__()
         self._kernels = kernels
         self._dtype = dtype
@@ -128,14 +128,13 @@ def fill(model: PreTrainedModel, pack: Pack, sites: list[ExpertsModule], kernels
     model.requires_grad_(False)
 
 
-def _stored(pack: Pack, matrices: dict[str, Matrix], name: str) -> Tensor | AffineMatrix:
+def _stored(pack: Pack, matrices: dict[str, Matrix], name: str) -> Tensor | StoredMatrix:
     """The stored value of a parameter."""
     matrix = matrices.get(name)
     if matrix is None:
         return _mapped(pack, name)
     parts = {part: _mapped(pack, n) for part, n in matrix.tensor_names().items()}
-    e = matrix.encoding
-    return AffineMatrix(parts["weight"], parts["scales"], parts["biases"], e.bits, e.group_size)
+    return StoredMatrix.of(matrix.encoding, parts)
 
 
 def _mapped(pack: Pack, name: str) -> Tensor:

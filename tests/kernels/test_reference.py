@@ -11,7 +11,7 @@ from flashpack.formats import Encoding, Projection, RecordKind, affine
 from flashpack.formats.constants import AFFINE_BITS
 from flashpack.formats.dtypes import from_float32, to_float32
 from flashpack.formats.writer import RecordBuffer
-from flashpack.kernels import AffineMatrix, get_kernels
+from flashpack.kernels import StoredMatrix, get_kernels
 from flashpack.kernels.cpu.reference import BLOCK_VALUES
 
 KERNELS = get_kernels("cpu")
@@ -40,12 +40,11 @@ def random_matrix(rows: int, width: int, encoding: Encoding, seed: int) -> tuple
 def test_linear_and_embedding_over_quantized_matrices(bits: int, rows: int, width: int, group: int, dtype: str) -> None:
     encoding = Encoding("affine", dtype, bits, group)
     parts, decoded = random_matrix(rows, width, encoding, bits)
-    matrix = AffineMatrix(
+    matrix = StoredMatrix(
+        encoding,
         torch.from_numpy(parts["weight"].view(np.int32)),
         stored(parts["scales"], dtype),
         stored(parts["biases"], dtype),
-        bits,
-        group,
     )
     assert matrix.shape == (rows, width)
     x = np.random.default_rng(9).standard_normal((3, width)).astype(np.float32)
@@ -62,7 +61,7 @@ def test_no_tokens_and_more_tokens_than_a_block(bits: int) -> None:
     encoding = Encoding("affine", "BF16", bits, 64)
     parts, decoded = random_matrix(50, 128, encoding, bits)
     words = torch.from_numpy(parts["weight"].view(np.int32))
-    matrix = AffineMatrix(words, stored(parts["scales"], "BF16"), stored(parts["biases"], "BF16"), bits, 64)
+    matrix = StoredMatrix(encoding, words, stored(parts["scales"], "BF16"), stored(parts["biases"], "BF16"))
     assert KERNELS.linear(torch.empty(2, 0, 128), matrix).shape == (2, 0, 50)
     assert KERNELS.embedding(torch.empty(1, 0, dtype=torch.int64), matrix, torch.float16).shape == (1, 0, 128)
     ids = torch.randint(0, 50, (3, BLOCK_VALUES // 128), generator=torch.Generator().manual_seed(bits))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashpack.formats import Encoding, Projection, RecordKind
-from flashpack.kernels import AffineMatrix, get_kernels
+from flashpack.kernels import StoredMatrix, get_kernels
 from flashpack.kernels.cpu.pool import Pool
 from flashpack.kernels.cpu.reference import BLOCK_VALUES
 
@@ -28,11 +28,11 @@ def torch_threads_restored() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def affine_matrix(rows: int, width: int, bits: int, seed: int) -> AffineMatrix:
+def affine_matrix(rows: int, width: int, bits: int, seed: int) -> StoredMatrix:
     g = torch.Generator().manual_seed(seed)
     words = torch.randint(-(2**31), 2**31, (rows, width * bits // 32), generator=g).to(torch.int32)
     scales, biases = (torch.randn(rows, width // 32, generator=g).bfloat16() for _ in range(2))
-    return AffineMatrix(words, scales, biases, bits, 32)
+    return StoredMatrix(Encoding("affine", "BF16", bits, 32), words, scales, biases)
 
 
 def moved(x: Tensor, floats: int) -> Tensor:
@@ -46,7 +46,7 @@ def moved(x: Tensor, floats: int) -> Tensor:
 @pytest.mark.parametrize("weight", ["2", "3", "4", "8", "bf16", "f32"])
 def test_a_product_has_the_same_bits_on_any_number_of_threads(rows: int, width: int, weight: str) -> None:
     g = torch.Generator().manual_seed(rows)
-    matrix: Tensor | AffineMatrix
+    matrix: Tensor | StoredMatrix
     if weight in ("bf16", "f32"):
         matrix = torch.randn(rows, width, generator=g)
         matrix = matrix.bfloat16() if weight == "bf16" else matrix
@@ -78,7 +78,7 @@ def test_an_expert_has_the_same_bits_on_any_number_of_threads(hidden: int, width
     record = torch.from_numpy(rng.integers(0, 256, kind.stride, dtype=np.uint8))
     view = get_kernels("cpu").view_record(record, kind)
     for matrix in (*view.first, view.down):
-        assert isinstance(matrix, AffineMatrix)
+        assert isinstance(matrix, StoredMatrix)
         for part in (matrix.scales, matrix.biases):
             part.copy_(torch.from_numpy(rng.standard_normal(part.shape) / 64))
 
