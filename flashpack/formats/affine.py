@@ -77,18 +77,20 @@ def quantize(
     """Round to nearest between each group's minimum and maximum ("minmax").
 
     ``bias = min`` and ``scale = (max - min) / (2**bits - 1)``, both rounded to ``scale_dtype`` first; then
-    ``q = clip(rint((w - bias) / scale))``. Only exactly rounded elementwise float32 operations are used, so the
-    result is the same on every CPU. ``values`` is float32 [..., I], finite, I a multiple of ``group_size``.
+    ``q = clip(rint((w - bias) / scale))``. A minimum or maximum of -0 counts as +0. Only exactly rounded elementwise
+    float32 operations are used, so the result is the same on every CPU. ``values`` is float32 [..., I], finite, I a
+    multiple of ``group_size``.
 
     Returns words uint32 [..., I*bits/32], scales and biases [..., I/group_size] as stored, and the decoded
     values float32 [..., I].
     """
     levels = np.float32(2**bits - 1)
     grouped = values.reshape(*values.shape[:-1], -1, group_size)
-    # The caller sees input that is not finite by the NaN it decodes to.
-    with np.errstate(invalid="ignore"):
-        low = grouped.min(axis=-1)
-        span = grouped.max(axis=-1) - low
+    # The caller sees input that is not finite, or too large, by the infinity or NaN it decodes to.
+    with np.errstate(invalid="ignore", over="ignore"):
+        # Which of -0 and +0 is the smaller depends on numpy's code for the CPU; adding +0 leaves +0 only.
+        low = grouped.min(axis=-1) + np.float32(0)
+        span = (grouped.max(axis=-1) + np.float32(0)) - low
         scales = from_float32(span / levels, scale_dtype)
         biases = from_float32(low, scale_dtype)
         scale = to_float32(scales, scale_dtype)[..., None]

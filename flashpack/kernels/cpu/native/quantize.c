@@ -1,0 +1,91 @@
+/* Affine quantize-and-pack, bit for bit what flashpack.formats.affine.quantize gives (SPEC.md section 6).
+ *
+ * Plain C without Python; called through ctypes, which lets other threads run meanwhile. Nothing here keeps state.
+ */
+#include <float.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__FAST_MATH__) || FLT_EVAL_METHOD != 0
+#error "needs exact single precision"
+#endif
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "needs little-endian byte order"
+#endif
+
+#define ABI 1 /* goes up when a function below changes; the loader compares it with its own */
+#define MAX_GROUP 128
+#define TILE 1024
+#define ROUNDER 0x1.8p23f
+#define TYPE_BF16 0
+#define TYPE_F16 1
+#define TYPE_F32 2
+
+typedef float float4 __attribute__((vector_size(16)));
+typedef float float8 __attribute__((vector_size(32)));
+typedef int32_t int4 __attribute__((vector_size(16)));
+typedef int32_t int8 __attribute__((vector_size(32)));
+typedef double double4 __attribute__((vector_size(32)));
+
+#define SELECT(mask, a, b) ((VECTOR)(((mask) & (INTEGERS)(a)) | (~(mask) & (INTEGERS)(b))))
+#define INLINE TARGET static inline __attribute__((always_inline))
+
+#define TARGET
+#define NAME(x) x##_portable
+#define LANES 4
+#define VECTOR float4
+#define INTEGERS int4
+#include "quantize_body.h"
+
+#if defined(__x86_64__)
+#define HAVE_AVX2 1
+#define TARGET __attribute__((target("avx2")))
+#define NAME(x) x##_avx2
+#define LANES 8
+#define VECTOR float8
+#define INTEGERS int8
+#include "quantize_body.h"
+#else
+#define HAVE_AVX2 0
+#endif
+
+int flashpack_abi(void)
+{
+    return ABI;
+}
+
+/* The best instruction set of this build that the processor has: 1 AVX2, 0 the build's own. */
+int flashpack_level(void)
+{
+#if HAVE_AVX2
+    return __builtin_cpu_supports("avx2") ? 1 : 0;
+#else
+    return 0;
+#endif
+}
+
+/* `count` values at `source` in groups of `size` -> words [count * bits / 32], scales and biases [count / size].
+ *
+ * Types: 0 bfloat16, 1 float16, 2 float32. Arrays need no alignment. `level` is at most what flashpack_level says.
+ * sums: squared error and squared values, added up in double precision in the order of the groups; the first is
+ * infinite or NaN exactly if a value, or what it decodes to, is. Returns 0, or -1 if an argument is out of range.
+ */
+int flashpack_quantize(
+    const void *source, int source_type, size_t count, int bits, int size, int scale_type,
+    void *words, void *scales, void *biases, double *sums, int level)
+{
+    sums[0] = sums[1] = 0;
+    if (source_type < 0 || source_type > 2 || scale_type < 0 || scale_type > 2 || level < 0 || level > HAVE_AVX2)
+        return -1;
+    if (bits < 2 || bits > 8 || bits == 7 || (size != 32 && size != 64 && size != 128) || count % (size_t)size)
+        return -1;
+#if HAVE_AVX2
+    if (level == 1) {
+        quantize_avx2(source, source_type, count, bits, size, scale_type, words, scales, biases, sums);
+        return 0;
+    }
+#endif
+    quantize_portable(source, source_type, count, bits, size, scale_type, words, scales, biases, sums);
+    return 0;
+}

@@ -1,0 +1,232 @@
+/* The quantizer, once for each instruction set: quantize.c includes this with TARGET (a function attribute) and
+ * NAME(x) (x with a suffix) defined. Vectors are the compilers' own (gcc, clang), so this is AVX2, SSE2 or NEON.
+ *
+ * The arithmetic is that of flashpack.formats.affine.quantize, operation by operation. Each is rounded exactly (IEEE
+ * single precision, no contraction), so results do not depend on the instruction set.
+ */
+
+INLINE float NAME(as_float)(uint32_t word)
+{
+    float value;
+    memcpy(&value, &word, 4);
+    return value;
+}
+
+INLINE uint32_t NAME(as_word)(float value)
+{
+    uint32_t word;
+    memcpy(&word, &value, 4);
+    return word;
+}
+
+/* float16 bits of a value, rounded to nearest even; too large ones become infinite. */
+INLINE uint16_t NAME(to_half)(float value)
+{
+    uint32_t word = NAME(as_word)(value), sign = word >> 16 & 0x8000, magnitude = word & 0x7FFFFFFF;
+    if (magnitude >= 0x47800000) /* 65536 and more, infinity, NaN */
+        return (uint16_t)(sign | (magnitude > 0x7F800000 ? 0x7E00 : 0x7C00));
+    if (magnitude < 0x38800000) /* below 2^-14: a multiple of 2^-24, which adding 0.5 leaves in the lowest bits */
+        return (uint16_t)(sign | (NAME(as_word)(NAME(as_float)(magnitude) + 0.5f) - 0x3F000000));
+    return (uint16_t)(sign | ((magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13));
+}
+
+/* Stores a value as number `index` of an array of type `type`, rounded to nearest even; returns what is stored. */
+INLINE float NAME(store_rounded)(float value, int type, uint8_t *array, size_t index)
+{
+    uint32_t word = NAME(as_word)(value);
+    uint16_t half;
+    if (type == TYPE_F32) {
+        memcpy(array + 4 * index, &word, 4);
+        return value;
+    }
+    if (type == TYPE_BF16) {
+        half = (uint16_t)((word + 0x7FFF + (word >> 16 & 1)) >> 16);
+        value = NAME(as_float)((uint32_t)half << 16);
+    } else {
+        half = NAME(to_half)(value);
+        if ((half & 0x7C00) == 0x7C00)
+            value = NAME(as_float)((uint32_t)(half & 0x8000) << 16 | 0x7F800000 | (uint32_t)(half & 0x3FF) << 13);
+        else if (half & 0x7C00)
+            value = NAME(as_float)((uint32_t)(half & 0x8000) << 16 | (((uint32_t)(half & 0x7FFF) << 13) + 0x38000000));
+        else
+            value = (half & 0x8000 ? -0x1p-24f : 0x1p-24f) * (float)(half & 0x3FF);
+    }
+    memcpy(array + 2 * index, &half, 2);
+    return value;
+}
+
+INLINE void NAME(widen)(const uint8_t *source, int type, size_t first, const int size, float *values)
+{
+    int i;
+    if (type == TYPE_F32) {
+        memcpy(values, source + 4 * first, 4 * (size_t)size);
+    } else if (type == TYPE_BF16) {
+        source += 2 * first;
+        for (i = 0; i < size; i++) {
+            uint16_t half;
+            uint32_t word;
+            memcpy(&half, source + 2 * i, 2);
+            word = (uint32_t)half << 16;
+            memcpy(values + i, &word, 4);
+        }
+    } else {
+        source += 2 * first;
+        for (i = 0; i < size; i++) {
+            uint16_t half;
+            uint32_t word, sign;
+            float scaled;
+            memcpy(&half, source + 2 * i, 2);
+            sign = (uint32_t)(half & 0x8000) << 16;
+            word = (uint32_t)(half & 0x7FFF) << 13;
+            memcpy(&scaled, &word, 4);
+            scaled *= 0x1p112f; /* exact, for subnormal numbers too */
+            memcpy(&word, &scaled, 4);
+            word |= (half & 0x7C00) == 0x7C00 ? 0x7F800000 : 0; /* infinity and NaN */
+            word |= sign;
+            memcpy(values + i, &word, 4);
+        }
+    }
+}
+
+/* Smallest and largest value of a group. Zeros count as +0; what is found if there is a NaN is left open. */
+INLINE void NAME(extremes)(const float *values, const int size, float *low, float *high)
+{
+    VECTOR least, most;
+    float a, b;
+    int i;
+    memcpy(&least, values, sizeof least);
+    most = least;
+    for (i = LANES; i < size; i += LANES) {
+        VECTOR x;
+        memcpy(&x, values + i, sizeof x);
+        least = SELECT(x < least, x, least);
+        most = SELECT(x > most, x, most);
+    }
+    a = least[0];
+    b = most[0];
+    for (i = 1; i < LANES; i++) {
+        a = least[i] < a ? least[i] : a;
+        b = most[i] > b ? most[i] : b;
+    }
+    *low = a + 0.0f;
+    *high = b + 0.0f;
+}
+
+/* Codes of a group, one byte each, and the sums of its squared errors and squared values. */
+INLINE void NAME(encode)(
+    const float *values, const int size, float scale, float bias, float levels, uint8_t *codes, double sums[2])
+{
+    const float divisor = scale == 0 ? 1 : scale;
+    const VECTOR zero = {0}, top = zero + levels;
+    int32_t wide[MAX_GROUP];
+    float wrong[MAX_GROUP], errors = 0, norms = 0;
+    VECTOR error = zero, norm = zero;
+    int i;
+    for (i = 0; i < size; i += LANES) {
+        VECTOR x, code, difference;
+        INTEGERS integer;
+        memcpy(&x, values + i, sizeof x);
+        code = (x - bias) / divisor;
+        code = SELECT(code > zero, code, zero);
+        code = SELECT(code < top, code, top);
+        code += ROUNDER; /* rounds to the nearest integer, ties to even, and leaves it in the lowest bits */
+        integer = (INTEGERS)code & 0xFF;
+        code -= ROUNDER;
+        difference = code * scale + bias - x;
+        error += difference * difference;
+        norm += x * x;
+        memcpy(wide + i, &integer, sizeof integer);
+        memcpy(wrong + i, &difference, sizeof difference);
+    }
+    for (i = 0; i < size; i++)
+        codes[i] = (uint8_t)wide[i];
+    for (i = 0; i < LANES; i++) {
+        errors += error[i];
+        norms += norm[i];
+    }
+    if (norms > 1e-20f && norms < 1e30f && errors < 1e30f) {
+        sums[0] += errors;
+        sums[1] += norms;
+    } else {
+        /* Squares may have left the range of single precision, or something is infinite or NaN. */
+        for (i = 0; i < size; i++) {
+            sums[0] += (double)wrong[i] * wrong[i];
+            sums[1] += (double)values[i] * values[i];
+        }
+    }
+}
+
+/* `size` codes into a little-endian bit stream; `room` bytes may be written from `words` on. */
+INLINE void NAME(pack)(const uint8_t *codes, const int size, int bits, uint8_t *words, size_t room)
+{
+    const uint64_t one = (((uint64_t)1 << bits) - 1) * 0x0001000100010001;
+    const uint64_t two = (((uint64_t)1 << 2 * bits) - 1) * 0x0000000100000001;
+    const uint64_t four = ((uint64_t)1 << 4 * bits) - 1;
+    uint64_t eight[MAX_GROUP / 8];
+    int i;
+    memcpy(eight, codes, (size_t)size);
+    for (i = 0; i < size / 8; i++) {
+        uint64_t x = eight[i];
+        x = (x & one) | ((x >> (8 - bits)) & (one << bits));
+        x = (x & two) | ((x >> (16 - 2 * bits)) & (two << 2 * bits));
+        eight[i] = (x & four) | ((x >> (32 - 4 * bits)) & ~four);
+    }
+    for (i = 0; i < size / 8; i++) {
+        if (room >= 8)
+            memcpy(words, &eight[i], 8); /* what is too much is overwritten by the next ones */
+        else
+            memcpy(words, &eight[i], (size_t)bits);
+        words += bits;
+        room -= (size_t)bits;
+    }
+}
+
+INLINE void NAME(tiles)(
+    const uint8_t *source, int source_type, size_t count, int bits, const int size, int scale_type,
+    uint8_t *words, uint8_t *scales, uint8_t *biases, double *sums)
+{
+    const float levels = (float)((1 << bits) - 1);
+    const size_t group_bytes = (size_t)(size * bits / 8);
+    size_t room = count / 8 * (size_t)bits, first = 0, index = 0;
+    while (first < count) {
+        /* Some groups at a time, so that the processor need not wait for the end of one before it begins the next. */
+        float values[TILE], low[TILE / 32], high[TILE / 32];
+        const int tile = count - first < TILE ? (int)(count - first) : TILE, groups = tile / size;
+        int g;
+        NAME(widen)(source, source_type, first, tile, values);
+        for (g = 0; g < groups; g++)
+            NAME(extremes)(values + g * size, size, low + g, high + g);
+        for (g = 0; g < groups; g++) {
+            high[g] = NAME(store_rounded)((high[g] - low[g]) / levels, scale_type, scales, index + (size_t)g);
+            low[g] = NAME(store_rounded)(low[g], scale_type, biases, index + (size_t)g);
+        }
+        for (g = 0; g < groups; g++) {
+            uint8_t codes[MAX_GROUP];
+            NAME(encode)(values + g * size, size, high[g], low[g], levels, codes, sums);
+            NAME(pack)(codes, size, bits, words, room);
+            words += group_bytes;
+            room -= group_bytes;
+        }
+        first += (size_t)tile;
+        index += (size_t)groups;
+    }
+}
+
+/* Group sizes as constants, so that the loops over a group are unrolled. */
+TARGET static void NAME(quantize)(
+    const uint8_t *source, int source_type, size_t count, int bits, int size, int scale_type,
+    uint8_t *words, uint8_t *scales, uint8_t *biases, double *sums)
+{
+    if (size == 32)
+        NAME(tiles)(source, source_type, count, bits, 32, scale_type, words, scales, biases, sums);
+    else if (size == 64)
+        NAME(tiles)(source, source_type, count, bits, 64, scale_type, words, scales, biases, sums);
+    else
+        NAME(tiles)(source, source_type, count, bits, 128, scale_type, words, scales, biases, sums);
+}
+
+#undef TARGET
+#undef NAME
+#undef LANES
+#undef VECTOR
+#undef INTEGERS

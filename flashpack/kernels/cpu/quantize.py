@@ -1,0 +1,29 @@
+"""Quantizing stored values: the native routine where it is built, otherwise numpy; the same bits either way."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashpack.formats import affine
+from flashpack.formats.dtypes import to_float32
+from flashpack.kernels.cpu import native
+
+
+def quantize(
+    stored: NDArray[np.generic], dtype: str, bits: int, group_size: int, scale_dtype: str
+) -> tuple[NDArray[np.uint32], NDArray[np.generic], NDArray[np.generic], float, float]:
+    """[rows, I] values as stored (BF16, F16 or F32) -> what ``affine.quantize`` makes of them, and two sums.
+
+    Returns words uint32 [rows, I*bits/32], scales and biases [rows, I/group_size] as stored, the sum of squared errors,
+    which is infinite or NaN exactly if a value or what it decodes to is, and the sum of squared values.
+    """
+    if native.available():
+        return native.quantize(stored, dtype, bits, group_size, scale_dtype)
+    values = to_float32(stored, dtype)
+    words, scales, biases, decoded = affine.quantize(values, bits, group_size, scale_dtype)
+    with np.errstate(invalid="ignore"):  # infinity - infinity: seen by the caller in the sum
+        decoded -= values
+    # In double precision, where no square of a float32 is infinite.
+    error, norm = (float(np.square(x, dtype=np.float64).sum()) for x in (decoded, values))
+    return words, scales, biases, error, norm

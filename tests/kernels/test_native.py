@@ -1,0 +1,153 @@
+"""The native quantizer against its numpy meaning: bit for bit, for every encoding, odd shapes and special values."""
+
+from __future__ import annotations
+
+import math
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from flashpack.formats import affine
+from flashpack.formats.constants import AFFINE_BITS, GROUP_SIZES
+from flashpack.formats.dtypes import from_float32, to_float32
+from flashpack.kernels.cpu import native
+from flashpack.kernels.cpu.quantize import quantize
+
+built = pytest.mark.skipif(not native.available(), reason=native.status())
+LEVELS = range(native.LEVELS.index(native.status().split()[-1]) + 1) if native.available() else ()
+DTYPES = ["BF16", "F16", "F32"]
+
+
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def check(stored: np.ndarray, dtype: str, bits: int, group: int, scale_dtype: str) -> None:
+    values = to_float32(stored, dtype)
+    words, scales, biases, decoded = affine.quantize(values, bits, group, scale_dtype)
+    with np.errstate(invalid="ignore"):
+        difference = (decoded - values).astype(np.float64)
+    finite = bool(np.isfinite(difference).all())
+    for level in LEVELS:
+        found = native.quantize(stored, dtype, bits, group, scale_dtype, level)
+        assert math.isfinite(found[3]) == finite
+        if not finite:
+            continue  # refused by the converter
+        assert same(found[0], words)
+        assert same(found[1], scales)
+        assert same(found[2], biases)
+        assert found[3] == pytest.approx(float((difference**2).sum()), rel=1e-5, abs=1e-40)
+        assert found[4] == pytest.approx(float((values.astype(np.float64) ** 2).sum()), rel=1e-5)
+
+
+def test_it_is_built_where_there_is_a_compiler() -> None:
+    if shutil.which("cc") is None and not native.available():
+        pytest.skip("no compiler")
+    assert native.status() in [f"native quantizer: {level}" for level in native.LEVELS]
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale_dtype", DTYPES)
+@pytest.mark.parametrize("group", GROUP_SIZES)
+@pytest.mark.parametrize("bits", AFFINE_BITS)
+def test_random_values_of_all_magnitudes(bits: int, group: int, scale_dtype: str, dtype: str) -> None:
+    rng = np.random.default_rng(bits * group)
+    for rows, groups in ((1, 1), (3, 1), (5, 3), (67, 5), (1, 33)):
+        magnitude = np.exp2(rng.integers(-40, 14, (rows, groups, 1)))
+        values = (rng.standard_normal((rows, groups, group)) * magnitude).astype(np.float32)
+        check(from_float32(values.reshape(rows, -1), dtype), dtype, bits, group, scale_dtype)
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", AFFINE_BITS)
+def test_every_value_of_sixteen_bits(bits: int, dtype: str) -> None:
+    """In groups of neighbours (nearly constant, subnormal, huge, infinite, NaN) and mixed with the others."""
+    patterns = np.arange(2**16, dtype=np.uint16)
+    for order in (patterns, patterns.reshape(256, 256).T.ravel()):
+        stored = order.view(np.float16) if dtype == "F16" else order
+        if dtype == "F32":
+            stored = (order.astype(np.uint32) << 16 | order).view(np.float32)
+        for group in GROUP_SIZES:
+            for scale_dtype in DTYPES:
+                for row in stored.reshape(-1, 2**12):
+                    check(row.reshape(-1, group), dtype, bits, group, scale_dtype)
+
+
+@built
+@settings(max_examples=200, deadline=None)
+@given(
+    hnp.arrays(np.float32, (2, 128), elements=st.floats(width=32)),
+    st.sampled_from(AFFINE_BITS),
+    st.sampled_from(GROUP_SIZES),
+    st.sampled_from(DTYPES),
+)
+def test_any_values(values: np.ndarray, bits: int, group: int, scale_dtype: str) -> None:
+    check(values, "F32", bits, group, scale_dtype)
+
+
+@pytest.mark.parametrize("use_native", [pytest.param(True, marks=built), False])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("position", [0, 63, 1000, 1279])
+def test_a_value_that_is_not_finite_shows_in_the_error(
+    use_native: bool, value: float, position: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "available", lambda: use_native)
+    values = np.random.default_rng(0).standard_normal((10, 128)).astype(np.float32)
+    assert math.isfinite(quantize(values, "F32", 4, 64, "BF16")[3])
+    values.flat[position] = value
+    assert not math.isfinite(quantize(values, "F32", 4, 64, "BF16")[3])
+
+
+@pytest.mark.parametrize("scale_dtype", DTYPES)
+def test_zeros_of_both_signs_are_one_value(scale_dtype: str) -> None:
+    """Their minimum is one or the other, by the code that numpy has for the processor."""
+    rng = np.random.default_rng(0)
+    values = np.where(rng.random((64, 64)) < 0.5, np.float32(-0.0), np.float32(0))
+    values[32:] += rng.choice([0, 1], (32, 64)).astype(np.float32) * np.float32(0.25)
+    values[0] = -0.0
+    for sign in (1, -1):
+        _, scales, biases, _ = affine.quantize(values * np.float32(sign), 4, 64, scale_dtype)
+        assert not np.signbit(to_float32(scales, scale_dtype)).any()
+        assert not np.signbit(to_float32(biases[:32], scale_dtype)).any()
+
+
+@built
+def test_slices_are_taken_as_they_are() -> None:
+    values = np.random.default_rng(0).standard_normal((9, 256)).astype(np.float32)[::2, 64:192]
+    check(values, "F32", 5, 64, "F16")
+
+
+@built
+def test_numpy_and_native_say_the_same_through_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = from_float32(np.random.default_rng(0).standard_normal((12, 320)).astype(np.float32), "BF16")
+    first = quantize(stored, "BF16", 3, 32, "F16")
+    monkeypatch.setattr(native, "available", lambda: False)
+    second = quantize(stored, "BF16", 3, 32, "F16")
+    assert all(same(a, b) for a, b in zip(first[:3], second[:3], strict=True))
+    assert first[3:] == pytest.approx(second[3:], rel=1e-5)
+
+
+@built
+@pytest.mark.parametrize(("bits", "group"), [(7, 64), (1, 64), (4, 16)])
+def test_other_encodings_are_refused(bits: int, group: int) -> None:
+    with pytest.raises(ValueError, match="no such encoding"):
+        native.quantize(np.zeros((1, 64), np.float32), "F32", bits, group, "BF16")
+
+
+@built
+def test_arrays_of_another_type_are_refused() -> None:
+    with pytest.raises(ValueError, match="BF16 as float32"):
+        native.quantize(np.zeros((1, 64), np.float32), "BF16", 4, 64, "BF16")
+
+
+def test_a_missing_library_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_load", lambda: "not built; install a C compiler, then flashpack again")
+    assert not native.available()
+    assert native.status().count("\n") == 0
+    assert "C compiler" in native.status()
