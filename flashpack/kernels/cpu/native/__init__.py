@@ -71,9 +71,9 @@ def quantize(
 ) -> tuple[NDArray[np.uint32], NDArray[np.generic], NDArray[np.generic], float, float]:
     """``affine.quantize`` of [rows, I] values as stored (``NUMPY[dtype]``; BF16, F16 or F32), to the bit.
 
-    Returns words uint32 [rows, I*bits/32], scales and biases [rows, I/group_size], the sum of squared errors (infinite
-    or NaN exactly if a value or what it decodes to is) and of squared values. ``level`` is a number of ``LEVELS`` that the
-    processor has, by default the best. Other threads run meanwhile. Only to be called if ``available``.
+    Returns words uint32 [rows, I*bits/32], scales and biases [rows, I/group_size], the sum of squared errors (not
+    finite exactly if a value or what it decodes to is not) and of squared values. ``level``: a number of ``LEVELS``
+    that the processor has, by default the best. Other threads run meanwhile. Only to be called if ``available``.
     """
     library = _load()
     if isinstance(library, str):
