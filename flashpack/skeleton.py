@@ -52,17 +52,40 @@ _HOOK_ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "is_concatenated", 
 
 @dataclass(frozen=True)
 class ExpertsModule:
-    """The routed experts of one layer: module path, layer index and shapes."""
+    """The routed experts of one layer: module path, layer index and the shapes of its parameters.
+
+    ``parameters``: gate_up_proj (or up_proj) [E, 2I, H] and down_proj [E, H, I], or with the last two exchanged
+    (``is_transposed``); biases [E, 2I] and [E, H]. Rows of gate and up alternate unless ``is_concatenated``.
+    """
 
     name: str
     layer: int
     module: nn.Module
     num_experts: int
-    parameters: dict[str, tuple[int, int, int]]
+    parameters: dict[str, tuple[int, ...]]
+    is_transposed: bool
+    is_concatenated: bool
 
     @property
     def has_gate(self) -> bool:
         return "gate_up_proj" in self.parameters
+
+    @property
+    def has_bias(self) -> bool:
+        return "down_proj_bias" in self.parameters
+
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """Shape [out, in] of each matrix of an expert: gate, up and down, or up and down."""
+        first = self._shape("gate_up_proj" if self.has_gate else "up_proj")
+        down = {"down": self._shape("down_proj")}
+        if not self.has_gate:
+            return {"up": first} | down
+        half = (first[0] // 2, first[1])
+        return {"gate": half, "up": half} | down
+
+    def _shape(self, parameter: str) -> tuple[int, int]:
+        _, rows, width = self.parameters[parameter]
+        return (width, rows) if self.is_transposed else (rows, width)
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -216,22 +239,26 @@ def find_experts(model: PreTrainedModel) -> list[ExpertsModule]:
     for name, module in model.named_modules():
         if not all(hasattr(module, a) for a in _HOOK_ATTRIBUTES):
             continue
-        odd = {
-            "expert biases": module.has_bias,
-            "transposed expert weights": module.is_transposed,
-            "interleaved gate and up rows": not module.is_concatenated,
-            "a norm after each expert": module.has_post_expert_norm,
-        }
-        if any(odd.values()):
-            what = ", ".join(k for k, v in odd.items() if v)
-            raise UnsupportedError(f"model_type {family!r}: {what} are not supported yet")
         shapes = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False)}
-        if set(shapes) not in ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"}):
+        first = "gate_up_proj" if module.has_gate else "up_proj"
+        expected = {first, "down_proj"} | ({f"{first}_bias", "down_proj_bias"} if module.has_bias else set())
+        if set(shapes) != expected:
             raise UnsupportedError(f"model_type {family!r}: expert parameters {sorted(shapes)} are not understood")
         layer = re.findall(r"(?:^|\.)(\d+)(?=\.)", name)
         if len(layer) != 1:
             raise FormatError(f"{name}: no single layer number in the module's name")
-        found.append(ExpertsModule(name, int(layer[0]), module, shapes["down_proj"][0], shapes))
+        layout: Any = module
+        found.append(
+            ExpertsModule(
+                name,
+                int(layer[0]),
+                module,
+                shapes["down_proj"][0],
+                shapes,
+                bool(layout.is_transposed),
+                bool(layout.is_concatenated) or not layout.has_gate,
+            )
+        )
     if not found:
         if any(getattr(model.config, key, None) for key in _COUNT_KEYS):
             raise UnsupportedError(

@@ -9,6 +9,7 @@ import numpy as np
 from flashpack.converter.folder import SourceFolder
 from flashpack.converter.plan import DensePlan, LayerPlan
 from flashpack.converter.quantize import Error, encode_blocks, is_exact
+from flashpack.formats.dtypes import from_float32
 from flashpack.formats.writer import RecordBuffer
 
 
@@ -26,24 +27,31 @@ def encode_record(
         if is_exact(source, projection.encoding) and source.verbatim:
             for section in plan.kind.sections:
                 role, part = section.name.split(".")
-                if role == projection.name:
+                if role == projection.name and part in source.parts:
                     extent, end = source.parts[part], section.offset + section.nbytes
                     folder.read_into(extent.path, extent.offset, record[section.offset : end])
         else:
             error = Error()
-            for start, rows, arrays in encode_blocks(folder, source, projection.encoding, error):
-                for part, array in arrays.items():
-                    buffer.sections[f"{projection.name}.{part}"][start : start + rows] = unsigned(array)
+            for pieces in encode_blocks(folder, source, projection.encoding, error):
+                for part, rows, array in pieces:
+                    stored = buffer.sections[f"{projection.name}.{part}"][rows]
+                    stored[:] = unsigned(array).reshape(stored.shape)
             relative.append(error.relative())
         advance(source.nbytes)
+        if projection.bias:
+            vector = plan.sources[f"{projection.name}.bias"].matrix(expert)
+            buffer.sections[f"{projection.name}.bias"][:, 0] = unsigned(
+                from_float32(vector.values(folder), projection.bias)
+            )
+            advance(vector.nbytes)
     return relative
 
 
 def encode_dense(folder: SourceFolder, plan: DensePlan, error: Error) -> Iterator[tuple[str, memoryview]]:
     """The stored tensors of a dense tensor or matrix, block by block: (tensor name, its next bytes)."""
     names = plan.tensor_names()
-    for _, _, arrays in encode_blocks(folder, plan.source.flat(), plan.encoding, error):
-        for part, array in arrays.items():
+    for pieces in encode_blocks(folder, plan.source.flat(), plan.encoding, error):
+        for part, _, array in pieces:
             yield names[part], unsigned(array).data.cast("B")
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from flashpack.converter.computed import computed
+from flashpack.converter.stack import ExpertStack, Rows, apply
 from flashpack.converter.tensor import SourceTensor
-from flashpack.errors import SourceError, UnsupportedError
+from flashpack.errors import SourceError
 from flashpack.skeleton import ExpertsModule, tied_names
 
 if TYPE_CHECKING:
@@ -26,74 +28,51 @@ _FOREIGN = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertSource:
-    """One projection of all experts of a layer, in a stacked tensor [E, R, I] or in E tensors [R, I].
-
-    Expert e's matrix is rows [start, start + rows) of its R rows.
-    """
-
-    tensors: tuple[SourceTensor, ...]
-    stacked: int
-    start: int
-    rows: int
-
-    def matrix(self, expert: int) -> SourceTensor:
-        """The matrix [rows, I] of one expert."""
-        if self.stacked:
-            return self.tensors[0].expert(expert).rows(self.start, self.rows)
-        return self.tensors[expert].rows(self.start, self.rows)
-
-    def split(self) -> tuple[ExpertSource, ExpertSource]:
-        """First and second half of the rows: gate and up of a fused matrix."""
-        half = self.rows // 2
-        return (
-            ExpertSource(self.tensors, self.stacked, self.start, half),
-            ExpertSource(self.tensors, self.stacked, self.start + half, half),
-        )
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """[E, rows, I]."""
-        return self.stacked or len(self.tensors), self.rows, self.tensors[0].shape[-1]
-
-
 @dataclass(frozen=True)
 class Bindings:
     """Every parameter of the model bound to its source, and what the source has beyond the model."""
 
     dense: dict[str, SourceTensor]
-    experts: dict[str, dict[str, ExpertSource]]
+    experts: dict[str, dict[str, ExpertStack]]
     dropped: list[str]
 
 
 def bind(model: PreTrainedModel, sites: list[ExpertsModule], tensors: dict[str, SourceTensor]) -> Bindings:
     """Bind each parameter of ``model`` to exactly one source of the right shape, or refuse."""
-    state = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     collected, converters, dropped = _rename_all(model, tensors)
     tied = tied_names(model)
     experts_of = {f"{site.name}.{p}": site for site in sites for p in site.parameters}
-    dense: dict[str, SourceTensor] = {}
-    experts: dict[str, dict[str, ExpertSource]] = {site.name: {} for site in sites}
-    for name, shape in state.items():
-        sources = collected.get(name)
-        if sources is None:
-            if name not in tied:
-                raise SourceError(f"the checkpoint lacks {name}; it is incomplete, or of another architecture")
-            continue
-        found: tuple[int, ...]
-        if name in experts_of:
+    dense = _dense(model, {n: s for n, s in collected.items() if n not in experts_of}, converters)
+    experts: dict[str, dict[str, ExpertStack]] = {site.name: {} for site in sites}
+    for name, parameter in model.state_dict().items():
+        shape, found = tuple(parameter.shape), None
+        if name in experts_of and name in collected:
             site = experts_of[name]
-            projections = _experts(name, sources, converters.get(name))
-            experts[site.name] |= projections
-            one = next(iter(projections.values())).shape
-            found = (one[0], sum(p.shape[1] for p in projections.values()), one[2])
-        else:
-            dense[name] = _dense(name, sources, converters.get(name))
+            rows = apply(name, converters.get(name), collected[name], shape)
+            found = rows.shape
+            if found == shape:
+                experts[site.name] |= _projections(site, name, rows)
+        elif name in dense:
             found = dense[name].shape
-        if found != shape:
+        elif name not in tied:
+            raise SourceError(f"the checkpoint lacks {name}; it is incomplete, or of another architecture")
+        if found not in (shape, None):
             raise SourceError(f"{name} has shape {list(found)} in the checkpoint, {list(shape)} in the model")
     return Bindings(dense, experts, dropped)
+
+
+def _projections(site: ExpertsModule, name: str, rows: Rows) -> dict[str, ExpertStack]:
+    """The arrays of a record that a parameter of an experts module consists of: "gate", "up", "gate.bias", ..."""
+    parameter = name.rpartition(".")[2]
+    stem, bias = parameter.removesuffix("_bias"), parameter.endswith("_bias")
+    suffix = ".bias" if bias else ""
+    if site.is_transposed and not bias:
+        rows = rows.transpose(name)
+    if stem != "gate_up_proj":
+        return {stem.removesuffix("_proj") + suffix: rows.take(0, rows.shape[1], 1, name)}
+    half = rows.shape[1] // 2
+    start, step = (half, 1) if site.is_concatenated else (1, 2)
+    return {"gate" + suffix: rows.take(0, half, step, name), "up" + suffix: rows.take(start, half, step, name)}
 
 
 Collected = dict[str, dict[str, list[SourceTensor]]]
@@ -143,44 +122,20 @@ def _droppable(model: PreTrainedModel, name: str, renamed: str) -> bool:
     return layer is not None and int(layer[1]) >= model.config.num_hidden_layers
 
 
-def _operations(converter: Any) -> list[str]:
-    return [repr(op) for op in converter.operations] if converter is not None else []
-
-
-def _experts(name: str, sources: dict[str, list[SourceTensor]], converter: Any) -> dict[str, ExpertSource]:
-    """The projections that the parameter ``name`` ([E, 2I, H] gate_up, [E, I, H] up or [E, H, I] down) consists of."""
-    operations = _operations(converter)
-    if operations in ([], ["MergeModulelist(dim=0)"], ["MergeModulelist(dim=0)", "Concatenate(dim=1)"]):
-        # Converters list gate before up; a checkpoint may hold the lists in any order.
-        order = list(converter.source_patterns) if converter is not None else list(sources)
-        parts = [_expert_source(sources[p]) for p in order if p in sources]
-        role = name.rpartition(".")[2].removesuffix("_proj")
-        if role == "gate_up" and len(parts) == 1 and parts[0].stacked:
-            gate, up = parts[0].split()
-            return {"gate": gate, "up": up}
-        if role == "gate_up" and len(parts) == 2 and parts[0].shape == parts[1].shape:
-            return {"gate": parts[0], "up": parts[1]}
-        if role in ("up", "down") and len(parts) == 1:
-            return {role: parts[0]}
-        raise SourceError(f"{name}: the checkpoint's experts are incomplete ({', '.join(sources)})")
-    raise UnsupportedError(f"{name}: the loader's operations {', '.join(operations)} are not supported yet")
-
-
-def _expert_source(tensors: list[SourceTensor]) -> ExpertSource:
-    first = tensors[0]
-    if len(first.shape) == 3 and len(tensors) == 1:
-        return ExpertSource((first,), first.shape[0], 0, first.shape[1])
-    for t in tensors:
-        if t.shape != first.shape or t.format != first.format or len(t.shape) != 2:
-            raise SourceError(f"{t.name} differs from {first.name} in shape or type; experts of a layer must be alike")
-    return ExpertSource(tuple(tensors), 0, 0, first.shape[0])
-
-
-def _dense(name: str, sources: dict[str, list[SourceTensor]], converter: Any) -> SourceTensor:
-    if converter is not None:
-        operations = ", ".join(_operations(converter))
-        raise UnsupportedError(f"{name}: the loader's operations {operations} are not supported yet")
-    found = [t for tensors in sources.values() for t in tensors]
-    if len(found) > 1:
-        raise SourceError(f"{name}: both {found[0].name} and {found[1].name} of the checkpoint would become it")
-    return found[0]
+def _dense(model: PreTrainedModel, collected: Collected, converters: dict[str, Any]) -> dict[str, SourceTensor]:
+    """Parameter -> its source. A converter may make several parameters of one tensor."""
+    dense: dict[str, SourceTensor] = {}
+    for name, sources in collected.items():
+        found = [t for tensors in sources.values() for t in tensors]
+        if name in converters:
+            made = computed(model, name, converters[name], dict(sources))
+        elif len(found) > 1:
+            raise SourceError(f"{name}: both {found[0].name} and {found[1].name} of the checkpoint would become it")
+        else:
+            made = [replace(found[0], name=name)]
+        for tensor in made:
+            tensor.check()
+            if tensor.name in dense:
+                raise SourceError(f"{tensor.name}: made twice of the checkpoint, of {found[0].name} and others")
+            dense[tensor.name] = tensor
+    return dense

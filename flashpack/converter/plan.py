@@ -10,8 +10,9 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from flashpack.converter.names import Bindings, ExpertSource
+from flashpack.converter.names import Bindings
 from flashpack.converter.source import Checkpoint
+from flashpack.converter.stack import ExpertStack
 from flashpack.converter.tensor import SourceTensor
 from flashpack.errors import UsageError
 from flashpack.formats import constants as C
@@ -55,11 +56,11 @@ class Options:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One shard: the layer, its record kind, and the source of each projection."""
+    """One shard: the layer, its record kind, and the source of each projection and bias ("gate", "gate.bias", ...)."""
 
     layer: Layer
     kind: RecordKind
-    sources: dict[str, ExpertSource]
+    sources: dict[str, ExpertStack]
 
 
 @dataclass(frozen=True)
@@ -170,14 +171,17 @@ def _resolve(choice: str, quantized: bool, default: str) -> str:
     return "source" if quantized else default
 
 
-def _plan_layer(plan: Plan, site: ExpertsModule, sources: dict[str, ExpertSource]) -> None:
+def _plan_layer(plan: Plan, site: ExpertsModule, sources: dict[str, ExpertStack]) -> None:
     projections = []
     for name in PROJECTIONS:
         if name in sources:
             source = sources[name].matrix(0)
             shape = (source.shape[0], source.shape[1])
             encoding = _choose(plan, plan.recipe["experts"], source, f"experts' {name} projection", ROUNDED_EXPERTS)
-            projections.append(Projection(name, shape, encoding))
+            bias = ""
+            if f"{name}.bias" in sources:
+                bias = _kept(sources[f"{name}.bias"].matrix(0)).dtype
+            projections.append(Projection(name, shape, encoding, bias))
     kind = RecordKind(tuple(projections))
     if kind not in plan.kinds:
         plan.kinds.append(kind)

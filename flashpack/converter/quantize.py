@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flashpack.converter.folder import SourceFolder
 from flashpack.converter.tensor import Arrays, SourceTensor
@@ -36,27 +37,33 @@ def is_exact(source: SourceTensor, target: Encoding) -> bool:
     return source.encoding == target
 
 
-def encode_blocks(
-    folder: SourceFolder, source: SourceTensor, target: Encoding, error: Error
-) -> Iterator[tuple[int, int, Arrays]]:
-    """Encode a 2-D tensor block by block: yields (first row, rows, part -> stored array)."""
+Piece = tuple[str, slice, NDArray[np.generic]]
+"""A stored part, some rows of it, and their content."""
+
+
+def encode_blocks(folder: SourceFolder, source: SourceTensor, target: Encoding, error: Error) -> Iterator[list[Piece]]:
+    """Encode a 2-D tensor block by block, in order; what all rows share comes with the first block."""
     rows, width = source.shape
     step = max(1, BLOCK_VALUES // max(1, width))
-    step = -(-step // source.block) * source.block if source.block else rows
-    for start in range(0, rows, max(step, 1)):
+    step = -(-step // source.block) * source.block if source.block else max(rows, 1)
+    for start in range(0, rows, step):
         count = min(step, rows - start)
-        block = source.rows(start, count)
-        if is_exact(source, target):
-            yield start, count, block.stored(folder)
-            continue
-        values = block.values(folder)
-        if not target.quantized:
-            yield start, count, {"weight": from_float32(values, target.dtype)}
-            continue
-        words, scales, biases, decoded = affine.quantize(values, target.bits, target.group_size, target.dtype)
-        decoded -= values
-        error.error += float(np.dot(decoded.ravel(), decoded.ravel()))
-        error.norm += float(np.dot(values.ravel(), values.ravel()))
-        if not math.isfinite(error.error):
-            raise SourceError(f"tensor {source.name}: infinite or NaN values cannot be quantized")
-        yield start, count, {"weight": words, "scales": scales, "biases": biases}
+        arrays = _encode(folder, source.rows(start, count), target, error)
+        pieces = [(part, target.part_rows(part, start, start + count), array) for part, array in arrays.items()]
+        yield [piece for piece in pieces if start == 0 or piece[1].start > 0]
+
+
+def _encode(folder: SourceFolder, block: SourceTensor, target: Encoding, error: Error) -> Arrays:
+    """The stored arrays of a matrix."""
+    if is_exact(block, target):
+        return block.stored(folder)
+    values = block.values(folder)
+    if not target.quantized:
+        return {"weight": from_float32(values, target.dtype)}
+    words, scales, biases, decoded = affine.quantize(values, target.bits, target.group_size, target.dtype)
+    decoded -= values
+    error.error += float(np.dot(decoded.ravel(), decoded.ravel()))
+    error.norm += float(np.dot(values.ravel(), values.ravel()))
+    if not math.isfinite(error.error):
+        raise SourceError(f"tensor {block.name}: infinite or NaN values cannot be quantized")
+    return {"weight": words, "scales": scales, "biases": biases}

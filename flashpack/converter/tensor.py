@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 
 from flashpack.converter.folder import SourceFolder
 from flashpack.errors import UnsupportedError
-from flashpack.formats import affine
 from flashpack.formats import constants as C
-from flashpack.formats.dtypes import ITEMSIZE, NUMPY, to_float32
+from flashpack.formats.dtypes import ITEMSIZE, NUMPY
+from flashpack.formats.encodings import decode
 from flashpack.formats.records import Encoding
+
+_RAW = (*C.RAW_DTYPES, "I32", "I64")
 
 Arrays = dict[str, NDArray[np.generic]]
 """Stored arrays of a matrix by part, as ``NUMPY[dtype]``."""
@@ -91,16 +93,7 @@ class WeightFormat:
         encoding = self.encoding
         assert encoding is not None
         stored = self.stored(arrays)
-        if encoding.name == "raw":
-            return to_float32(stored["weight"], encoding.dtype)
-        return affine.dequantize(
-            stored["weight"].view("<u4"),
-            stored["scales"],
-            stored["biases"],
-            encoding.bits,
-            encoding.group_size,
-            encoding.dtype,
-        )
+        return decode(encoding, stored, stored_shape(encoding, stored["weight"].shape))
 
 
 @dataclass(frozen=True)
@@ -111,7 +104,7 @@ class Plain(WeightFormat):
 
     @property
     def encoding(self) -> Encoding | None:
-        return Encoding("raw", self.dtype) if self.dtype in C.RAW_DTYPES else None
+        return Encoding("raw", self.dtype) if self.dtype in _RAW else None
 
     @property
     def verbatim(self) -> bool:
@@ -216,8 +209,12 @@ class SourceTensor:
         return replace(self, shape=(math.prod(self.shape[:-1]), *(self.shape[-1:] or (1,))), parts=parts)
 
     def values(self, folder: SourceFolder) -> NDArray[np.float32]:
-        """The values of a matrix in float32, in its shape."""
-        values = self.format.values(self._read(folder))
+        """The values in float32, in this shape."""
+        return self.decoded(self._read(folder))
+
+    def decoded(self, arrays: Arrays) -> NDArray[np.float32]:
+        """The values of the stored ``arrays``."""
+        values = self.format.values(arrays)
         if self.transposed:
             values = values.T
         if self.pick is not None:
@@ -241,6 +238,13 @@ class SourceTensor:
 def plain_tensor(name: str, extent: Extent) -> SourceTensor:
     """An unquantized tensor."""
     return SourceTensor(name, extent.shape, Plain(extent.dtype), {"weight": extent})
+
+
+def stored_shape(encoding: Encoding, weight: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a tensor whose stored ``weight`` has this shape."""
+    if encoding.name in ("raw", "fp8_e4m3"):
+        return weight
+    return (*weight[:-1], weight[-1] * 32 // encoding.bits)
 
 
 def _range(pick: slice) -> range:

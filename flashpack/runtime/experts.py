@@ -18,6 +18,7 @@ from flashpack.runtime.budget import PROMPT_CHUNK
 if TYPE_CHECKING:
     from flashpack.kernels.interface import Activation
     from flashpack.runtime.store import ExpertStore
+    from flashpack.skeleton import ExpertsModule
 
 NAME = "flashpack"
 
@@ -25,14 +26,14 @@ NAME = "flashpack"
 class RoutedExperts:
     """One layer's routed experts, bound to the store."""
 
-    def __init__(
-        self, store: ExpertStore, kernels: Kernels, layer: int, num_experts: int, activation: Activation
-    ) -> None:
+    def __init__(self, store: ExpertStore, kernels: Kernels, site: ExpertsModule) -> None:
+        module: Any = site.module
         self._store = store
         self._kernels = kernels
-        self._layer = layer
-        self._num_experts = num_experts
-        self._activation = activation
+        self._layer = site.layer
+        self._num_experts = site.num_experts
+        self._activation = _activation(site)
+        self._norm: Activation | None = module.post_expert_norm if module.has_post_expert_norm else None
 
     def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """x [tokens, hidden], index and weights [tokens, top_k] -> [tokens, hidden], in x's type."""
@@ -52,13 +53,26 @@ class RoutedExperts:
         for expert, record in self._store.stream(self._layer, sorted(pairs)):
             rows = torch.tensor(pairs[expert])
             states = x[rows // top_k] if tokens > 1 else x
-            outputs[rows] = self._kernels.expert(states, record, self._activation).float()
+            output = self._kernels.expert(states, record, self._activation)
+            outputs[rows] = (output if self._norm is None else self._norm(output)).float()
         outputs *= weights.reshape(-1, 1)
         by_choice = outputs.view(tokens, top_k, -1)
         total = by_choice[:, 0].clone()
         for k in range(1, top_k):
             total += by_choice[:, k]
         return total.to(x.dtype)
+
+
+def _activation(site: ExpertsModule) -> Activation:
+    """The module's own activation, for gate rows that come before the rows of up."""
+    module: Any = site.module
+    if not site.has_gate:
+        alone: Activation = module.act_fn
+        return alone
+    gated: Activation = module._apply_gate
+    if site.is_concatenated:
+        return gated
+    return lambda x: gated(torch.stack(x.chunk(2, dim=-1), dim=-1).flatten(-2))
 
 
 def forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -120,8 +120,7 @@ def load(
     store = ExpertStore(opened, kernels, budget.slots, check)
     for site in sites:
         module: Any = site.module
-        activation = module._apply_gate if site.has_gate else module.act_fn
-        module.flashpack = experts.RoutedExperts(store, kernels, site.layer, site.num_experts, activation)
+        module.flashpack = experts.RoutedExperts(store, kernels, site)
     _generation_config(model, opened.folder, context, budgets.PROMPT_CHUNK)
     confine(model, torch.get_num_threads())
     runtime: Any = Runtime(opened, store, budget, context, kernels.name)
@@ -140,27 +139,24 @@ def _check_layers(pack: Pack, sites: list[ExpertsModule]) -> None:
     for site in sites:
         layer = layers[site.name]
         for kind, _ in layer.kinds:
-            rows: dict[str, int] = {}
-            for p in pack.manifest.record_kinds[kind].projections:
-                name = "down_proj" if p.name == "down" else ("gate_up_proj" if site.has_gate else "up_proj")
-                rows[name] = rows.get(name, 0) + p.shape[0]
-                if p.shape[1] != site.parameters[name][2]:
-                    raise FormatError(f"{pack.folder}: experts of layer {layer.index}: {p.name} has another width")
-            if rows != {name: shape[1] for name, shape in site.parameters.items()}:
+            projections = pack.manifest.record_kinds[kind].projections
+            if {p.name: p.shape for p in projections} != site.projections():
                 raise FormatError(f"{pack.folder}: experts of layer {layer.index} have other shapes than the model")
+            if any(bool(p.bias) != site.has_bias for p in projections):
+                raise FormatError(f"{pack.folder}: experts of layer {layer.index} have other biases than the model")
         if layer.experts != site.num_experts or layer.index != site.layer:
             raise FormatError(f"{pack.folder}: layer {layer.index} has {layer.experts} experts, not {site.num_experts}")
 
 
 def _numbers(config: PretrainedConfig, pack: Pack, sites: list[ExpertsModule]) -> tuple[int, int]:
-    """Width of the hidden states and experts per token, both checked."""
+    """Width of the hidden states, or of the experts' if they are wider, and experts per token; both checked."""
     hidden = getattr(config, "hidden_size", None)
     top_k = next((n for n in (getattr(config, k, None) for k in _TOP_K_KEYS) if n is not None), 1)
-    if type(hidden) is not int or hidden != sites[0].parameters["down_proj"][1]:
-        raise FormatError(f"{pack.folder}: config.json: hidden_size {hidden!r} is not the width of the experts")
+    if type(hidden) is not int:
+        raise FormatError(f"{pack.folder}: config.json: hidden_size {hidden!r} is not a number")
     if type(top_k) is not int or not 1 <= top_k <= min(s.num_experts for s in sites):
         raise FormatError(f"{pack.folder}: config.json: {top_k!r} experts per token, of {sites[0].num_experts}")
-    return hidden, top_k
+    return max(hidden, *(s.projections()["down"][0] for s in sites)), top_k
 
 
 def _context(config: object, wanted: int | None) -> int:

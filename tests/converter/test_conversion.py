@@ -151,7 +151,6 @@ def test_a_bad_source_is_refused_in_one_line_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gpt_oss", "'gpt_oss': expert biases, transposed expert weights"),
         ("llama4_text", "'llama4_text' has experts, but not behind transformers' experts hook"),
         ("qwen3_moe-fp8block", "quantized with 'fp8'"),
         ("qwen3_moe-gptq", "quantized with 'gptq'"),
