@@ -9,10 +9,9 @@ from collections.abc import Iterable
 from math import prod
 from typing import Any, NoReturn
 
+from pack_encodings import FEATURES, FLOATS, PARTS, SIZES, PackError, need, stored_parts
+
 PAGE = 16384
-SIZES = {"U8": 1, "U32": 4, "BF16": 2, "F16": 2, "F32": 4}
-FLOATS = ("BF16", "F16", "F32")
-PARTS = ("weight", "scales", "biases")
 DIGESTS = {"experts": ["header", "tail"], "dense": ["header"], "copy": ["file"]}
 OWN_NAMES = ("flashpack.json", "flashpack.json.b3", "flashpack.journal")
 FORBIDDEN = (".part", ".py", ".pyc", ".pyd", ".so", ".dylib", ".dll", ".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle")
@@ -39,19 +38,6 @@ REST = {
     "tensors": [SECTION | {"path": "string", "digest": "digest"}],
     "files": [{"path": "string", "role": "string", "size": "integer", "digests": {}}],
 }
-
-
-class PackError(Exception):
-    """The pack cannot be read or trusted; `code` is one of section 11."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(f"{code}: {message}")
-        self.code = code
-
-
-def need(condition: bool, message: str, code: str = "format") -> None:
-    if not condition:
-        raise PackError(code, message)
 
 
 def up(size: int, multiple: int = PAGE) -> int:
@@ -105,25 +91,16 @@ def derive(metadata: dict[str, str], tensors: Iterable[Any], aligned: bool) -> t
     return (start - 8).to_bytes(8, "little") + text.ljust(start - 8), starts, start + end
 
 
-def stored_parts(encoding: Any, shape: list[int]) -> dict[str, tuple[str, list[int]]]:
-    """Section 6: dtype and shape of each array that a matrix [out, in] is stored as."""
-    raw = encoding["name"] == "raw"
-    need(raw or encoding["name"] == "affine", f"the encoding {encoding['name']} is unknown", "version")
-    bits, group, dtype = (encoding.get(key) for key in ("bits", "group_size", "dtype" if raw else "scale_dtype"))
-    need(dtype in FLOATS and len(shape) == 2, f"no matrix: {encoding} {shape}")
-    if raw:
-        return {"weight": (dtype, shape)}
-    need(bits in (2, 3, 4, 5, 6, 8) and group in (32, 64, 128) and shape[1] % group == 0, f"odd: {encoding} {shape}")
-    scales = (dtype, [shape[0], shape[1] // group])
-    return {"weight": ("U32", [shape[0], shape[1] * bits // 32]), "scales": scales, "biases": scales}
-
-
 def check_kind(kind: Any) -> None:
     """Section 5: the sections of a record follow from its projections."""
     names = [p["name"] for p in kind["projections"]]
     need(names in (["gate", "up", "down"], ["up", "down"]), f"odd projections: {names}")
     stored = {p["name"]: stored_parts(p["encoding"], p["shape"]) for p in kind["projections"]}
+    for p in kind["projections"]:
+        need(p.get("bias", "F32") in FLOATS, f"odd bias: {p}")
+        stored[p["name"]] |= {"bias": (p["bias"], p["shape"][:1])} if "bias" in p else {}
     order = [(name, part) for part in PARTS for name in names[:-1]] + [("down", part) for part in PARTS]
+    order += [(name, "bias") for name in names]
     expected, end = [], 0
     for name, part in order:
         if part in stored[name]:
@@ -156,7 +133,6 @@ def check_layers(m: Any) -> None:
     codecs = [layer.get("codec", "raw") for layer in m["layers"]]
     check(codecs, ["string"], "codec")
     need(set(codecs) <= {"raw", "zstd"}, f"an unknown codec: {set(codecs)}", "version")
-    need(m["required_features"] == ["zstd"] * ("zstd" in codecs), "required_features are not exactly those in use")
     for layer in m["layers"]:
         kinds, counts = [k["kind"] for k in layer["kinds"]], [k["count"] for k in layer["kinds"]]
         need(len(kinds) == len(set(kinds)) and max(kinds, default=256) < len(m["record_kinds"]), "odd kinds of a layer")
@@ -177,13 +153,23 @@ def check_dense(m: Any) -> None:
             need(stored.get(name.removesuffix("weight") + part) == wanted, f"{part} of {name} is missing or odd")
 
 
+def features(m: Any) -> set[str]:
+    """Section 10: what a reader of this manifest has to know."""
+    projections = [p for kind in m["record_kinds"] for p in kind["projections"]]
+    used = {p["encoding"]["name"] for p in projections + m["matrices"]} & set(FEATURES)
+    used |= {"zstd"} if any(layer.get("codec") == "zstd" for layer in m["layers"]) else set()
+    used |= {"expert_bias"} if any("bias" in p for p in projections) else set()
+    return used | ({"int_tensors"} if any(t["dtype"] in ("I32", "I64") for t in m["tensors"]) else set())
+
+
 def read_manifest(raw: bytes) -> Any:
     """The manifest in these bytes, if it keeps all rules."""
     m = parse(raw)
     check(m, FIRST, "the manifest")  # first, so that a newer pack is refused as newer and not for what it changes
     need(m["format"] == "flashpack" and m["version"] >= 1, "another format")
     need(re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9}){1,3}", m["min_reader"]) is not None, "odd min_reader")
-    newer = [f"version {m['version']}"] * (m["version"] > 1) + [f for f in m["required_features"] if f != "zstd"]
+    known = {"zstd", "expert_bias", "int_tensors", *FEATURES}
+    newer = [f"version {m['version']}"] * (m["version"] > 1) + [f for f in m["required_features"] if f not in known]
     need(not newer, f"{newer} needs flashpack {m['min_reader']}", "version")
     check(m, REST, "the manifest")
     need(m["model"]["name_schema"] == "transformers-5", "unknown name_schema", "version")
@@ -196,4 +182,5 @@ def read_manifest(raw: bytes) -> Any:
     check_files(m["files"])
     check_layers(m)
     check_dense(m)
+    need(m["required_features"] == sorted(features(m)), "required_features are not exactly those in use")
     return m

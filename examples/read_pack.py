@@ -2,6 +2,7 @@
 
 Trust is built in this order: the manifest proves itself with its digest, positions and headers follow from the manifest
 (pack_rules.py), every other byte has a digest. So nothing is believed that a damaged or hostile file says about itself.
+What stored bytes mean is in pack_encodings.py.
 """
 
 import argparse
@@ -11,30 +12,18 @@ from typing import Any
 
 import numpy as np
 from blake3 import blake3
-from pack_rules import FLOATS, PAGE, PARTS, PackError, derive, nbytes, need, read_manifest, up
+from pack_encodings import FLOATS, PackError, decode, need, stored_parts
+from pack_rules import PAGE, derive, nbytes, read_manifest, up
 
-NUMPY = {"U8": "<u1", "U32": "<u4", "BF16": "<u2", "F16": "<f2", "F32": "<f4"}
+NUMPY = {"U8": "<u1", "U32": "<u4", "I32": "<i4", "I64": "<i8", "BF16": "<u2", "F16": "<f2", "F32": "<f4"}
 
 
 def values(raw: bytes, dtype: str, shape: list[int], offset: int = 0) -> np.ndarray:
-    """Stored bytes as an array: floats as float32, U8 and U32 as they are."""
+    """Stored bytes as an array: floats as float32, integers as they are."""
     array = np.frombuffer(raw[offset : offset + nbytes(dtype, shape)], NUMPY[dtype])
     if dtype == "BF16":  # the upper half of a float32
         array = (array.astype("<u4") << 16).view("<f4")
     return (array.astype("<f4") if dtype in FLOATS else array).reshape(shape)
-
-
-def decode(encoding: Any, weight: np.ndarray, *scales_and_biases: np.ndarray) -> np.ndarray:
-    """Section 6: the float32 matrix [out, in]."""
-    if encoding["name"] == "raw":
-        return weight
-    bits, data = encoding["bits"], weight.view("<u1")
-    first = np.arange(data.shape[1] * 8 // bits) * bits  # first bit of each value; its last is in that byte or the next
-    low, high = data[:, first // 8], data[:, np.minimum(first // 8 + 1, data.shape[1] - 1)]
-    q = (low.astype("<u2") | high.astype("<u2") << 8) >> (first % 8).astype("<u2") & (2**bits - 1)
-    scales, biases = (np.repeat(part, encoding["group_size"], axis=1) for part in scales_and_biases)
-    with np.errstate(all="ignore"):  # nothing is said about the range of scales
-        return q.astype("<f4") * scales + biases  # two steps, each rounded to float32
 
 
 class Pack:
@@ -142,15 +131,17 @@ class Pack:
         return record
 
     def read_expert(self, layer: int, expert: int) -> dict[str, np.ndarray]:
-        """The matrices of an expert by the names of its projections, float32 [out, in]."""
+        """The matrices of an expert by the names of its projections, float32 [out, in]; biases [out] as NAME.bias."""
         record, kind = self.read_record(layer, expert), self.layers[layer][expert][0]
-        parts: dict[str, list[np.ndarray]] = {p["name"]: [] for p in kind["projections"]}
-        for s in kind["sections"]:  # those of one projection in the order of PARTS
-            parts[s["name"].split(".")[0]].append(values(record, s["dtype"], s["shape"], s["offset"]))
-        return {p["name"]: decode(p["encoding"], *parts[p["name"]]) for p in kind["projections"]}
+        stored = {s["name"]: values(record, s["dtype"], s["shape"], s["offset"]) for s in kind["sections"]}
+        found = {name: array for name, array in stored.items() if name.endswith(".bias")}
+        for p in kind["projections"]:
+            parts = {part: stored[f"{p['name']}.{part}"] for part in stored_parts(p["encoding"], p["shape"])}
+            found[p["name"]] = decode(p["encoding"], parts)
+        return found
 
     def read_stored(self, name: str) -> np.ndarray:
-        """A dense tensor as it is stored: floats as float32, U8 and U32 as they are."""
+        """A dense tensor as it is stored: floats as float32, integers as they are."""
         need(name in self.tensors, f"no tensor is called {name}", "usage")
         tensor = self.tensors[name]
         raw = self._read(tensor["path"], tensor["offset"], nbytes(tensor["dtype"], tensor["shape"]))
@@ -161,7 +152,9 @@ class Pack:
         """A dense tensor, or the float32 values of a quantized matrix."""
         if name not in self.matrices:
             return self.read_stored(name)
-        return decode(self.matrices[name]["encoding"], *(self.read_stored(name[:-6] + part) for part in PARTS))
+        encoding, shape = (self.matrices[name][key] for key in ("encoding", "shape"))
+        stored = {part: self.read_stored(name[:-6] + part) for part in stored_parts(encoding, shape)}
+        return decode(encoding, stored)
 
 
 def decompress(frame: bytes, stride: int) -> bytes:

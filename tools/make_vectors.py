@@ -20,14 +20,16 @@ import numpy as np
 import vector_edges
 import vector_faults
 import vector_fields
+import vector_floats
 import vector_packs
 
-from flashpack.formats import Encoding, Pack, affine
+from flashpack.formats import Pack
 from flashpack.formats.dtypes import NUMPY, to_float32
+from flashpack.formats.encodings import decode
 from flashpack.version import __version__
 
-VALID = vector_packs.VALID | vector_edges.MORE_VALID
-FAULTS = vector_faults.FAULTS + vector_fields.MORE_FAULTS
+VALID = vector_packs.VALID | vector_edges.MORE_VALID | vector_floats.FLOAT_VALID
+FAULTS = vector_faults.FAULTS + vector_fields.MORE_FAULTS + vector_floats.FLOAT_FAULTS
 ROOT = Path(__file__).resolve().parent.parent
 VECTORS = ROOT / "tests" / "vectors"
 
@@ -47,14 +49,11 @@ def archive(folder: Path) -> bytes:
     return gzip.compress(plain.getvalue(), 9, mtime=0)
 
 
-def decoded(parts: dict[str, np.ndarray], encoding: Encoding) -> str:
-    """SHA-256 of a matrix's values as float32, row by row."""
-    if encoding.quantized:
-        e = encoding
-        values = affine.dequantize(parts["weight"], parts["scales"], parts["biases"], e.bits, e.group_size, e.dtype)
-    else:
-        values = to_float32(parts["weight"], encoding.dtype)
-    return sha256(np.ascontiguousarray(values, "<f4").tobytes())
+def digest(values: np.ndarray) -> str:
+    """SHA-256 of values as float32, row by row, every NaN as one; of integers as they are stored."""
+    if values.dtype == np.float32:
+        values = np.where(np.isnan(values), np.array(0x7FC00000, "<u4").view("<f4"), values)
+    return sha256(np.ascontiguousarray(values).tobytes())
 
 
 def sha256(data: bytes) -> str:
@@ -62,7 +61,10 @@ def sha256(data: bytes) -> str:
 
 
 def values(folder: Path) -> dict[str, object]:
-    """Digests of all that a reader can decode: experts by "layer/expert/projection", tensors and matrices by name."""
+    """Digests of all that a reader can decode.
+
+    Matrices of experts by "layer/expert/projection", their biases with ".bias" behind; tensors and matrices by name.
+    """
     pack = Pack(folder)
     experts: dict[str, str] = {}
     for layer in pack.manifest.layers:
@@ -78,16 +80,18 @@ def values(folder: Path) -> dict[str, object]:
                 }
                 for p in kind.projections:
                     parts = {n.split(".")[1]: a for n, a in arrays.items() if n.startswith(f"{p.name}.")}
-                    experts[f"{layer.index}/{e}/{p.name}"] = decoded(parts, p.encoding)
+                    experts[f"{layer.index}/{e}/{p.name}"] = digest(decode(p.encoding, parts, p.shape))
+                    if p.bias:
+                        experts[f"{layer.index}/{e}/{p.name}.bias"] = digest(to_float32(parts["bias"], p.bias))
     tensors: dict[str, str] = {}
     for t in pack.manifest.tensors:
         array = pack.map_tensor(t.name)
         floats = t.dtype in ("BF16", "F16", "F32")
-        tensors[t.name] = sha256((to_float32(array, t.dtype) if floats else array).tobytes())
-    matrices = {
-        m.name: decoded({part: pack.map_tensor(name) for part, name in m.tensor_names().items()}, m.encoding)
-        for m in pack.manifest.matrices
-    }
+        tensors[t.name] = digest(to_float32(array, t.dtype) if floats else array)
+    matrices = {}
+    for m in pack.manifest.matrices:
+        parts = {part: pack.map_tensor(name) for part, name in m.tensor_names().items()}
+        matrices[m.name] = digest(decode(m.encoding, parts, m.shape))
     return {"identity": pack.identity, "experts": experts, "tensors": tensors, "matrices": matrices}
 
 

@@ -172,16 +172,25 @@ def test_the_tool_changes_no_vector_and_drops_no_row(tmp_path: Path, monkeypatch
 
 
 def test_every_encoding_and_feature_is_in_a_valid_vector(tmp_path: Path) -> None:
-    encodings, codecs, mixed = set(), set(), set()
+    encodings, codecs, mixed, features, biases, dtypes = (set[Any]() for _ in range(6))
     for name in VALID:
         manifest = Pack(unpack("valid", name, tmp_path / name)).manifest
-        projections = [p.encoding for k in manifest.record_kinds for p in k.projections]
-        encodings |= set(projections)
+        projections = [p for k in manifest.record_kinds for p in k.projections]
+        encodings |= {p.encoding for p in projections}
+        biases |= {p.bias for p in projections}
+        dtypes |= {t.dtype for t in manifest.tensors}
+        features |= set(manifest.required_features)
         codecs |= {layer.codec for layer in manifest.layers}
         mixed |= {(layer.codec, layer.mixed) for layer in manifest.layers}
     assert {e.dtype for e in encodings if not e.quantized} == set(C.RAW_DTYPES)
     for field, expected in (("bits", C.AFFINE_BITS), ("group_size", C.GROUP_SIZES), ("dtype", C.SCALE_DTYPES)):
-        assert {getattr(e, field) for e in encodings if e.quantized} == set(expected)
+        assert {getattr(e, field) for e in encodings if e.name == "affine"} == set(expected)
+    assert {e.global_scale for e in encodings if e.name == "nvfp4"} == set(C.GLOBAL_SCALES)
+    assert {e.dtype for e in encodings if e.name == "fp8_e4m3"} == set(C.FP8_SCALE_DTYPES)
+    assert {0, 1, C.MAX_BLOCK} < {n for e in encodings if e.name == "fp8_e4m3" for n in e.block}
+    assert features == set(C.FEATURES)
+    assert biases == {"", *C.BIAS_DTYPES}
+    assert dtypes == set(C.TENSOR_DTYPES)
     assert codecs == set(C.CODECS)
     assert len(mixed) == 4
 

@@ -8,6 +8,7 @@ MESSAGES = {
     "backslash-path": "not a path inside the pack",
     "bad-digest": "is not a digest of 64 hexadecimal digits",
     "bad-min-reader": "min_reader is not a version",
+    "bias-out-of-range": "the bias of up is of type .*, not BF16, F16, F32",
     "content-digest": "",
     "control-character": "is missing or not a printable string",
     "damaged-copy": "config.json: is damaged",
@@ -20,6 +21,7 @@ MESSAGES = {
     "duplicate-key": "a JSON object has a key twice",
     "empty-kind": "kinds are empty or stand twice",
     "executable-file": "a file that a program would run",
+    "fp8-out-of-range": "has a parameter out of range",
     "fraction": "is not an integer",
     "frame-larger-than-record": "a frame is empty or larger than its record",
     "frame-of-another-size": r"the frame holds \d+ bytes, the record \d+",
@@ -54,6 +56,7 @@ MESSAGES = {
     "not-a-number": "JSON holds (NaN|-Infinity)",
     "not-canonical": "not in canonical form|Unexpected UTF-8 BOM",
     "not-utf8": "not valid JSON: 'utf-8' codec",
+    "nvfp4-out-of-range": "has a parameter out of range",
     "odd-projections": "a record holds gate, up, down or up, down; not",
     "other-format": "not a flashpack manifest",
     "own-name": "a name of the format's own",
@@ -78,8 +81,9 @@ MESSAGES = {
     "too-many-kinds": "too many record kinds or layers",
     "truncated-file": r"has \d+ bytes, not \d+",
     "unknown-codec": "codec .* is unknown",
-    "unknown-dtype": "type .* is not one of U8, U32, BF16, F16, F32",
-    "unknown-encoding": "encoding 'trellis' is unknown",
+    # The frozen ones of I64 are from before the feature int_tensors, which they do not list.
+    "unknown-dtype": "type '(F64|I16)' is not one of U8, U32, I32, I64, BF16, F16, F32|required_features are not",
+    "unknown-encoding": "encoding '(trellis|fp8_e5m2|MXFP4)' is unknown",
     "unknown-feature": "the required feature 'warp' is unknown",
     "unknown-name-schema": "the schema of tensor names .* is unknown",
     "unknown-role": "role .* is unknown",
@@ -94,7 +98,7 @@ MESSAGES = {
     "wrong-nbytes": "nbytes do not follow from the projections",
     "wrong-stride": "stride do not follow from the projections",
     "wrong-type": "is missing or not|is not (a|an|that of) |do not follow from|not a flashpack manifest"
-    "|too many dimensions|not a path inside the pack",
+    "|too many dimensions|not a path inside the pack|not a list of two numbers",
     "zero-dimension": "is empty or has too many dimensions",
 }
 """Rule -> a regular expression for the error; empty where only a full check finds the fault."""
