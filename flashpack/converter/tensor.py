@@ -6,14 +6,16 @@ expert and row by row.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashpack.converter.folder import SourceFolder
-from flashpack.errors import UnsupportedError
+from flashpack.errors import SourceError, UnsupportedError
 from flashpack.formats import constants as C
 from flashpack.formats.dtypes import ITEMSIZE, NUMPY
 from flashpack.formats.encodings import decode
@@ -51,6 +53,10 @@ class Extent:
         """The same bytes seen as ``shape``."""
         return replace(self, shape=shape)
 
+    def view(self, dtype: str, *shape: int) -> Extent:
+        """The same bytes seen as another type and shape."""
+        return replace(self, dtype=dtype, shape=shape)
+
     def read(self, folder: SourceFolder) -> NDArray[np.generic]:
         """The stored values, as ``NUMPY[dtype]``."""
         data = np.empty(self.nbytes, dtype=np.uint8)
@@ -62,8 +68,14 @@ class Extent:
 class WeightFormat:
     """How the stored arrays of a matrix become values. One object for all matrices of the same format.
 
-    A subclass has ``values``, or ``stored`` and an ``encoding``; arrays carry the shape.
+    A subclass has ``values``, or ``stored`` and an ``encoding``; arrays carry the shape. Both raise ``SourceError`` for
+    stored values that make no sense, without the tensor's name, which the caller adds.
     """
+
+    @property
+    def label(self) -> str:
+        """The format's name: for messages, and for the recipe in the manifest."""
+        return "plain"
 
     @property
     def encoding(self) -> Encoding | None:
@@ -95,6 +107,9 @@ class WeightFormat:
         stored = self.stored(arrays)
         return decode(encoding, stored, stored_shape(encoding, stored["weight"].shape))
 
+    def __str__(self) -> str:
+        return self.label
+
 
 @dataclass(frozen=True)
 class Plain(WeightFormat):
@@ -113,9 +128,14 @@ class Plain(WeightFormat):
 
 @dataclass(frozen=True)
 class Packed(WeightFormat):
-    """The arrays of an encoding of the pack, byte for byte."""
+    """The arrays of an encoding of the pack, byte for byte, in its types and shapes. ``name`` is the format's."""
 
+    name: str
     exact: Encoding
+
+    @property
+    def label(self) -> str:
+        return self.name
 
     @property
     def encoding(self) -> Encoding | None:
@@ -124,6 +144,14 @@ class Packed(WeightFormat):
     @property
     def verbatim(self) -> bool:
         return True
+
+    @property
+    def align(self) -> int:
+        return max(1, self.exact.block[0])
+
+    def cut(self, parts: dict[str, Extent], start: int, count: int) -> dict[str, Extent]:
+        rows = {name: self.exact.part_rows(name, start, start + count) for name in parts}
+        return {name: part.take(rows[name].start, rows[name].stop - rows[name].start) for name, part in parts.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +182,7 @@ class SourceTensor:
         encoding = self.format.encoding
         if encoding is None or self.add:
             return None
-        if (self.transposed and encoding.name != "raw") or (self.pick is not None and self.format.align != 1):
+        if (self.transposed and encoding.quantized) or (self.pick is not None and encoding.block[0] > 1):
             return None
         return encoding
 
@@ -205,6 +233,8 @@ class SourceTensor:
         """The same values as one matrix [all leading dimensions, width]."""
         if len(self.shape) == 2:
             return self
+        if isinstance(self.format.encoding, Encoding) and self.format.encoding.name in ("nvfp4", "fp8_e4m3"):
+            raise UnsupportedError(f"tensor {self.name}: stored as {self.format}, but no matrix; not supported")
         parts = {k: p.reshape(math.prod(p.shape[:-1]), *(p.shape[-1:] or (1,))) for k, p in self.parts.items()}
         return replace(self, shape=(math.prod(self.shape[:-1]), *(self.shape[-1:] or (1,))), parts=parts)
 
@@ -214,7 +244,8 @@ class SourceTensor:
 
     def decoded(self, arrays: Arrays) -> NDArray[np.float32]:
         """The values of the stored ``arrays``."""
-        values = self.format.values(arrays)
+        with self._named():
+            values = self.format.values(arrays)
         if self.transposed:
             values = values.T
         if self.pick is not None:
@@ -224,12 +255,24 @@ class SourceTensor:
 
     def stored(self, folder: SourceFolder) -> Arrays:
         """The arrays of a matrix in ``encoding``."""
-        stored = self.format.stored(self._read(folder))
+        encoding, arrays = self.format.encoding, self._read(folder)
+        assert encoding is not None
+        with self._named():
+            stored = self.format.stored(arrays)
         if self.transposed:
             stored = {part: array.T for part, array in stored.items()}
         if self.pick is not None:
-            stored = {part: array[self.pick] for part, array in stored.items()}
+            # What all rows share has one row for whichever of them.
+            own = {part for part in stored if encoding.part_rows(part, 1, 2).start == 1}
+            stored = {part: array[self.pick] if part in own else array for part, array in stored.items()}
         return stored
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except SourceError as e:
+            raise type(e)(f"tensor {self.name}: {e}") from e
 
     def _read(self, folder: SourceFolder) -> Arrays:
         return {part: extent.read(folder) for part, extent in self.parts.items()}

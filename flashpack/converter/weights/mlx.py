@@ -1,8 +1,8 @@
 """MLX checkpoints: quantized triples, stacked expert names, and what mlx-lm changes in some families.
 
 mlx-lm stores ``X.weight`` as uint32 words with ``X.scales`` and ``X.biases`` beside it: exactly the pack's affine
-encoding. Bits and group size stand in config.json (``quantization``, with overrides per module path) and are
-checked against the shapes.
+encoding. Modes of small floats have no biases, and scales of one byte. Bits, group size and mode stand in config.json
+(``quantization``, with overrides per module path) and are checked against the shapes.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from flashpack.converter.source import Checkpoint
-from flashpack.converter.tensor import Extent, Packed, SourceTensor, plain_tensor
+from flashpack.converter.tensor import Extent, SourceTensor, plain_tensor
+from flashpack.converter.weights.parts import check_dtype, packed
 from flashpack.errors import FormatError, SourceError, UnsupportedError
-from flashpack.formats.records import Encoding
+from flashpack.formats.records import MXFP4, Encoding, fp8, nvfp4
 
 # Families whose mlx-lm conversion stores norm weights with 1 added, because transformers computes x * (1 + w) and
 # mlx-lm x * w; the names are those of mlx-lm's `sanitize` functions.
@@ -25,6 +26,9 @@ _FOLDED_NORMS = (
     ".q_norm.weight",
     ".k_norm.weight",
 )
+
+_FLOATS = {"mxfp4": (MXFP4, 4, 32), "mxfp8": (fp8("E8M0", (1, 32)), 8, 32), "nvfp4": (nvfp4("none"), 4, 16)}
+"""Modes without biases: encoding, bits, group size."""
 
 
 def is_mlx(checkpoint: Checkpoint) -> bool:
@@ -62,39 +66,47 @@ def _rename(name: str) -> str:
 
 
 def _quantized(checkpoint: Checkpoint, stem: str, extent: Extent) -> SourceTensor:
-    bits, group_size = _parameters(checkpoint.config.get("quantization", {}), stem)
-    parts = {"weight": extent}
-    words = extent.shape
-    for part in ("scales", "biases"):
-        if f"{stem}.{part}" not in checkpoint.stored:
-            raise UnsupportedError(f"tensor {stem}.weight has no {part}: MLX modes other than affine are not supported")
-        parts[part] = checkpoint.stored[f"{stem}.{part}"]
-        shape = parts[part].shape
-        width = words[-1] * 32 // bits
-        if shape != (*words[:-1], width // group_size) or width % group_size or words[-1] * 32 % bits:
-            raise SourceError(
-                f"tensor {stem}.{part} has shape {list(shape)}; {bits} bits in groups of {group_size}, as config.json "
-                f"says, need {[*words[:-1], width // group_size]}"
-            )
-    scales, biases = parts["scales"].dtype, parts["biases"].dtype
-    if scales != biases:
-        raise UnsupportedError(f"tensor {stem}: scales are {scales}, biases {biases}")
-    try:
-        encoding = Encoding("affine", scales, bits, group_size)
-    except FormatError as e:
-        raise UnsupportedError(f"tensor {stem}.weight: {bits} bits in groups of {group_size} are not supported") from e
-    return SourceTensor(f"{stem}.weight", (*words[:-1], width), Packed(encoding), parts)
+    bits, group_size, mode = _parameters(checkpoint.config.get("quantization", {}), stem)
+    names = {part: f"{stem}.{part}" for part in ("weight", "scales", "biases") if f"{stem}.{part}" in checkpoint.stored}
+    found = {part: (name, checkpoint.stored[name]) for part, name in names.items()}
+    check_dtype(f"{stem}.weight", extent, "U32")
+    words, scales = extent.shape, found["scales"][1]
+    if (mode == "affine") != ("biases" in found):
+        has = "biases" if "biases" in found else "no biases"
+        raise SourceError(f"tensor {stem}.weight has {has}, but config.json says mode {mode!r}")
+    if mode == "affine":
+        biases = check_dtype(f"{stem}.biases", found["biases"][1], scales.dtype)
+        try:
+            encoding = Encoding("affine", scales.dtype, bits, group_size)
+        except FormatError as e:
+            what = f"{bits} bits in groups of {group_size}, scales {scales.dtype}"
+            raise UnsupportedError(f"tensor {stem}.weight: {what} are not supported") from e
+    else:
+        encoding, *numbers = _FLOATS[mode]
+        check_dtype(f"{stem}.scales", scales, "U8")
+        if (bits, group_size) != tuple(numbers):
+            what = f"{bits} bits in groups of {group_size}"
+            raise SourceError(f"tensor {stem}.weight: config.json says mode {mode!r} with {what}; {numbers} are known")
+        biases = scales
+    width = words[-1] * 32 // bits
+    groups = (*words[:-1], width // group_size)
+    if (scales.shape, biases.shape) != (groups, groups) or width % group_size or words[-1] * 32 % bits:
+        raise SourceError(
+            f"tensor {stem}.scales has shape {list(scales.shape)}; {bits} bits in groups of {group_size}, as "
+            f"config.json says, need {list(groups)}"
+        )
+    return packed(f"{stem}.weight", f"mlx-{mode}", encoding, (*words[:-1], width), found)
 
 
-def _parameters(quantization: dict[str, Any], module: str) -> tuple[int, int]:
-    """(bits, group size) of a module: its override, or the global ones. An override without mode is affine."""
+def _parameters(quantization: dict[str, Any], module: str) -> tuple[int, int, str]:
+    """(bits, group size, mode) of a module: its override, or the global ones. An override without mode is affine."""
     own = quantization.get(module, quantization)
     if not isinstance(own, dict):
         raise SourceError(f"config.json: quantization of {module} is {own!r}, but the module has scales")
     mode = own.get("mode", "affine")
-    if mode != "affine":
-        raise UnsupportedError(f"MLX quantization mode {mode!r} is not supported yet")
+    if mode not in ("affine", *_FLOATS):
+        raise UnsupportedError(f"config.json: MLX quantization mode {mode!r} of {module} is not supported")
     bits, group_size = own.get("bits"), own.get("group_size")
     if not isinstance(bits, int) or not isinstance(group_size, int) or bits <= 0 or group_size <= 0:
         raise SourceError(f"config.json: quantization of {module} lacks bits or group_size")
-    return bits, group_size
+    return bits, group_size, mode
