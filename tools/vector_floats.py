@@ -114,9 +114,9 @@ def small_floats(folder: Path) -> None:
 
 
 def small_biases(folder: Path) -> None:
-    """Biases of gate, up and down, small."""
+    """Biases of gate, up and down, integers of 4 bytes only; small."""
     kind = biased(gated(BF16, BF16, BF16, 1, 1), "F32", "F32", "F32")
-    Builder(folder, [kind]).layer(0, (0, 1)).dense(1, {"model.norm": ("BF16", (5,))}).commit()
+    Builder(folder, [kind]).layer(0, (0, 1)).dense(1, {"model.ids": ("I32", (2,))}).commit()
 
 
 FLOAT_VALID: dict[str, Callable[[Path], None]] = {
@@ -231,7 +231,7 @@ FLOAT_FAULTS: list[Fault] = [
         ("wrong-type", "block-of-three", down(block=[0, 0, 0])),
         ("wrong-type", "block-of-one", down(block=[0])),
         ("wrong-type", "block-negative", down(block=[-1, 0])),
-        ("wrong-type", "block-true", down(block=[True, 0])),
+        ("wrong-type", "block-false", down(block=[False, 0])),
         ("wrong-type", "block-2-62", down(block=[0, 2**62])),
         # Section 5
         ("wrong-type", "bias", bias(None)),
