@@ -12,12 +12,16 @@ from numpy.typing import NDArray
 from flashpack.converter.folder import SourceFolder
 from flashpack.converter.tensor import Arrays, SourceTensor
 from flashpack.errors import SourceError
-from flashpack.formats import affine
+from flashpack.formats import constants as C
 from flashpack.formats.dtypes import from_float32
 from flashpack.formats.records import Encoding
+from flashpack.kernels.cpu.quantize import quantize
 
 BLOCK_VALUES = 2**17
-"""Values quantized at a time: 512 KiB of float32, so that the passes over a block hit the L2 cache."""
+"""Values decoded at a time: 512 KiB of float32, so that the passes over a block hit the L2 cache."""
+
+RAW_BLOCK_VALUES = 2**21
+"""Values quantized at a time straight from what is stored: large reads."""
 
 
 @dataclass
@@ -44,7 +48,8 @@ Piece = tuple[str, slice, NDArray[np.generic]]
 def encode_blocks(folder: SourceFolder, source: SourceTensor, target: Encoding, error: Error) -> Iterator[list[Piece]]:
     """Encode a 2-D tensor block by block, in order; what all rows share comes with the first block."""
     rows, width = source.shape
-    step = max(1, BLOCK_VALUES // max(1, width))
+    values = RAW_BLOCK_VALUES if _raw_dtype(source) and target.quantized else BLOCK_VALUES
+    step = max(1, values // max(1, width))
     step = -(-step // source.block) * source.block if source.block else max(rows, 1)
     for start in range(0, rows, step):
         count = min(step, rows - start)
@@ -57,13 +62,21 @@ def _encode(folder: SourceFolder, block: SourceTensor, target: Encoding, error: 
     """The stored arrays of a matrix."""
     if is_exact(block, target):
         return block.stored(folder)
-    values = block.values(folder)
     if not target.quantized:
-        return {"weight": from_float32(values, target.dtype)}
-    words, scales, biases, decoded = affine.quantize(values, target.bits, target.group_size, target.dtype)
-    decoded -= values
-    error.error += float(np.dot(decoded.ravel(), decoded.ravel()))
-    error.norm += float(np.dot(values.ravel(), values.ravel()))
-    if not math.isfinite(error.error):
+        return {"weight": from_float32(block.values(folder), target.dtype)}
+    raw = _raw_dtype(block)
+    values = block.stored(folder)["weight"] if raw else block.values(folder)
+    words, scales, biases, squared, norm = quantize(values, raw or "F32", target.bits, target.group_size, target.dtype)
+    if not math.isfinite(squared):
         raise SourceError(f"tensor {block.name}: infinite or NaN values cannot be quantized")
+    error.error += squared
+    error.norm += norm
     return {"weight": words, "scales": scales, "biases": biases}
+
+
+def _raw_dtype(source: SourceTensor) -> str | None:
+    """The type of the stored values if they are the values themselves, as BF16, F16 or F32."""
+    encoding = source.encoding
+    if encoding is None or encoding.name != "raw" or encoding.dtype not in C.RAW_DTYPES:
+        return None
+    return encoding.dtype

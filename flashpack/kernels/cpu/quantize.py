@@ -9,6 +9,9 @@ from flashpack.formats import affine
 from flashpack.formats.dtypes import to_float32
 from flashpack.kernels.cpu import native
 
+BLOCK_VALUES = 2**17
+"""Values that numpy quantizes at a time: 512 KiB of float32, so that the passes over a block hit the L2 cache."""
+
 
 def quantize(
     stored: NDArray[np.generic], dtype: str, bits: int, group_size: int, scale_dtype: str
@@ -20,10 +23,18 @@ def quantize(
     """
     if native.available():
         return native.quantize(stored, dtype, bits, group_size, scale_dtype)
-    values = to_float32(stored, dtype)
-    words, scales, biases, decoded = affine.quantize(values, bits, group_size, scale_dtype)
-    with np.errstate(invalid="ignore"):  # infinity - infinity: seen by the caller in the sum
-        decoded -= values
-    # In double precision, where no square of a float32 is infinite.
-    error, norm = (float(np.square(x, dtype=np.float64).sum()) for x in (decoded, values))
-    return words, scales, biases, error, norm
+    words, scales, biases = [], [], []
+    error = norm = 0.0
+    step = max(1, BLOCK_VALUES // stored.shape[1])
+    for start in range(0, len(stored), step):
+        values = to_float32(stored[start : start + step], dtype)
+        block = affine.quantize(values, bits, group_size, scale_dtype)
+        words.append(block[0])
+        scales.append(block[1])
+        biases.append(block[2])
+        with np.errstate(invalid="ignore"):  # infinity - infinity: seen by the caller in the sum
+            difference = block[3] - values
+        # In double precision, where no square of a float32 is infinite.
+        error += float(np.square(difference, dtype=np.float64).sum())
+        norm += float(np.square(values, dtype=np.float64).sum())
+    return np.concatenate(words), np.concatenate(scales), np.concatenate(biases), error, norm
