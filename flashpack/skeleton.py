@@ -32,6 +32,9 @@ _COUNT_KEYS = (
     "num_routed_experts",
     "ffn_config",
 )
+_SAME = {"kimi_k2": "deepseek_v3"}
+"""Names under which checkpoints with code of their own are of a family that transformers has, to the letter."""
+
 _DROPPED = {
     "attn_implementation",
     "auto_map",
@@ -137,12 +140,13 @@ def _whole_config(data: Any, path: str) -> PretrainedConfig:
         raise UnsupportedError(f"{path}: names no model_type")
     if kind == "mistral" and "layer_types" in data:
         kind = "ministral"  # as transformers' AutoConfig does
+    kind = _SAME.get(kind, kind)
     if kind not in CONFIG_MAPPING:
         raise UnsupportedError(
             f"{path}: model_type {kind!r} is not supported by transformers {transformers.__version__}"
         )
     with library_errors(f"{path}: not a configuration of model_type {kind!r}", UnsupportedError):
-        config: PretrainedConfig = CONFIG_MAPPING[kind].from_dict(data)
+        config: PretrainedConfig = CONFIG_MAPPING[kind].from_dict(data | {"model_type": kind})
     return config
 
 
@@ -177,7 +181,11 @@ def build(
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
+    from flashpack.adapters import adapt
+
     what = f"model_type {config.model_type!r}"
+    if config.is_encoder_decoder:
+        raise UnsupportedError(f"{what} is an encoder with a decoder; flashpack runs decoders only")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedError(f"{what} has no causal language model")
     with library_errors(f"{what} cannot be built from config.json", UnsupportedError), _at_most(most):
@@ -185,6 +193,7 @@ def build(
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=dtype or torch.float32, experts_implementation=experts_implementation
             )
+        adapt(model)
         model.train(False)
     return model
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flashpack.converter.tensor import SourceTensor
+from flashpack.converter.tensor import Plain, SourceTensor
 from flashpack.errors import SourceError, UnsupportedError
 
 
@@ -103,6 +103,8 @@ def apply(name: str, converter: Any, sources: dict[str, list[SourceTensor]], sha
     tensors): the parameter ``name``, which has ``shape`` in the model."""
     from transformers.core_model_loading import Concatenate, Interleave, MergeModulelist, Transpose
 
+    from flashpack.adapters import Unstack
+
     operations = converter.operations if converter is not None else []
     merges = bool(operations) and isinstance(operations[0], MergeModulelist)
     stacks = {}
@@ -116,6 +118,8 @@ def apply(name: str, converter: Any, sources: dict[str, list[SourceTensor]], sha
         stacks = {p: stacks[p] for p in converter.source_patterns if p in stacks}
     for op in operations[merges:]:
         match op:
+            case Unstack(experts=experts):
+                stacks = {p: _unstack(rows, experts, name) for p, rows in stacks.items()}
             case Concatenate(dim=1):
                 stacks = {"": Rows(tuple(p for rows in stacks.values() for p in rows.pieces))}
             case Transpose(dim0=1, dim1=2):
@@ -131,6 +135,18 @@ def apply(name: str, converter: Any, sources: dict[str, list[SourceTensor]], sha
     if len(stacks) != 1:
         raise SourceError(f"{name}: both {' and '.join(stacks)} of the checkpoint would become it")
     return next(iter(stacks.values()))
+
+
+def _unstack(rows: Rows, experts: int, name: str) -> Rows:
+    """The matrices of all experts below each other in one tensor, taken apart."""
+    (tensor,) = rows.pieces[0].tensors
+    if not isinstance(tensor.format, Plain):
+        raise UnsupportedError(f"{name}: quantized experts below each other in one matrix are not supported")
+    if len(tensor.shape) != 2 or tensor.shape[0] % experts:
+        raise SourceError(f"{tensor.name} has shape {list(tensor.shape)}, not that of {experts} matrices")
+    shape = (experts, tensor.shape[0] // experts, tensor.shape[1])
+    parts = {k: part.reshape(*shape) for k, part in tensor.parts.items()}
+    return Rows((ExpertStack.of([replace(tensor, shape=shape, parts=parts)]),))
 
 
 def _alternate(rows: Rows, name: str) -> list[ExpertStack]:

@@ -51,6 +51,12 @@ class PackedEmbedding(nn.Module):
         self.matrix = weight
         self.num_embeddings, self.embedding_dim = weight.shape
 
+    @property
+    def weight(self) -> Tensor:
+        """Without values: some models ask their embedding for its device and type."""
+        stored = self.matrix if isinstance(self.matrix, Tensor) else self.matrix.weight
+        return torch.empty(0, dtype=self._dtype, device=stored.device)
+
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., hidden]."""
         return self._kernels.embedding(ids, self.matrix, self._dtype)
