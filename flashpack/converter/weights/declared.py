@@ -14,13 +14,22 @@ from flashpack.formats.header import parse_json
 MODELOPT_FILE = "hf_quant_config.json"
 """ModelOpt describes its formats here too; older checkpoints only here."""
 
-_METHODS = ("auto-round", "awq", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq", "modelopt", "mxfp4")
+_METHODS = (
+    "auto-round",
+    "intel/auto-round",
+    "awq",
+    "compressed-tensors",
+    "fbgemm_fp8",
+    "fp8",
+    "gptq",
+    "modelopt",
+    "mxfp4",
+)
 _CT_FORMATS = (
     "dense", "float-quantized", "int-quantized", "mixed-precision", "mxfp4-pack-quantized", "mxfp8-quantized",
     "naive-quantized", "nvfp4-pack-quantized", "pack-quantized",
 )  # fmt: skip
 _MODELOPT_ALGORITHMS = ("FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN", "MIXED_PRECISION", "NVFP4")
-_AUTO_ROUND = {"auto_round:auto_gptq": "gptq", "auto_gptq": "gptq", "auto_round:auto_awq": "awq", "auto_awq": "awq"}
 
 
 @dataclass(frozen=True)
@@ -53,16 +62,16 @@ class Declared:
             raise UnsupportedError(
                 f"{where}: weights quantized with {method!r} are not supported; supported: {', '.join(_METHODS)}"
             )
-        if method == "auto-round":
-            packing = config.get("packing_format", "")
-            if packing not in _AUTO_ROUND:
+        if method.endswith("auto-round"):
+            packing = config.get("packing_format", config.get("backend"))
+            words = re.split("[:_]", packing) if isinstance(packing, str) else []
+            method = next((m for m in ("gptq", "awq") if m in words), "")
+            if not method:
                 raise UnsupportedError(
-                    f"{where}: auto-round's packing_format {packing!r} is not supported; supported: "
-                    f"{', '.join(_AUTO_ROUND)}"
+                    f"{where}: auto-round's packing_format {packing!r} is not supported; those of gptq and awq are"
                 )
-            method = _AUTO_ROUND[packing]
             # What these keys say in GPTQ and AWQ configurations, auto-round says with packing_format.
-            config = {k: v for k, v in config.items() if k not in ("version", "format", "checkpoint_format")}
+            config = {k: v for k, v in config.items() if k not in ("version", "format", "checkpoint_format", "backend")}
         if method == "compressed-tensors":
             _check_compressed(config, where)
         if method == "modelopt":

@@ -15,6 +15,9 @@ from flashpack.errors import SourceError, UnsupportedError
 from flashpack.formats.records import fp8
 
 _DEFAULT_BLOCK = (128, 128)
+_GROUPS = (16, 32, 64, 128, 256)
+"""Values of a row that may share a scale."""
+
 _SCALE_DTYPES = {"F32": "F32", "BF16": "BF16", "F16": "F16", "F8_E8M0": "E8M0", "U8": "E8M0"}
 
 
@@ -62,8 +65,8 @@ def _block(name: str, shape: tuple[int, ...], scale: Extent, declared: Declared)
         return 1, 0
     if dims == expected:
         return block
-    if len(dims) == 2 and dims[0] == rows and columns == dims[1] * 32:
-        return 1, 32
+    if len(dims) == 2 and dims[0] == rows and dims[1] and columns % dims[1] == 0 and columns // dims[1] in _GROUPS:
+        return 1, columns // dims[1]
     source = "config.json says" if said else "is usual"
     raise SourceError(
         f"tensor {name} has shape {list(scale.shape)}; blocks of {list(block)}, as {source}, need {list(expected)}, "

@@ -38,7 +38,7 @@ class Gptq(Integers):
     def codes(self, arrays: Arrays) -> Codes:
         words = transposed(arrays["qweight"])
         scales = to_float32(np.ascontiguousarray(arrays["scales"].T), self.dtype)
-        zeros = (unpacked(arrays["qzeros"], self.bits)[:, : len(words)].T + self.offset) % 2**self.bits
+        zeros = self._zeros(arrays["qzeros"])[:, : len(words)].T
         order = None
         if "g_idx" in arrays:
             order = arrays["g_idx"].astype(np.intp)
@@ -47,6 +47,14 @@ class Gptq(Integers):
             if np.array_equal(order, np.arange(len(order)) // self.group):
                 order = None
         return Codes(words, scales, zeros.astype(np.float32), order)
+
+    def _zeros(self, words: NDArray[np.generic]) -> NDArray[np.int32]:
+        """Zero points [groups, rows or more]."""
+        if not self.offset or self.bits == 3:
+            return (unpacked(words, self.bits) + self.offset) % 2**self.bits
+        # Writers subtract 1 from whole words, so that a zero point of 0 borrows from the next: add likewise.
+        ones = np.uint32(sum(1 << shift for shift in range(0, 32, self.bits)))
+        return unpacked(words.view("<u4") + ones, self.bits)
 
     def stored(self, arrays: Arrays) -> Arrays:
         codes = self.codes(arrays)
