@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +24,19 @@ from flashpack.formats import constants as C
 from flashpack.formats.checksums import Hasher, digest, hasher, hexdigest
 from flashpack.formats.dtypes import ITEMSIZE
 from flashpack.formats.entries import FileEntry, Layer, TensorEntry
-from flashpack.formats.files import create, output_errors, publish, pwrite, resize, sync, write_durably
+from flashpack.formats.files import (
+    chunks,
+    create,
+    open_inside,
+    output_errors,
+    publish,
+    pwrite,
+    resize,
+    sync,
+    sync_folder,
+    write_behind,
+    write_durably,
+)
 from flashpack.formats.header import TensorSpec
 from flashpack.formats.layout import ShardLayout, dense_header
 from flashpack.formats.manifest import Manifest
@@ -29,25 +44,63 @@ from flashpack.formats.records import RecordKind, align
 
 
 class _PackFile:
-    """A file of the pack under construction: ``path.part`` until ``_publish`` renames it."""
+    """A file of the pack under construction: ``path.part`` until ``_publish`` renames it.
 
-    def __init__(self, pack: Path, path: str, header: bytes = b"", size: int = 0) -> None:
+    ``earlier`` says what an interrupted run wrote there, part by part; ``done`` is how many of these parts are proven
+    to be there still. The rest of that file counts for nothing.
+    """
+
+    def __init__(
+        self, pack: Path, path: str, header: bytes = b"", size: int = 0, earlier: Sequence[object] = ()
+    ) -> None:
         self.path = path
+        self.done = 0
         self._final = pack / path
         self._partial = self._final.with_name(self._final.name + C.PARTIAL_SUFFIX)
+        self._named = False
         with output_errors(self._final):
-            self._fd = create(self._partial)
+            self._fd = self._create(pack, bool(earlier))
         self._open = True
         try:
+            end = self._prove(earlier)
+            if earlier:
+                self._resize(end)
             self._write(header, 0)
-            self._resize(size)  # a size limit shows at once, not after an hour
+            self._resize(max(end, size))  # a size limit shows at once, not after an hour
         except BaseException:
             self._close()
             raise
 
+    def _create(self, pack: Path, keep: bool) -> int:
+        if keep:
+            with contextlib.suppress(OSError):
+                return open_inside(pack, self.path + C.PARTIAL_SUFFIX, os.O_RDWR)
+        return create(self._partial)
+
+    def _prove(self, earlier: Sequence[object]) -> int:
+        """Count in ``done`` the parts that are there; returns where the last one ends."""
+        return 0
+
+    def _holds(self, offset: int, size: int, hashed: Hasher, expected: str) -> bool:
+        """Whether these bytes of the file have this digest; they go into ``hashed``."""
+        with contextlib.suppress(FormatError, OSError):
+            for piece in chunks(self._fd, offset, size, self.path):
+                hashed.update(piece)
+            return hashed.hexdigest() == expected
+        return False
+
+    def flush(self) -> None:
+        """Make what has been written durable."""
+        with output_errors(self._final):
+            sync(self._fd)
+            if not self._named:
+                sync_folder(self._final.parent)
+                self._named = True
+
     def _write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         with output_errors(self._final):
             pwrite(self._fd, data, offset)
+            write_behind(self._fd, offset, len(data))
 
     def _resize(self, size: int) -> None:
         with output_errors(self._final):
@@ -74,6 +127,28 @@ class _PackFile:
         self._close()
 
 
+@dataclass(frozen=True)
+class StoredRecord:
+    """What a shard knows of one record: digest of what is stored with its padding, bytes of that without, digest of the
+    record itself."""
+
+    digest: bytes
+    size: int
+    content: bytes
+
+    def to_json(self) -> list[Any]:
+        return [self.digest.hex(), self.size, self.content.hex()]
+
+    @classmethod
+    def from_json(cls, data: Any) -> StoredRecord:
+        """Raises ``FormatError``."""
+        match data:
+            case [str(stored), int(size), str(content)]:
+                if all(re.fullmatch("[0-9a-f]{64}", text) for text in (stored, content)):
+                    return cls(bytes.fromhex(stored), size, bytes.fromhex(content))
+        raise FormatError("not what is known of a record")
+
+
 class RecordDigests:
     """What a shard's writer learns from its records, in the order of experts; writes nothing itself.
 
@@ -84,53 +159,96 @@ class RecordDigests:
         self.layout = ShardLayout(layer, tuple(kinds))
         self._table = self.layout.default_table() if table is None else table
         self.layout.check_table(self._table)
-        self._sizes: list[int] = []
+        self.stored: list[StoredRecord] = []
         self._frames = 0
-        self._digests: list[bytes] = []
-        self._contents: list[bytes] = []
 
     def add(self, expert: int, record: memoryview) -> tuple[int, bytes | memoryview]:
         """Take one record (``stride`` bytes, padding included); returns where and what is stored of it."""
-        layout = self.layout
-        if expert != len(self._digests) or expert >= layout.layer.experts:
-            raise FormatError(f"{layout.layer.path}: expert {expert}: records come once each, in order")
-        kind, row = map(int, self._table[expert])
-        if len(record) != layout.stride(kind):
-            raise FormatError(f"{layout.layer.path}: expert {expert}: {len(record)} bytes, not {layout.stride(kind)}")
-        self._contents.append(digest(record))
-        if layout.layer.codec == "raw":
-            self._digests.append(self._contents[-1])
-            return layout.record_offsets[kind] + row * len(record), record
+        path, stride = self.layout.layer.path, self._stride(expert)
+        if expert != len(self.stored) or expert >= self.layout.layer.experts:
+            raise FormatError(f"{path}: expert {expert}: records come once each, in order")
+        if len(record) != stride:
+            raise FormatError(f"{path}: expert {expert}: {len(record)} bytes, not {stride}")
+        content = digest(record)
+        if self.layout.layer.codec == "raw":
+            return self.restore(StoredRecord(content, len(record), content)), record
         frame = codecs.compress(record)
-        offset = len(layout.header_bytes) + self._frames
         stored = bytes(frame).ljust(align(len(frame), C.PAGE), b"\0")
-        self._sizes.append(len(frame))
-        self._frames += len(stored)
-        self._digests.append(digest(stored))
-        return offset, stored
+        return self.restore(StoredRecord(digest(stored), len(frame), content)), stored
+
+    def restore(self, record: StoredRecord) -> int:
+        """Take the next record as known; returns where it is stored."""
+        place = self.place(len(self.stored))
+        self.stored.append(record)
+        if self.layout.layer.codec != "raw":
+            self._frames += align(record.size, C.PAGE)
+        return place
+
+    def place(self, expert: int) -> int:
+        """Where the record of the next expert is stored."""
+        layout = self.layout
+        if layout.layer.codec != "raw":
+            return len(layout.header_bytes) + self._frames
+        kind, row = map(int, self._table[expert])
+        return layout.record_offsets[kind] + row * layout.stride(kind)
+
+    def fits(self, record: StoredRecord) -> bool:
+        """Whether it can be the next one."""
+        expert = len(self.stored)
+        if expert >= self.layout.layer.experts:
+            return False
+        stride = self._stride(expert)
+        return record.size == stride if self.layout.layer.codec == "raw" else 0 < record.size <= stride
+
+    def _stride(self, expert: int) -> int:
+        return self.layout.stride(int(self._table[expert, 0])) if expert < len(self._table) else 0
 
     def finish(self) -> tuple[ShardLayout, bytes, FileEntry]:
         """The final layout, the bytes behind the records, and the shard's row of the manifest."""
         layer = self.layout.layer
-        if len(self._digests) != layer.experts:
-            raise FormatError(f"{layer.path}: expert {len(self._digests)} was never written")
+        if len(self.stored) != layer.experts:
+            raise FormatError(f"{layer.path}: expert {len(self.stored)} was never written")
         tail = self._table.astype("<u4").tobytes() if layer.mixed else b""
         if layer.codec != "raw":
-            tail += np.array(self._sizes, "<u4").tobytes() + b"".join(self._contents)
-        tail += b"".join(self._digests)
+            tail += np.array([r.size for r in self.stored], "<u4").tobytes() + b"".join(r.content for r in self.stored)
+        tail += b"".join(r.digest for r in self.stored)
         layout = ShardLayout(layer, self.layout.kinds, self._frames)
         digests = {"header": hexdigest(layout.header_bytes), "tail": hexdigest(tail)}
         return layout, tail, FileEntry(layer.path, "experts", layout.size, digests)
 
 
 class ShardWriter(_PackFile):
-    """Writes the experts of one layer, in order, then ``finish``."""
+    """Writes the experts of one layer, in order, then ``finish``. Continues after the first ``done`` ones."""
 
     def __init__(
-        self, pack: Path, layer: Layer, kinds: Sequence[RecordKind], table: NDArray[np.uint32] | None = None
+        self,
+        pack: Path,
+        layer: Layer,
+        kinds: Sequence[RecordKind],
+        table: NDArray[np.uint32] | None = None,
+        earlier: Sequence[StoredRecord] = (),
     ) -> None:
         self._records = RecordDigests(layer, kinds, table)
-        super().__init__(pack, layer.path, size=self._records.layout.size if layer.codec == "raw" else 0)
+        size = self._records.layout.size if layer.codec == "raw" else 0
+        super().__init__(pack, layer.path, size=size, earlier=earlier)
+
+    def _prove(self, earlier: Sequence[Any]) -> int:
+        end = 0
+        for record in earlier:
+            if not self._records.fits(record):
+                break
+            place, span = self._records.place(self.done), align(record.size, C.PAGE)
+            if not self._holds(place, span, hasher(), record.digest.hex()):
+                break
+            self._records.restore(record)
+            self.done += 1
+            end = max(end, place + span)
+        return end
+
+    @property
+    def stored(self) -> list[StoredRecord]:
+        """What is known of the records so far."""
+        return self._records.stored
 
     def write(self, expert: int, record: memoryview) -> None:
         """Write the record of the next expert: exactly ``stride`` bytes, padding included."""
@@ -147,24 +265,52 @@ class ShardWriter(_PackFile):
 
 
 class DenseWriter(_PackFile):
-    """Writes one file of dense tensors; each tensor may arrive in pieces, in order."""
+    """Writes one file of dense tensors; each tensor may arrive in pieces, in order.
 
-    def __init__(self, pack: Path, path: str, specs: Sequence[TensorSpec]) -> None:
+    ``earlier``: tensors that belong together, name -> digest, in order. The first ``done`` of these are there already.
+    """
+
+    def __init__(
+        self, pack: Path, path: str, specs: Sequence[TensorSpec], earlier: Sequence[Mapping[str, str]] = ()
+    ) -> None:
         self._header, self._layout = dense_header(specs, path)
         self._tensors = {t.name: t for t in self._layout.tensors if not t.hidden}
         self._hashers: dict[str, Hasher] = {name: hasher() for name in self._tensors}
-        self._done = dict.fromkeys(self._tensors, 0)
-        super().__init__(pack, path, self._header, self._layout.size)
+        self._written = dict.fromkeys(self._tensors, 0)
+        super().__init__(pack, path, self._header, self._layout.size, earlier)
+
+    def _prove(self, earlier: Sequence[Any]) -> int:
+        end, waiting = 0, iter(self._layout.tensors)
+        for group in earlier:
+            found: dict[str, Hasher] = {}
+            for tensor in waiting:
+                expected = group.get(tensor.name, "")
+                if tensor.hidden:
+                    expected = hexdigest(bytes(tensor.nbytes))
+                hashed = hasher()
+                if not self._holds(tensor.offset, tensor.nbytes, hashed, expected):
+                    return end
+                if not tensor.hidden:
+                    found[tensor.name] = hashed
+                if found.keys() == group.keys():
+                    break
+            if found.keys() != group.keys():
+                return end
+            self._hashers |= found
+            self._written |= {name: self._tensors[name].nbytes for name in found}
+            self.done += 1
+            end = tensor.offset + tensor.nbytes
+        return end
 
     def append(self, name: str, data: memoryview) -> None:
         """Write the next bytes of tensor ``name``."""
         tensor = self._tensors[name]
         raw = data.cast("B")
-        if self._done[name] + len(raw) > tensor.nbytes:
+        if self._written[name] + len(raw) > tensor.nbytes:
             raise FormatError(f"{self.path}: tensor {name}: more than its {tensor.nbytes} bytes")
         self._hashers[name].update(raw)
-        self._write(raw, tensor.offset + self._done[name])
-        self._done[name] += len(raw)
+        self._write(raw, tensor.offset + self._written[name])
+        self._written[name] += len(raw)
 
     def digests(self) -> dict[str, str]:
         """Digests of the tensors as far as they have been written."""
@@ -173,8 +319,8 @@ class DenseWriter(_PackFile):
     def finish(self) -> tuple[FileEntry, list[TensorEntry]]:
         """Make the file durable and give it its name."""
         for name, tensor in self._tensors.items():
-            if self._done[name] != tensor.nbytes:
-                raise FormatError(f"{self.path}: tensor {name}: {self._done[name]} of {tensor.nbytes} bytes written")
+            if self._written[name] != tensor.nbytes:
+                raise FormatError(f"{self.path}: tensor {name}: {self._written[name]} of {tensor.nbytes} bytes written")
         self._publish()
         entries = [
             TensorEntry(t.name, self.path, t.dtype, t.shape, t.offset, self._hashers[t.name].hexdigest())
@@ -184,7 +330,7 @@ class DenseWriter(_PackFile):
 
 
 class RecordBuffer:
-    """A record in memory: one numpy array per section, all views of the same zeroed bytes."""
+    """A record in memory: one array [rows, values of a row] per section, all views of the same zeroed bytes."""
 
     def __init__(self, kind: RecordKind) -> None:
         self.data = np.zeros(kind.stride, dtype=np.uint8)

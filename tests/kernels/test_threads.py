@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flashpack.formats import Encoding, Projection, RecordKind
+from flashpack.formats.records import MXFP4, fp8, nvfp4
 from flashpack.kernels import StoredMatrix, get_kernels
 from flashpack.kernels.cpu.pool import Pool
 from flashpack.kernels.cpu.reference import BLOCK_VALUES
@@ -35,6 +36,24 @@ def affine_matrix(rows: int, width: int, bits: int, seed: int) -> StoredMatrix:
     return StoredMatrix(Encoding("affine", "BF16", bits, 32), words, scales, biases)
 
 
+FLOATS = {"mxfp4": MXFP4, "nvfp4": nvfp4("divide"), "fp8": fp8("BF16", (48, 100))}
+
+
+def float_matrix(rows: int, width: int, encoding: Encoding, seed: int) -> StoredMatrix:
+    """Any codes but those of NaN, scales about 1."""
+    g = torch.Generator().manual_seed(seed)
+    parts = {}
+    for part, (dtype, shape) in encoding.parts((rows, width)).items():
+        if dtype == "U32":
+            parts[part] = torch.randint(-(2**31), 2**31, shape, generator=g).to(torch.int32)
+        elif dtype == "U8":
+            low, high = {"mxfp4": (122, 131), "nvfp4": (0x30, 0x41)}.get(encoding.name, (0, 127))
+            parts[part] = torch.randint(low, high, shape, generator=g).to(torch.uint8)
+        else:
+            parts[part] = torch.randn(shape, generator=g).to(torch.bfloat16 if dtype == "BF16" else torch.float32)
+    return StoredMatrix.of(encoding, parts)
+
+
 def moved(x: Tensor, floats: int) -> Tensor:
     """A copy of ``x`` (float32) that begins ``floats`` values after a multiple of 64 bytes."""
     buffer = torch.empty(x.numel() + floats)
@@ -43,13 +62,15 @@ def moved(x: Tensor, floats: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("rows", "width"), SHAPES)
-@pytest.mark.parametrize("weight", ["2", "3", "4", "8", "bf16", "f32"])
+@pytest.mark.parametrize("weight", ["2", "3", "4", "8", "bf16", "f32", *FLOATS])
 def test_a_product_has_the_same_bits_on_any_number_of_threads(rows: int, width: int, weight: str) -> None:
     g = torch.Generator().manual_seed(rows)
     matrix: Tensor | StoredMatrix
     if weight in ("bf16", "f32"):
         matrix = torch.randn(rows, width, generator=g)
         matrix = matrix.bfloat16() if weight == "bf16" else matrix
+    elif weight in FLOATS:
+        matrix = float_matrix(rows, width, FLOATS[weight], rows)
     else:
         matrix = affine_matrix(rows, width, int(weight), rows)
     for tokens in TOKENS:
@@ -59,19 +80,23 @@ def test_a_product_has_the_same_bits_on_any_number_of_threads(rows: int, width: 
             torch.set_num_threads(threads)
             results.append(get_kernels("cpu", threads).linear(x, matrix))
             assert torch.get_num_threads() == threads
+        assert results[0].isfinite().all()
         assert all(torch.equal(results[0], r) for r in results[1:]), tokens
 
 
 @pytest.mark.parametrize(("hidden", "width"), [(96, 160), (320, 1056), (2048, 768)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_expert_has_the_same_bits_on_any_number_of_threads(hidden: int, width: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("bias", ["", "BF16"])
+def test_an_expert_has_the_same_bits_on_any_number_of_threads(
+    hidden: int, width: int, dtype: torch.dtype, bias: str
+) -> None:
     """The activation's, too: torch computes the last values of a thread's share by other code."""
     encoding = Encoding("affine", "BF16", 4, 32)
     kind = RecordKind(
         (
-            Projection("gate", (width, hidden), encoding),
-            Projection("up", (width, hidden), encoding),
-            Projection("down", (hidden, width), encoding),
+            Projection("gate", (width, hidden), encoding, bias),
+            Projection("up", (width, hidden), encoding, bias),
+            Projection("down", (hidden, width), encoding, bias),
         )
     )
     rng = np.random.default_rng(hidden)
@@ -80,7 +105,12 @@ def test_an_expert_has_the_same_bits_on_any_number_of_threads(hidden: int, width
     for matrix in (*view.first, view.down):
         assert isinstance(matrix, StoredMatrix)
         for part in (matrix.scales, matrix.biases):
+            assert part is not None
             part.copy_(torch.from_numpy(rng.standard_normal(part.shape) / 64))
+    for part in (*view.first_bias, view.down_bias):
+        assert (part is not None) == bool(bias)
+        if part is not None:
+            part.copy_(torch.from_numpy(rng.standard_normal(part.shape)))
 
     def activation(h: Tensor) -> Tensor:
         gate, up = h.chunk(2, dim=-1)
