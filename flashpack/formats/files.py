@@ -10,8 +10,10 @@ import os
 import stat
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import numpy as np
 
 from flashpack.errors import FormatError, OutputError
 
@@ -70,13 +72,22 @@ def open_direct(folder: Path, path: str) -> int:
 
     Reads through it must be aligned, as those of ``chunks`` are. It checks what is on the drive, and copies nothing.
     """
+    return _without_cache(lambda flags: open_inside(folder, path, flags))
+
+
+def without_cache(path: str) -> int:
+    """``open_direct`` for a file that is no part of a pack; links are followed."""
+    return _without_cache(lambda flags: os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags))
+
+
+def _without_cache(open_with: Callable[[int], int]) -> int:
     if sys.platform == "linux":
         try:
-            return open_inside(folder, path, os.O_DIRECT)
+            return open_with(os.O_DIRECT)
         except OSError as e:
             if e.errno != errno.EINVAL:
                 raise
-    fd = open_inside(folder, path)
+    fd = open_with(0)
     if sys.platform == "darwin":
         fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
     return fd
@@ -100,6 +111,15 @@ def chunks(fd: int, offset: int, size: int, what: str) -> Iterator[memoryview]:
             raise FormatError(f"{what}: file ends before byte {end}")
         yield buffer[max(0, offset - at) : min(got, end - at)]
         at += got
+
+
+def aligned_pread_into(fd: int, buffer: memoryview, offset: int, what: str) -> None:
+    """``pread_into`` through ``chunks``, for descriptors that need aligned reads."""
+    target = np.frombuffer(buffer, dtype=np.uint8)
+    done = 0
+    for piece in chunks(fd, offset, len(target), what):
+        target[done : done + len(piece)] = np.frombuffer(piece, dtype=np.uint8)  # lets other threads run
+        done += len(piece)
 
 
 def create(path: Path) -> int:
@@ -127,6 +147,12 @@ def pwrite(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
     done = 0
     while done < len(view):
         done += os.pwrite(fd, view[done:], offset + done)
+
+
+def write_behind(fd: int, offset: int, size: int) -> None:
+    """Have the drive begin with what has been written there, so that ``sync`` finds little to do. Only a hint."""
+    if sys.platform == "linux":
+        os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
 
 
 def sync(fd: int) -> None:

@@ -112,15 +112,14 @@ INLINE void NAME(extremes)(const float *values, const int size, float *low, floa
     *high = b + 0.0f;
 }
 
-/* Codes of a group, one byte each, and the sums of its squared errors and squared values. */
+/* Codes of a group, one byte each, what decoding them gives too much, and sums of squares of that and of the values. */
 INLINE void NAME(encode)(
-    const float *values, const int size, float scale, float bias, float levels, uint8_t *codes, double sums[2])
+    const float *values, const int size, float scale, float bias, float levels, uint8_t *codes, float *wrong,
+    VECTOR *error, VECTOR *norm)
 {
     const float divisor = scale == 0 ? 1 : scale;
     const VECTOR zero = {0}, top = zero + levels;
     int32_t wide[MAX_GROUP];
-    float wrong[MAX_GROUP], errors = 0, norms = 0;
-    VECTOR error = zero, norm = zero;
     int i;
     for (i = 0; i < size; i += LANES) {
         VECTOR x, code, difference;
@@ -133,27 +132,35 @@ INLINE void NAME(encode)(
         integer = (INTEGERS)code & 0xFF;
         code -= ROUNDER;
         difference = code * scale + bias - x;
-        error += difference * difference;
-        norm += x * x;
+        *error += difference * difference;
+        *norm += x * x;
         memcpy(wide + i, &integer, sizeof integer);
         memcpy(wrong + i, &difference, sizeof difference);
     }
     for (i = 0; i < size; i++)
         codes[i] = (uint8_t)wide[i];
+}
+
+/* Adds the squares of a tile to `sums`; `error` and `norm` are their sums in single precision. */
+INLINE void NAME(add)(
+    VECTOR error, VECTOR norm, const float *wrong, const float *values, int count, double *sums)
+{
+    double errors = 0, norms = 0;
+    int i;
     for (i = 0; i < LANES; i++) {
         errors += error[i];
         norms += norm[i];
     }
-    if (norms > 1e-20f && norms < 1e30f && errors < 1e30f) {
-        sums[0] += errors;
-        sums[1] += norms;
-    } else {
+    if (!(norms > 1e-20 && norms < 1e30 && errors < 1e30)) {
         /* Squares may have left the range of single precision, or something is infinite or NaN. */
-        for (i = 0; i < size; i++) {
-            sums[0] += (double)wrong[i] * wrong[i];
-            sums[1] += (double)values[i] * values[i];
+        errors = norms = 0;
+        for (i = 0; i < count; i++) {
+            errors += (double)wrong[i] * wrong[i];
+            norms += (double)values[i] * values[i];
         }
     }
+    sums[0] += errors;
+    sums[1] += norms;
 }
 
 /* `size` codes into a little-endian bit stream; `room` bytes may be written from `words` on. */
@@ -190,8 +197,9 @@ INLINE void NAME(tiles)(
     size_t room = count / 8 * (size_t)bits, first = 0, index = 0;
     while (first < count) {
         /* Some groups at a time, so that the processor need not wait for the end of one before it begins the next. */
-        float values[TILE], low[TILE / 32], high[TILE / 32];
+        float values[TILE], wrong[TILE], low[TILE / 32], high[TILE / 32];
         const int tile = count - first < TILE ? (int)(count - first) : TILE, groups = tile / size;
+        VECTOR error = {0}, norm = {0};
         int g;
         NAME(widen)(source, source_type, first, tile, values);
         for (g = 0; g < groups; g++)
@@ -202,11 +210,13 @@ INLINE void NAME(tiles)(
         }
         for (g = 0; g < groups; g++) {
             uint8_t codes[MAX_GROUP];
-            NAME(encode)(values + g * size, size, high[g], low[g], levels, codes, sums);
+            NAME(encode)(
+                values + g * size, size, high[g], low[g], levels, codes, wrong + g * size, &error, &norm);
             NAME(pack)(codes, size, bits, words, room);
             words += group_bytes;
             room -= group_bytes;
         }
+        NAME(add)(error, norm, wrong, values, tile, sums);
         first += (size_t)tile;
         index += (size_t)groups;
     }
