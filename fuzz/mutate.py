@@ -31,6 +31,7 @@ STRANGE: tuple[Any, ...] = (
         "\U0001f600",
     ),
     *("x" * 255, "x" * 256, "x" * 1024, "x" * 1025, "f" * 64, "g" * 64, "F" * 64),
+    *("mxfp4", "nvfp4", "fp8_e4m3", "none", "multiply", "divide", "E8M0", "I64", "bias", "global"),
     *("raw", "zstd", "affine", "U8", "U32", "F8_E4M3", "BF16", "F32", "gate", "up", "down", "experts", "dense", "copy"),
     *("flashpack.json", "flashpack.json.b3", "FLASHPACK.JOURNAL", "x.part", "x.py", "__metadata__", "__pad__.1"),
     *([], {}, [[]], [0], [1, 1], [1] * 9, [2**62 - 1] * 8, [""], {"": {}}, {"a": 1}, [[[[[[[[]]]]]]]]),

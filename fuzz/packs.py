@@ -13,7 +13,7 @@ from flashpack.formats import constants as C
 from flashpack.formats.entries import FileEntry, Layer, Matrix, TensorEntry
 from flashpack.formats.header import TensorSpec
 from flashpack.formats.layout import dense_spec
-from flashpack.formats.records import PROJECTIONS
+from flashpack.formats.records import MXFP4, PROJECTIONS, fp8, nvfp4
 from flashpack.formats.writer import DenseWriter, RecordBuffer, ShardWriter, commit, write_copy
 
 
@@ -60,15 +60,26 @@ def write_random_pack(folder: Path, rng: random.Random) -> Written:
 
 def _encoding(width: int, rng: random.Random) -> Encoding:
     groups = [g for g in C.GROUP_SIZES if width % g == 0]
-    if not groups or rng.random() < 0.3:
-        return Encoding("raw", rng.choice(C.RAW_DTYPES))
-    return Encoding("affine", rng.choice(C.SCALE_DTYPES), rng.choice(C.AFFINE_BITS), rng.choice(groups))
+    fits = [Encoding("raw", rng.choice(C.RAW_DTYPES))]
+    sizes = [rng.choice((0, 1, 2, 7, 32, C.MAX_BLOCK)) for _ in range(2)]
+    fits.append(fp8(rng.choice(C.FP8_SCALE_DTYPES), (sizes[0], sizes[1])))
+    if width % C.NVFP4_GROUP == 0:
+        fits.append(nvfp4(rng.choice(C.GLOBAL_SCALES)))
+    if width % C.MXFP4_GROUP == 0:
+        fits.append(MXFP4)
+    if groups:
+        affine = Encoding("affine", rng.choice(C.SCALE_DTYPES), rng.choice(C.AFFINE_BITS), rng.choice(groups))
+        fits += [affine] * 3
+    return rng.choice(fits)
 
 
 def _kind(rng: random.Random) -> RecordKind:
     names = rng.choice((PROJECTIONS, PROJECTIONS[1:]))
     rows, width = rng.choice((1, 3, 8)), rng.choice((5, 32, 64, 128, 4000))
-    return RecordKind(tuple(Projection(name, (rows, width), _encoding(width, rng)) for name in names))
+    biases = ("", *C.BIAS_DTYPES) if rng.random() < 0.3 else ("",)
+    return RecordKind(
+        tuple(Projection(name, (rows, width), _encoding(width, rng), rng.choice(biases)) for name in names)
+    )
 
 
 def _shard(
@@ -96,8 +107,11 @@ def _shard(
 
 
 def _matrix(name: str, rng: random.Random) -> Matrix:
-    encoding = Encoding("affine", rng.choice(C.SCALE_DTYPES), rng.choice(C.AFFINE_BITS), 32)
-    return Matrix(name, (rng.randint(1, 4), 32 * rng.randint(1, 3)), encoding)
+    rows, width = rng.randint(1, 4), 32 * rng.randint(1, 3)
+    encoding = _encoding(width, rng)
+    while not encoding.quantized:
+        encoding = _encoding(width, rng)
+    return Matrix(name, (rows, width), encoding)
 
 
 def _specs(stem: str, matrices: list[Matrix], rng: random.Random) -> list[TensorSpec]:

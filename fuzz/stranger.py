@@ -18,11 +18,11 @@ from flashpack.errors import FlashpackError
 from flashpack.formats import constants as C
 from flashpack.formats import fields
 from flashpack.formats.checksums import digest, hexdigest
-from flashpack.formats.entries import Layer, TensorEntry
+from flashpack.formats.entries import Layer, Matrix, TensorEntry
 from flashpack.formats.header import parse_json
 from flashpack.formats.layout import ShardLayout, dense_header, dense_spec
 from flashpack.formats.manifest import Manifest, canonical
-from flashpack.formats.records import Encoding, Projection, RecordKind
+from flashpack.formats.records import Projection, RecordKind
 
 LEAVE_HEADERS, LEAVE_TAILS, LEAVE_RECORDS, LEAVE_TENSORS, LEAVE_COPIES, LEAVE_IDENTITY, LEAVE_KINDS = (
     1 << i for i in range(7)
@@ -87,7 +87,8 @@ def fix(manifest: Any, contents: dict[str, bytearray], late: dict[str, list[_Pat
         kinds = tuple(RecordKind.from_json(k) for k in _list(manifest, "record_kinds"))
         layers = [Layer.from_json(d) for d in _list(manifest, "layers")]
         if not leave & LEAVE_KINDS:
-            manifest["required_features"] = sorted({layer.codec for layer in layers} - {"raw"})
+            with contextlib.suppress(FlashpackError):
+                manifest["required_features"] = _features(manifest, kinds, layers)
         for layer in layers:
             if layer.path in contents and all(kind < len(kinds) for kind, _ in layer.kinds):
                 _fix_shard(layer, kinds, entries[layer.path], contents[layer.path], late.get(layer.path, []), leave)
@@ -101,14 +102,15 @@ def fix(manifest: Any, contents: dict[str, bytearray], late: dict[str, list[_Pat
             entry["size"] = len(contents[path])
 
 
+def _features(manifest: dict[str, Any], kinds: tuple[RecordKind, ...], layers: list[Layer]) -> list[str]:
+    matrices = tuple(Matrix.from_json(m) for m in _list(manifest, "matrices"))
+    tensors = tuple(TensorEntry.from_json(t) for t in _list(manifest, "tensors"))
+    return Manifest({}, {}, kinds, tuple(layers), matrices, tensors, ()).required_features
+
+
 def _fix_kind(row: Any) -> None:
-    projections = [fields.mapping(p, "projection") for p in fields.items(fields.mapping(row, "kind"), "projections")]
-    kind = RecordKind(
-        tuple(
-            Projection(fields.text(p, "name"), fields.matrix_shape(p), Encoding.from_json(p.get("encoding")))
-            for p in projections
-        )
-    )
+    projections = fields.items(fields.mapping(row, "kind"), "projections")
+    kind = RecordKind(tuple(Projection.from_json(p) for p in projections))
     row |= {key: value for key, value in kind.to_json().items() if key != "projections"}
 
 

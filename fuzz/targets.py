@@ -12,15 +12,15 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from flashpack.errors import FlashpackError
-from flashpack.formats import Encoding, Manifest, Pack, Projection, RecordKind, affine, codecs, verify
+from flashpack.formats import Encoding, Manifest, Pack, Projection, RecordKind, codecs, verify
 from flashpack.formats import constants as C
 from flashpack.formats.checksums import hexdigest
-from flashpack.formats.dtypes import NUMPY, to_float32
+from flashpack.formats.dtypes import NUMPY
+from flashpack.formats.encodings import decode
 from flashpack.formats.entries import Layer
 from flashpack.formats.header import parse_header
 from flashpack.formats.layout import ShardLayout
@@ -120,7 +120,7 @@ def read_everything(folder: Path) -> None:
         assert opened.map_tensor(tensor.name).nbytes == tensor.nbytes
     for matrix in opened.manifest.matrices:
         parts = {part: opened.map_tensor(name) for part, name in matrix.tensor_names().items()}
-        assert _decoded(matrix.encoding, parts).shape == matrix.shape
+        assert decode(matrix.encoding, parts, matrix.shape).shape == matrix.shape
 
 
 def read_record(shard: Shard, expert: int) -> None:
@@ -140,16 +140,7 @@ def read_record(shard: Shard, expert: int) -> None:
             for s in kind.sections
             if s.name.startswith(f"{projection.name}.")
         }
-        assert _decoded(projection.encoding, parts).shape == projection.shape
-
-
-def _decoded(encoding: Encoding, parts: dict[str, Any]) -> np.ndarray[Any, Any]:
-    with np.errstate(all="ignore"):  # any bytes are a float, also those that are no number
-        if not encoding.quantized:
-            return to_float32(parts["weight"], encoding.dtype)
-        return affine.dequantize(
-            parts["weight"], parts["scales"], parts["biases"], encoding.bits, encoding.group_size, encoding.dtype
-        )
+        assert decode(projection.encoding, parts, projection.shape).shape == projection.shape
 
 
 def journal(data: bytes) -> bool:
@@ -195,7 +186,7 @@ def source(data: bytes) -> bool:
             checkpoint = open_checkpoint(folder)
         except FlashpackError:
             return False
-        for _, _, extent in checkpoint.stored.values():
+        for extent in checkpoint.stored.values():
             assert 0 <= extent.offset <= extent.offset + extent.nbytes <= len(shard)
         return True
 

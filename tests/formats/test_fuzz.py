@@ -244,7 +244,8 @@ def test_a_large_manifest_takes_memory_like_its_size() -> None:
     raw, header = dense_header([], "d")
     entry = {"role": "dense", "size": header.size, "digests": {"header": hexdigest(raw)}}
     data = json.loads(SEEDS[0].read_bytes()[1:].partition(b"\0")[0])
-    data |= {"layers": [], "tensors": [], "matrices": [], "required_features": [], "min_reader": C.FIRST_READER}
+    data |= {key: [] for key in ("record_kinds", "layers", "tensors", "matrices", "required_features")}
+    data["min_reader"] = C.FIRST_READER
     data["files"] = [entry | {"path": f"dense-{i:05d}"} for i in range(1000)]
     text = canonical(data)
     tracemalloc.start()
@@ -271,7 +272,8 @@ def test_time_is_linear_in_what_is_parsed() -> None:
 
 def test_no_file_lies_below_another() -> None:
     data = json.loads(SEEDS[0].read_bytes()[1:].partition(b"\0")[0])
-    data |= {"layers": [], "tensors": [], "matrices": [], "required_features": [], "min_reader": C.FIRST_READER}
+    data |= {key: [] for key in ("record_kinds", "layers", "tensors", "matrices", "required_features")}
+    data["min_reader"] = C.FIRST_READER
 
     def parse(*paths: str) -> Manifest:
         rows = [{"path": path, "role": "copy", "size": 0, "digests": {"file": "0" * 64}} for path in sorted(paths)]
