@@ -1,0 +1,81 @@
+"""Notes in the journal of how far a file has come, so that a kill in the middle of gigabytes loses little.
+
+A note follows what it is about to the drive. A later run trusts it only as far as the partial file still has what the
+note says, digest by digest.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from flashpack.converter.journal import Journal
+from flashpack.errors import FormatError
+from flashpack.formats.entries import Layer
+from flashpack.formats.writer import DenseWriter, ShardWriter, StoredRecord
+
+NOTE_SECONDS = 5.0
+"""Time between notes: a kill loses no more of each file, beside what was read ahead. Quick files have no notes."""
+
+Part = dict[str, Any]
+
+
+class Notes:
+    """The parts of one file that is being written, in order, from ``writer.done`` on."""
+
+    def __init__(self, journal: Journal, path: str, writer: ShardWriter | DenseWriter) -> None:
+        self._journal, self._path, self._writer = journal, path, writer
+        self._first = writer.done
+        self._parts: list[Part] = []
+        self._last = time.monotonic()
+
+    def add(self, part: Part) -> None:
+        """A part has been written."""
+        self._parts.append(part)
+        if time.monotonic() - self._last < NOTE_SECONDS:
+            return
+        self._writer.flush()
+        self._journal.append({"begun": {"path": self._path, "first": self._first, "parts": self._parts}})
+        self._first += len(self._parts)
+        self._parts = []
+        self._last = time.monotonic()
+
+
+def part_of_layer(record: StoredRecord, errors: list[float]) -> Part:
+    """An expert: what its shard knows of it, and the relative errors of its matrices."""
+    return {"record": record.to_json(), "errors": errors}
+
+
+def begun_layer(journal: Journal, layer: Layer) -> list[tuple[StoredRecord, list[float]]]:
+    """What ``part_of_layer`` noted in earlier runs, as far as it can be read."""
+    found = []
+    for part in journal.begun.get(layer.path, [])[: layer.experts]:
+        try:
+            found.append((StoredRecord.from_json(part["record"]), _errors(part)))
+        except (FormatError, KeyError, TypeError):
+            break
+    return found
+
+
+def part_of_dense(digests: dict[str, str], errors: list[float]) -> Part:
+    """A tensor or matrix: digests of what is stored, and its relative error."""
+    return {"tensors": digests, "errors": errors}
+
+
+def begun_dense(journal: Journal, path: str) -> list[tuple[dict[str, str], list[float]]]:
+    """What ``part_of_dense`` noted in earlier runs, as far as it can be read."""
+    found = []
+    for part in journal.begun.get(path, []):
+        try:
+            digests = {str(name): str(digest) for name, digest in part["tensors"].items()}
+            found.append((digests, _errors(part)))
+        except (AttributeError, KeyError, TypeError, FormatError):
+            break
+    return found
+
+
+def _errors(part: Part) -> list[float]:
+    errors = part["errors"]
+    if not isinstance(errors, list) or not all(isinstance(e, float) for e in errors):
+        raise FormatError("not a list of errors")
+    return errors
