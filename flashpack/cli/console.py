@@ -57,13 +57,15 @@ def progress_bar(total: int, text: str, done: int = 0) -> tqdm[Any]:
     )
 
 
-def quiet_libraries() -> None:
-    """Keep the libraries' advice and complaints, which may quote a pack, out of our output."""
+def quiet_libraries(source: str = "") -> None:
+    """Keep the libraries' advice and complaints, which may quote a pack, out of our output, and the libraries from the
+    network, but for a ``source`` that is on a hub."""
     import os
     import warnings
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not source.lower().startswith("hf://"):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ["RUST_BACKTRACE"] = "0"
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

@@ -13,7 +13,7 @@ from flashpack.cli.console import answer_json, note, progress_bar, quiet_librari
 def repair(
     pack: Path = typer.Argument(..., help="Folder of the damaged pack."),
     source: str = typer.Option(
-        ..., "--from", help="Another copy of the pack (folder or URL), or the checkpoint it was made from."
+        ..., "--from", help="Another copy of the pack, or the checkpoint it was made from; folder, URL or hf://..."
     ),
     expect: str | None = typer.Option(None, help="Identity of the pack, where its manifest is damaged, too."),
     json: bool = typer.Option(False, "--json", help="Print what was done as JSON."),
@@ -23,8 +23,9 @@ def repair(
     From a checkpoint, parts are made again by the pack's recipe. A mended file takes the place of the damaged one only
     when it is complete; if nothing helps, nothing changes. Exit code 0 only if the pack is whole afterwards.
     """
-    quiet_libraries()
+    quiet_libraries(source)
     from flashpack.converter import repair as run_repair
+    from flashpack.converter.folder import shown
 
     bar: Any = None
 
@@ -48,7 +49,7 @@ def repair(
         if done.findings:
             say(f"{pack}: {len(done.files)} files mended, {len(done.findings)} findings left")
         elif done.files:
-            say(f"{pack}: whole again; {done.pieces} parts taken from {source}")
+            say(f"{pack}: whole again; {done.pieces} parts taken from {shown(source)}")
         else:
             note("nothing was damaged")
             say(f"{pack}: whole")

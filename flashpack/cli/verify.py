@@ -17,7 +17,7 @@ def verify(
     quick: bool = typer.Option(False, help="Only structure, sizes, headers, digest tables and copied files."),
     sample: str | None = typer.Option(None, help="Also a random part of the data, for example 5%."),
     expect: str | None = typer.Option(None, help="Identity that the pack must have; any other pack is refused."),
-    against: Path | None = typer.Option(None, help="Checkpoint: prove that the pack is what it and the recipe give."),
+    against: str | None = typer.Option(None, help="Checkpoint: prove that the pack is what it and the recipe give."),
     json: bool = typer.Option(False, "--json", help="Print the findings as JSON."),
 ) -> None:
     """Check a pack against its own checksums, without the source. Exit code 0 only if it is whole.
@@ -47,7 +47,7 @@ def verify(
     try:
         findings = run_verify(pack, level, share, expect, start, lambda n: bar.update(n))
         if against is not None and not findings:
-            quiet_libraries()
+            quiet_libraries(against)
             from flashpack.converter.against import against as run_against
 
             findings = run_against(pack, against, start, lambda n: bar.update(n))
@@ -65,7 +65,9 @@ def verify(
             say(f"{pack}: {len(findings)} finding{'s' if len(findings) > 1 else ''}")
             note(f"repair it from another copy or from its source: flashpack repair {pack} --from COPY")
         elif against is not None:
-            say(f"{pack}: whole ({level}), and what {against} and its recipe give; {seconds:.1f} s")
+            from flashpack.converter.folder import shown
+
+            say(f"{pack}: whole ({level}), and what {shown(against)} and its recipe give; {seconds:.1f} s")
         elif quick:
             say(f"{pack}: structure is whole (file sizes, headers, digest tables, copied files; data not read)")
         elif level == "sample":

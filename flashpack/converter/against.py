@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from flashpack.converter.execute import Progress, default_workers
-from flashpack.converter.folder import SourceFolder
+from flashpack.converter.folder import Source, SourceFolder
 from flashpack.converter.plan import DensePlan
 from flashpack.converter.remake import Remake
 from flashpack.formats import Finding, Pack
@@ -17,7 +17,7 @@ from flashpack.formats.entries import Layer
 
 def against(
     pack: str | os.PathLike[str],
-    src: str | os.PathLike[str],
+    src: Source,
     on_start: Callable[[int], object] | None = None,
     progress: Progress | None = None,
     workers: int | None = None,

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from threading import Event
 
 import numpy as np
 
-from flashpack.converter.folder import SourceFolder
+from flashpack.converter.folder import Reader, SourceFolder, Span, Steps
 from flashpack.converter.plan import DensePlan, LayerPlan
-from flashpack.converter.quantize import Error, encode_blocks, is_exact
+from flashpack.converter.quantize import Error, block_rows, encode_blocks, is_exact
 from flashpack.formats.dtypes import from_float32
 from flashpack.formats.writer import RecordBuffer
 
 
 def encode_record(
-    folder: SourceFolder, plan: LayerPlan, expert: int, buffer: RecordBuffer, advance: Callable[[int], object]
+    folder: Reader, plan: LayerPlan, expert: int, buffer: RecordBuffer, advance: Callable[[int], object]
 ) -> list[float]:
     """Fill ``buffer`` with the record of ``expert``; returns the relative error of each matrix that was quantized.
 
@@ -36,7 +38,8 @@ def encode_record(
                 for part, rows, array in pieces:
                     stored = buffer.sections[f"{projection.name}.{part}"][rows]
                     stored[:] = unsigned(array).reshape(stored.shape)
-            relative.append(error.relative())
+            if error.norm:  # else nothing was rounded
+                relative.append(error.relative())
         advance(source.nbytes)
         if projection.bias:
             vector = plan.sources[f"{projection.name}.bias"].matrix(expert)
@@ -47,12 +50,53 @@ def encode_record(
     return relative
 
 
-def encode_dense(folder: SourceFolder, plan: DensePlan, error: Error) -> Iterator[tuple[str, memoryview]]:
+def record_spans(plan: LayerPlan, expert: int) -> list[Span]:
+    """What ``encode_record`` reads."""
+    sources = (stack.matrix(expert) for stack in plan.sources.values())
+    return [(part.path, part.offset, part.nbytes) for source in sources for part in source.parts.values()]
+
+
+def encode_dense(folder: Reader, plan: DensePlan, error: Error) -> Iterator[tuple[str, memoryview]]:
     """The stored tensors of a dense tensor or matrix, block by block: (tensor name, its next bytes)."""
     names = plan.tensor_names()
     for pieces in encode_blocks(folder, plan.source.flat(), plan.encoding, error):
         for part, _, array in pieces:
             yield names[part], unsigned(array).data.cast("B")
+
+
+@contextmanager
+def dense_reader(folder: SourceFolder, plans: list[DensePlan], stop: Event) -> Iterator[Reader]:
+    """For ``encode_dense`` of these tensors, one after the other."""
+    steps: list[list[Span]] = [[]]
+    for plan in plans:
+        source = plan.source.flat()
+        for rows in block_rows(source, plan.encoding):
+            spans = [(part.path, part.offset, part.nbytes) for part in source.rows(*rows).parts.values()]
+            if not set(spans) <= set(steps[-1]):  # tensors that are computed from the same ones read them together
+                steps.append(spans)
+    del steps[0]
+    with folder.steps(lambda number: steps[number], len(steps), stop) as prepared, ExitStack() as stack:
+        yield _InTurn(folder, prepared, steps, stack)
+
+
+class _InTurn:
+    """Goes to the step that a read belongs to; the steps before it have ended then."""
+
+    def __init__(self, folder: Reader, prepared: Steps, steps: list[list[Span]], stack: ExitStack) -> None:
+        self._prepared, self._stack = prepared, stack
+        self._reader, self._number = folder, -1
+        self._step_of: dict[Span, int] = {}
+        for number, spans in enumerate(steps):
+            for span in spans:
+                self._step_of.setdefault(span, number)
+
+    def read_into(self, file: str, offset: int, buffer: memoryview) -> None:
+        number = self._step_of.get((file, offset, buffer.nbytes), -1)
+        while self._number < number:
+            self._stack.close()
+            self._number += 1
+            self._reader = self._stack.enter_context(self._prepared.step(self._number))
+        self._reader.read_into(file, offset, buffer)
 
 
 def unsigned(array: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -10,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flashpack.converter.encode import encode_dense, encode_record
-from flashpack.converter.folder import SourceFolder
+from flashpack.converter.ahead import in_order
+from flashpack.converter.encode import dense_reader, encode_dense, encode_record, record_spans
+from flashpack.converter.folder import SourceFolder, Stopped
 from flashpack.converter.journal import Journal
+from flashpack.converter.notes import Notes, begun_dense, begun_layer, part_of_dense, part_of_layer
 from flashpack.converter.plan import DensePlan, LayerPlan, Plan
 from flashpack.converter.quantize import Error
 from flashpack.errors import FormatError, OutputError
@@ -29,14 +32,22 @@ from flashpack.formats.writer import DenseWriter, RecordBuffer, ShardWriter, com
 Progress = Callable[[int], object]
 """Called with the number of source bytes done since the last call; may come from several threads."""
 
+AHEAD = 3
+"""Experts of a layer that are read and encoded at once, beside the one that is written: the drive and the processors
+have work at the same time."""
+
 
 @dataclass
 class Outcome:
-    """A finished file: its manifest entry, its tensors if dense, its quantization error if there is any."""
+    """A finished file: its manifest entry, its tensors if dense, its quantization error if there is any.
+
+    ``resumed_bytes`` of its source were done by an earlier run.
+    """
 
     file: FileEntry
     tensors: list[TensorEntry] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
+    resumed_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -154,10 +165,6 @@ def execute(
     return commit(out, manifest), outcomes
 
 
-class Stopped(Exception):
-    """Another unit failed; this one ends early."""
-
-
 def _submit(
     pool: Executor,
     plan: Plan,
@@ -171,7 +178,7 @@ def _submit(
     def unit(write: Callable[..., Outcome], *arguments: Any) -> Outcome:
         journal.check()  # writing would make a removed folder anew
         try:
-            return write(*arguments, out, folder, progress, stop)
+            return write(*arguments, out, folder, journal, progress, stop)
         except BaseException:
             stop.set()
             raise
@@ -187,39 +194,73 @@ def _submit(
 
 
 def _write_layer(
-    plan: LayerPlan, kinds: list[RecordKind], out: Path, folder: SourceFolder, progress: Progress, stop: threading.Event
+    plan: LayerPlan,
+    kinds: list[RecordKind],
+    out: Path,
+    folder: SourceFolder,
+    journal: Journal,
+    progress: Progress,
+    stop: threading.Event,
 ) -> Outcome:
     def advance(count: int) -> None:
         if stop.is_set():
             raise Stopped
         progress(count)
 
-    buffer = RecordBuffer(plan.kind)
-    relative = []
-    with ShardWriter(out, plan.layer, kinds) as writer:
-        for expert in range(plan.layer.experts):
-            relative += encode_record(folder, plan, expert, buffer, advance)
-            writer.write(expert, buffer.data.data)
+    layer = plan.layer
+    earlier = begun_layer(journal, layer)
+    buffers = [RecordBuffer(plan.kind) for _ in range(AHEAD)]
+    with ShardWriter(out, layer, kinds, earlier=[record for record, _ in earlier]) as writer:
+        first = writer.done
+        relative = [error for _, errors in earlier[:first] for error in errors]
+        resumed = sum(source.matrix(e).nbytes for e in range(first) for source in plan.sources.values())
+        progress(resumed)
+        notes = Notes(journal, layer.path, writer)
+        with folder.steps(lambda i: record_spans(plan, first + i), layer.experts - first, stop) as steps:
+
+            def encode(index: int, buffer: RecordBuffer) -> list[float]:
+                with steps.step(index) as reader:
+                    return encode_record(reader, plan, first + index, buffer, advance)
+
+            with contextlib.closing(in_order(encode, layer.experts - first, buffers)) as records:
+                for index, buffer, errors in records:
+                    relative += errors
+                    writer.write(first + index, buffer.data.data)
+                    notes.add(part_of_layer(writer.stored[-1], errors))
         entry = writer.finish()
-    return Outcome(entry, errors=_summary(relative))
+    return Outcome(entry, errors=_summary(relative), resumed_bytes=resumed)
 
 
 def _write_dense(
-    path: str, tensors: list[DensePlan], out: Path, folder: SourceFolder, progress: Progress, stop: threading.Event
+    path: str,
+    tensors: list[DensePlan],
+    out: Path,
+    folder: SourceFolder,
+    journal: Journal,
+    progress: Progress,
+    stop: threading.Event,
 ) -> Outcome:
-    relative = []
-    with DenseWriter(out, path, [s for t in tensors for s in t.specs()]) as writer:
-        for tensor in tensors:
-            error = Error()
-            for name, data in encode_dense(folder, tensor, error):
-                if stop.is_set():
-                    raise Stopped
-                writer.append(name, data)
-            if error.norm:
-                relative.append(error.relative())
-            progress(tensor.source.nbytes)
+    earlier = begun_dense(journal, path)
+    with DenseWriter(out, path, [s for t in tensors for s in t.specs()], [found for found, _ in earlier]) as writer:
+        first = writer.done
+        relative = [error for _, errors in earlier[:first] for error in errors]
+        resumed = sum(tensor.source.nbytes for tensor in tensors[:first])
+        progress(resumed)
+        notes = Notes(journal, path, writer)
+        with dense_reader(folder, tensors[first:], stop) as reader:
+            for tensor in tensors[first:]:
+                error = Error()
+                for name, data in encode_dense(reader, tensor, error):
+                    if stop.is_set():
+                        raise Stopped
+                    writer.append(name, data)
+                errors = [error.relative()] if error.norm else []
+                relative += errors
+                progress(tensor.source.nbytes)
+                digests = writer.digests()
+                notes.add(part_of_dense({s.name: digests[s.name] for s in tensor.specs()}, errors))
         entry, entries = writer.finish()
-    return Outcome(entry, entries, _summary(relative))
+    return Outcome(entry, entries, _summary(relative), resumed)
 
 
 def _summary(relative: list[float]) -> dict[str, float]:

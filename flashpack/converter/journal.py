@@ -1,9 +1,9 @@
 """The folder of an unfinished conversion: who writes there, what it makes, and what it has finished.
 
-The journal holds one JSON line that names source and recipe, then one line per finished file. Only files that are
-complete and durable are listed. Every line but the first carries its own digest, so a damaged one is recognised and
-what it recorded is done again; a last line cut off by a kill is ignored. The open journal is locked: one process
-writes in a folder at a time, and a kill releases the lock.
+The journal holds one JSON line that names source and recipe, then one line per finished file, and one now and then for
+the finished parts of a file that takes long. Only what is durable is listed. Every line but the first carries its own
+digest, so a damaged one is recognised and what it recorded is done again; a last line cut off by a kill is ignored. The
+open journal is locked: one process writes in a folder at a time, and a kill releases the lock.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,19 @@ class Journal:
     """An output folder, open for this process alone.
 
     ``start`` says what is converted and how; an unfinished conversion that began otherwise is refused, with what
-    changed. ``overwrite`` discards what is there. ``done`` holds what earlier runs finished: path -> entry;
-    ``notices`` are lines for the person. Raises ``OutputError``.
+    changed. ``overwrite`` discards what is there. ``done`` holds what earlier runs finished: path -> entry; ``begun``
+    the parts that they finished of other files: path -> parts, in order, from the first; ``notices`` are lines for the
+    person. Raises ``OutputError``.
     """
 
     def __init__(self, folder: Path, start: Line, overwrite: bool = False) -> None:
         self.folder = folder
         self.path = folder / C.JOURNAL
         self.done: dict[str, Line] = {}
+        self.begun: dict[str, list[Any]] = {}
         self.notices: list[str] = []
         self._fd, self._end = -1, 0
+        self._appending = threading.Lock()
         try:
             with output_errors(self.path):
                 self._open(overwrite)
@@ -97,6 +101,8 @@ class Journal:
                 self.notices.append(f"{self.path}: line {number} is damaged; what it recorded is done again")
             elif "file" in line:
                 self.done[line["file"]["path"]] = line
+            elif "begun" in line:
+                self._continue(**line["begun"])
         resize(self._fd, self._end)
         if not lines:
             # Nothing proves the first line, so it becomes a line only when all of it is there.
@@ -105,6 +111,12 @@ class Journal:
         # Also when continuing: a killed run may have come no further than to a name.
         sync_folder(self.folder)
         self.append({"process": os.getpid()})
+
+    def _continue(self, path: str, first: int, parts: list[Any]) -> None:
+        """Parts from ``first`` on; what was known of these was done again. Behind a line that is lost, all is lost."""
+        known = self.begun.setdefault(path, [])
+        if first <= len(known):
+            known[first:] = parts
 
     def _read(self) -> tuple[list[Line | None], int]:
         """The whole lines (None for a damaged one) and their length in bytes."""
@@ -144,8 +156,8 @@ class Journal:
         self._end = 0
 
     def append(self, entry: Line) -> None:
-        """Record a finished file, durably."""
-        with output_errors(self.path):
+        """Record a finished file, or parts of one, durably. From any thread."""
+        with output_errors(self.path), self._appending:
             self._write(_text(entry | {"digest": _digest(entry)}) + b"\n")
 
     def _write(self, data: bytes) -> None:
@@ -184,6 +196,17 @@ class Journal:
         self.close()
 
 
+def origin_of(folder: Path) -> dict[str, Any]:
+    """The origin of the source of an unfinished conversion in ``folder``; empty if there is none, or no origin."""
+    try:
+        with open(folder / C.JOURNAL, "rb") as f:
+            line = _parse(f.readline(), signed=False)
+    except OSError:
+        return {}
+    origin = (line or {}).get("origin")
+    return origin if isinstance(origin, dict) else {}
+
+
 def check_folder(folder: Path, overwrite: bool) -> None:
     """``folder`` must be absent, empty or an unfinished conversion; with ``overwrite`` also a pack."""
     if not os.path.lexists(folder):
@@ -218,8 +241,16 @@ def _is_sound(line: Line) -> bool:
     """Whether a line with a digest is what was written, in the form that it is used in."""
     if line.pop("digest", None) != _digest(line):
         return False
-    file = line.get("file", {"path": ""})
-    return isinstance(file, dict) and isinstance(file.get("path"), str) and type(line.get("process", 1)) is int
+    file, begun = line.get("file", {"path": ""}), line.get("begun", {"path": "", "first": 0, "parts": []})
+    types = {"path": str, "first": int, "parts": list}
+    return (
+        isinstance(file, dict)
+        and isinstance(file.get("path"), str)
+        and isinstance(begun, dict)
+        and {key: type(value) for key, value in begun.items()} == types
+        and begun["first"] >= 0
+        and type(line.get("process", 1)) is int
+    )
 
 
 def _text(line: Line) -> bytes:

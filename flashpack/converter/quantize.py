@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flashpack.converter.folder import SourceFolder
+from flashpack.converter.folder import Reader
 from flashpack.converter.tensor import Arrays, SourceTensor
 from flashpack.errors import SourceError
 from flashpack.formats import constants as C
@@ -45,20 +45,25 @@ Piece = tuple[str, slice, NDArray[np.generic]]
 """A stored part, some rows of it, and their content."""
 
 
-def encode_blocks(folder: SourceFolder, source: SourceTensor, target: Encoding, error: Error) -> Iterator[list[Piece]]:
+def encode_blocks(folder: Reader, source: SourceTensor, target: Encoding, error: Error) -> Iterator[list[Piece]]:
     """Encode a 2-D tensor block by block, in order; what all rows share comes with the first block."""
-    rows, width = source.shape
-    values = RAW_BLOCK_VALUES if _raw_dtype(source) and target.quantized else BLOCK_VALUES
-    step = max(1, values // max(1, width))
-    step = -(-step // source.block) * source.block if source.block else max(rows, 1)
-    for start in range(0, rows, step):
-        count = min(step, rows - start)
+    for start, count in block_rows(source, target):
         arrays = _encode(folder, source.rows(start, count), target, error)
         pieces = [(part, target.part_rows(part, start, start + count), array) for part, array in arrays.items()]
         yield [piece for piece in pieces if start == 0 or piece[1].start > 0]
 
 
-def _encode(folder: SourceFolder, block: SourceTensor, target: Encoding, error: Error) -> Arrays:
+def block_rows(source: SourceTensor, target: Encoding) -> Iterator[tuple[int, int]]:
+    """First row and rows of each block that is encoded at a time."""
+    rows, width = source.shape
+    values = RAW_BLOCK_VALUES if _raw_dtype(source) and target.quantized else BLOCK_VALUES
+    step = max(1, values // max(1, width))
+    step = -(-step // source.block) * source.block if source.block else max(rows, 1)
+    for start in range(0, rows, step):
+        yield start, min(step, rows - start)
+
+
+def _encode(folder: Reader, block: SourceTensor, target: Encoding, error: Error) -> Arrays:
     """The stored arrays of a matrix."""
     if is_exact(block, target):
         return block.stored(folder)

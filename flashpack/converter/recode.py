@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from flashpack.converter.convert import check_space
-from flashpack.converter.execute import Outcome, Progress, Stopped, default_workers, kept
+from flashpack.converter.execute import Outcome, Progress, default_workers, kept
+from flashpack.converter.folder import Stopped
 from flashpack.converter.journal import Journal, check_folder
 from flashpack.errors import IntegrityError, UsageError
 from flashpack.formats import Pack

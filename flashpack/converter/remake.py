@@ -5,11 +5,12 @@ Only where the recipe is reproducible: the same source and options then give the
 
 from __future__ import annotations
 
-import os
+import threading
 from collections.abc import Callable, Iterator
 
 from flashpack.converter.convert import plan
-from flashpack.converter.encode import encode_dense, encode_record
+from flashpack.converter.encode import dense_reader, encode_dense, encode_record, record_spans
+from flashpack.converter.folder import Source
 from flashpack.converter.plan import DensePlan, Options, Plan
 from flashpack.converter.quantize import Error
 from flashpack.errors import SourceError, UnsupportedError, UsageError
@@ -30,12 +31,16 @@ class Remake:
     another model than the pack's.
     """
 
-    def __init__(self, src: str | os.PathLike[str], manifest: Manifest) -> None:
-        self.name = str(src)
+    def __init__(self, src: Source, manifest: Manifest) -> None:
         self.manifest = manifest
         self.plan = plan(src, _options(manifest.recipe))
-        _check_same(self.plan, manifest, self.name)
         self.folder = self.plan.checkpoint.folder
+        self.name = self.folder.name
+        try:
+            _check_same(self.plan, manifest, self.name)
+        except BaseException:
+            self.close()
+            raise
         self._layers = {p.layer.index: p for p in self.plan.layers}
         self._dense = {name: t for t in self.plan.dense() for name in t.tensor_names().values()}
 
@@ -43,12 +48,17 @@ class Remake:
         """The record of an expert: stride bytes. ``advance`` is called with the source bytes that are done."""
         work = self._layers[layer.index]
         buffer = RecordBuffer(work.kind)
-        encode_record(self.folder, work, expert, buffer, advance)
+        with (
+            self.folder.steps(lambda _: record_spans(work, expert), 1, threading.Event()) as steps,
+            steps.step(0) as reader,
+        ):
+            encode_record(reader, work, expert, buffer, advance)
         return buffer.data.data
 
     def dense(self, plan: DensePlan) -> Iterator[tuple[str, memoryview]]:
         """The stored tensors of a dense tensor or matrix, piece by piece."""
-        return encode_dense(self.folder, plan, Error())
+        with dense_reader(self.folder, [plan], threading.Event()) as reader:
+            yield from encode_dense(reader, plan, Error())
 
     # What ``formats.repair`` asks of a donor:
 

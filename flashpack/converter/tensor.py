@@ -7,6 +7,7 @@ expert and row by row.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from flashpack.converter.folder import SourceFolder
+from flashpack.converter.folder import Reader
 from flashpack.errors import SourceError, UnsupportedError
 from flashpack.formats import constants as C
 from flashpack.formats.dtypes import ITEMSIZE, NUMPY
@@ -57,7 +58,7 @@ class Extent:
         """The same bytes seen as another type and shape."""
         return replace(self, dtype=dtype, shape=shape)
 
-    def read(self, folder: SourceFolder) -> NDArray[np.generic]:
+    def read(self, folder: Reader) -> NDArray[np.generic]:
         """The stored values, as ``NUMPY[dtype]``."""
         data = np.empty(self.nbytes, dtype=np.uint8)
         folder.read_into(self.path, self.offset, data.data)
@@ -238,7 +239,7 @@ class SourceTensor:
         parts = {k: p.reshape(math.prod(p.shape[:-1]), *(p.shape[-1:] or (1,))) for k, p in self.parts.items()}
         return replace(self, shape=(math.prod(self.shape[:-1]), *(self.shape[-1:] or (1,))), parts=parts)
 
-    def values(self, folder: SourceFolder) -> NDArray[np.float32]:
+    def values(self, folder: Reader) -> NDArray[np.float32]:
         """The values in float32, in this shape."""
         return self.decoded(self._read(folder))
 
@@ -253,7 +254,7 @@ class SourceTensor:
         values = np.ascontiguousarray(values).reshape(self.shape)
         return values + np.float32(self.add) if self.add else values
 
-    def stored(self, folder: SourceFolder) -> Arrays:
+    def stored(self, folder: Reader) -> Arrays:
         """The arrays of a matrix in ``encoding``."""
         encoding, arrays = self.format.encoding, self._read(folder)
         assert encoding is not None
@@ -274,13 +275,16 @@ class SourceTensor:
         except SourceError as e:
             raise type(e)(f"tensor {self.name}: {e}") from e
 
-    def _read(self, folder: SourceFolder) -> Arrays:
+    def _read(self, folder: Reader) -> Arrays:
         return {part: extent.read(folder) for part, extent in self.parts.items()}
 
 
 def plain_tensor(name: str, extent: Extent) -> SourceTensor:
     """An unquantized tensor."""
-    return SourceTensor(name, extent.shape, Plain(extent.dtype), {"weight": extent})
+    return SourceTensor(name, extent.shape, _plain(extent.dtype), {"weight": extent})
+
+
+_plain = functools.cache(Plain)
 
 
 def stored_shape(encoding: Encoding, weight: tuple[int, ...]) -> tuple[int, ...]:

@@ -22,16 +22,19 @@ from flashpack.formats.repair import Bytes, encode_stored
 
 
 class PackDonor:
-    """The pack at ``where``. Raises ``SourceError`` if it cannot be read, ``NotAPackError`` if it is none."""
+    """The pack at ``where``, called ``name`` in messages.
 
-    def __init__(self, where: str) -> None:
+    Raises ``SourceError`` if it cannot be read, ``NotAPackError`` if it is none.
+    """
+
+    def __init__(self, where: str, name: str | None = None) -> None:
         from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
-        self.name = where
+        self.name = name or where
         try:
             self._fs, self._root = url_to_fs(where)
         except (ValueError, ImportError) as e:
-            raise SourceError(f"{where}: cannot be opened: {e}") from e
+            raise SourceError(f"{self.name}: cannot be opened: {e}") from e
         self._open: dict[str, Any] = {}
         self._raw = self._read_manifest()
         self._manifest = Manifest.from_bytes(self._raw)
