@@ -149,10 +149,24 @@ class LongcatExperts(Experts):
         return super().forward(x, index, weights) + (x * same).to(x.dtype)
 
 
+class Step3p7Experts(Experts):
+    """``Step3p7Experts``: a gate of its own, clamped differently in each layer."""
+
+    def __init__(self, old: Any, config: PretrainedConfig) -> None:
+        super().__init__(config, old.act_fn, old.down_proj, old.num_experts, old.intermediate_dim)
+        self._limit = old.limit
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        result: Tensor = self.act_fn(gate).clamp(max=self._limit) * up.clamp(-self._limit, self._limit)
+        return result
+
+
 _STAND_INS: dict[str, Callable[[Any, PretrainedConfig], nn.Module]] = {
     "llama4.modeling_llama4.Llama4TextMoe": Llama4Moe,
     "dbrx.modeling_dbrx.DbrxExperts": DbrxExperts,
     "longcat_flash.modeling_longcat_flash.LongcatFlashExperts": LongcatExperts,
+    "step3p7.modeling_step3p7.Step3p7Experts": Step3p7Experts,
 }
 
 _ROUTERS = {
@@ -169,12 +183,13 @@ _REFUSED = {
 
 def adapt(model: PreTrainedModel) -> None:
     """Put the stand-ins into ``model``; raise ``UnsupportedError`` for a family that none is possible for."""
+    config = model.config.get_text_config(decoder=True)
     for name, module in list(model.named_modules()):
         kind = f"{type(module).__module__}.{type(module).__qualname__}".removeprefix("transformers.models.")
         if kind in _REFUSED:
             raise UnsupportedError(f"model_type {model.config.model_type!r} is not supported: {_REFUSED[kind]}")
         if kind in _STAND_INS:
-            model.set_submodule(name, _STAND_INS[kind](module, model.config).train(module.training))
+            model.set_submodule(name, _STAND_INS[kind](module, config))
         elif kind in _ROUTERS:
             getattr(module, _ROUTERS[kind]).__class__ = Kept
 

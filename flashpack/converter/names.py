@@ -23,9 +23,13 @@ if TYPE_CHECKING:
 
 # Parts of a checkpoint that are no part of the language model, besides those that the model class itself ignores.
 _FOREIGN = re.compile(
-    r"(^|\.)(visual|vision_tower|vision_model|vision_encoder|audio_tower|multi_modal_projector|embed_vision|mtp)\."
+    r"(^|\.)(visual|vision_tower|vision_model|vision_encoder|audio_tower|multi_modal_projector|mm_projector|embed_vision"
+    r"|mtp)\."
     r"|rotary_emb\.inv_freq$|\.[kv]_scale$|\.input_scale$"
 )
+
+_LANGUAGE = "language_model."
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,10 @@ def _rename_all(
         rename_source_key,
     )
 
-    mapping = get_model_conversion_mapping(model)
+    from flashpack.adapters import loader_map, without_weights
+
+    mapping = [*get_model_conversion_mapping(model), *loader_map(model)]
+    weightless = without_weights(model)
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     by_pattern = {p: c for c in converters for p in c.source_patterns}
@@ -103,7 +110,12 @@ def _rename_all(
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if renamed not in state and name in state:
             renamed, pattern = rename_source_key(name, [], [], prefix, state)
-        if renamed in state:
+        if renamed not in state and name.startswith(_LANGUAGE):
+            bare = name.removeprefix(_LANGUAGE)  # beside parts for images
+            renamed, pattern = rename_source_key(bare, renamings, converters, prefix, state)
+        if (expert := _EXPERT.search(name)) and int(expert[1]) in weightless:
+            dropped.append(name)
+        elif renamed in state:
             collected[renamed][pattern or name].append(tensors[name])
             if pattern is not None:
                 used[renamed] = by_pattern[pattern]

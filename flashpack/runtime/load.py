@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DEFAULT_CONTEXT = 8192
 """Tokens of context reserved by default, if the model has as many."""
 
-_TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+_TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
 
 _BUFFER_BYTES = 64 * 2**20
 """What computed buffers (rotary frequencies) may take beside as much as the dense part."""
@@ -151,7 +151,8 @@ def _check_layers(pack: Pack, sites: list[ExpertsModule]) -> None:
 def _numbers(config: PretrainedConfig, pack: Pack, sites: list[ExpertsModule]) -> tuple[int, int]:
     """Width of the hidden states, or of the experts' if they are wider, and experts per token; both checked."""
     hidden = getattr(config, "hidden_size", None)
-    top_k = next((n for n in (getattr(config, k, None) for k in _TOP_K_KEYS) if n is not None), 1)
+    places = (config, getattr(config, "ffn_config", None))
+    top_k = next((n for n in (getattr(c, k, None) for c in places for k in _TOP_K_KEYS) if n is not None), 1)
     if type(hidden) is not int:
         raise FormatError(f"{pack.folder}: config.json: hidden_size {hidden!r} is not a number")
     if type(top_k) is not int or not 1 <= top_k <= min(s.num_experts for s in sites):
