@@ -92,8 +92,8 @@ class ExpertsModule:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The text model's configuration from ``folder/config.json``; see ``text_config``."""
-    return text_config(_read_json(folder), str(folder / "config.json"))
+    """The language model's configuration from ``folder/config.json``; see ``language_config``."""
+    return language_config(_read_json(folder), str(folder / "config.json"))
 
 
 def read_whole_config(folder: Path) -> PretrainedConfig:
@@ -101,18 +101,42 @@ def read_whole_config(folder: Path) -> PretrainedConfig:
     return _whole_config(_read_json(folder), str(folder / "config.json"))
 
 
-def text_config(data: Any, path: str) -> PretrainedConfig:
-    """The text model's configuration from the JSON of a config.json, which messages call ``path``; never runs code.
+def language_config(data: Any, path: str) -> PretrainedConfig:
+    """What the language model is built from, of the JSON of a config.json, which messages call ``path``.
 
-    Raises ``UnsupportedError`` for whatever transformers makes no sense of.
+    The text model's configuration; the whole one, or a part of it, where only a class with eyes and ears writes text.
+    Never runs code. Raises ``UnsupportedError`` for whatever transformers makes no sense of.
     """
     from transformers import PretrainedConfig
 
     with library_errors(path, UnsupportedError):
-        text = _whole_config(data, path).get_text_config(decoder=True)
+        whole = _whole_config(data, path)
+        text = whole.get_text_config(decoder=True)
+        parts = [getattr(whole, name) for name in whole.sub_configs]
     if not isinstance(text, PretrainedConfig):
         raise UnsupportedError(f"{path}: its text_config belongs to no model_type")
-    return text
+    writers = (c for c in (text, whole, *parts) if isinstance(c, PretrainedConfig) and _auto_class(c) is not None)
+    chosen = next(writers, text)
+    if chosen is not text:
+        usual = type(chosen)()
+        for name in chosen.sub_configs:  # never built from, but made; some kinds would fetch a model
+            part = getattr(chosen, name)
+            if part is not text and type(part) is not type(getattr(usual, name)):
+                raise UnsupportedError(f"{path}: {name} is not that of a {chosen.model_type!r}")
+    return chosen
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    """transformers' factory of models of ``config`` that continue text, or None."""
+    import transformers
+    from transformers import GenerationMixin
+
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+        kind = auto._model_mapping.get(type(config), None)
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if all(k is not None and issubclass(k, GenerationMixin) for k in kinds):
+            return auto
+    return None
 
 
 def _read_json(folder: Path) -> Any:
@@ -176,26 +200,48 @@ def build(
 ) -> PreTrainedModel:
     """The causal language model of ``config`` with every parameter on the meta device, in ``dtype`` (float32).
 
+    Parts for images and sound are taken out: the checkpoint's tensors for them are among those that the model ignores.
     ``most``: how many parameters there are; a configuration that asks for far more is refused while it is built.
     """
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     from flashpack.adapters import adapt
 
     what = f"model_type {config.model_type!r}"
     if config.is_encoder_decoder:
         raise UnsupportedError(f"{what} is an encoder with a decoder; flashpack runs decoders only")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    auto = _auto_class(config)
+    if auto is None:
         raise UnsupportedError(f"{what} has no causal language model")
     with library_errors(f"{what} cannot be built from config.json", UnsupportedError), _at_most(most):
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            model: PreTrainedModel = auto.from_config(
                 config, dtype=dtype or torch.float32, experts_implementation=experts_implementation
             )
         adapt(model)
+        _keep_text(model)
         model.train(False)
     return model
+
+
+def _keep_text(model: PreTrainedModel) -> None:
+    """Take out what lies beside the text model: towers for images and sound, and their projections."""
+    if model.config.get_text_config(decoder=True) is model.config:
+        return
+    whole: Any = model
+    decoder, head = whole.get_decoder(), whole.get_output_embeddings()
+    path = next(name for name, module in model.named_modules() if module is decoder)
+    removed = []
+    for depth, child in enumerate(path.split(".")):
+        stem = ".".join(path.split(".")[:depth])
+        module = model.get_submodule(stem)
+        parts = {n: m for n, m in module.named_children() if n != child and m is not head}
+        for name in (*parts, *[n for n, _ in module.named_parameters(recurse=False)]):
+            delattr(module, name)
+            setattr(module, name, None)
+            removed.append(re.escape(f"{stem}.{name}".removeprefix(".")))
+    ignored: Any = model._keys_to_ignore_on_load_unexpected or ()
+    model._keys_to_ignore_on_load_unexpected = [*ignored, *(rf"^{name}(\.|$)" for name in removed)]
 
 
 @contextlib.contextmanager
@@ -279,10 +325,9 @@ def find_experts(model: PreTrainedModel) -> list[ExpertsModule]:
 
 def tied_names(model: PreTrainedModel) -> dict[str, str]:
     """Parameters that share another's storage: name -> name of the parameter that is stored."""
-    if not model.config.tie_word_embeddings:
-        return {}
-    tied: Any = model._tied_weights_keys or {}
-    return {k: v for k, v in dict(tied).items() if k in model.state_dict()}
+    state = model.state_dict()
+    tied: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return {name: stored for name, stored in tied.items() if name in state}
 
 
 def _one_line(error: BaseException) -> str:

@@ -25,7 +25,7 @@ from flashpack.converter.weights import read_tensors
 from flashpack.errors import FormatError, OutputError, SourceError
 from flashpack.formats import constants as C
 from flashpack.formats.files import output_errors
-from flashpack.skeleton import build, find_experts, text_config, tied_names
+from flashpack.skeleton import build, find_experts, language_config, tied_names
 from flashpack.version import __version__
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def plan(src: str | os.PathLike[str], options: Options | None = None) -> Plan:
     """What converting ``src`` would do; reads headers only (``--dry-run``)."""
     checkpoint = open_checkpoint(src)
     tensors, source_format = read_tensors(checkpoint)
-    model = build(text_config(checkpoint.config, checkpoint.folder.where(CONFIG)))
+    model = build(language_config(checkpoint.config, checkpoint.folder.where(CONFIG)))
     sites = find_experts(model)
     bindings = bind(model, sites, tensors)
     _drop_tied(bindings, tied_names(model), checkpoint)

@@ -131,7 +131,7 @@ def _droppable(model: PreTrainedModel, name: str, renamed: str) -> bool:
     if _FOREIGN.search(name) or any(re.search(p, n) for p in ignored for n in (name, renamed)):
         return True
     layer = re.search(r"\blayers\.(\d+)\.", renamed)
-    return layer is not None and int(layer[1]) >= model.config.num_hidden_layers
+    return layer is not None and int(layer[1]) >= model.config.get_text_config(decoder=True).num_hidden_layers
 
 
 def _dense(model: PreTrainedModel, collected: Collected, converters: dict[str, Any]) -> dict[str, SourceTensor]:

@@ -28,12 +28,19 @@ _TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 class PackedLinear(nn.Module):
     """``nn.Linear`` over a stored matrix [out, in]."""
 
-    def __init__(self, kernels: Kernels, weight: Tensor | StoredMatrix) -> None:
+    def __init__(self, kernels: Kernels, weight: Tensor | StoredMatrix, dtype: torch.dtype) -> None:
         super().__init__()
         self._kernels = kernels
+        self._dtype = dtype
         self.matrix = weight
         self.out_features, self.in_features = weight.shape
         self.bias: nn.Parameter | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The values [out, in], decoded at each use: some models multiply by small projections themselves."""
+        device = (self.matrix if isinstance(self.matrix, Tensor) else self.matrix.weight).device
+        return self._kernels.embedding(torch.arange(self.out_features, device=device), self.matrix, self._dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -119,7 +126,7 @@ def fill(model: PreTrainedModel, pack: Pack, sites: list[ExpertsModule], kernels
         value = _stored(pack, matrices, tied.get(name, name))
         module = matrix_module(model, name)
         if isinstance(module, nn.Linear):
-            modules[name] = PackedLinear(kernels, value)
+            modules[name] = PackedLinear(kernels, value, _parameter_dtype(model, name, dtype))
         elif module is not None:
             modules[name] = PackedEmbedding(kernels, value, dtype)
         else:

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 
 def kv_bytes(model: PreTrainedModel, context: int) -> int:
@@ -19,11 +20,20 @@ def kv_bytes(model: PreTrainedModel, context: int) -> int:
     return one + (two - one) * (context - 1)
 
 
-@torch.no_grad()
+def cache_class(model: PreTrainedModel) -> type[Cache]:
+    """The kind of cache that ``model``, which is on the meta device, makes for itself."""
+    return type(_cache(model, 1))
+
+
 def _cache_bytes(model: PreTrainedModel, tokens: int) -> int:
+    return sum(t.nbytes for t in _tensors(_cache(model, tokens)))
+
+
+@torch.no_grad()
+def _cache(model: PreTrainedModel, tokens: int) -> Cache:
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    cache = model(input_ids=ids, use_cache=True).past_key_values
-    return sum(t.nbytes for layer in cache.layers for t in _tensors(vars(layer)))
+    cache: Cache = model(input_ids=ids, use_cache=True).past_key_values
+    return cache
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -33,4 +43,6 @@ def _tensors(value: Any) -> list[Tensor]:
         return [t for v in value.values() for t in _tensors(v)]
     if isinstance(value, (list, tuple)):
         return [t for v in value for t in _tensors(v)]
+    if isinstance(value, (Cache, CacheLayerMixin)):
+        return _tensors(vars(value))
     return []

@@ -17,7 +17,7 @@ from flashpack.skeleton import build, find_experts, library_errors, read_config
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import Cache, PretrainedConfig, PreTrainedModel
 
     from flashpack.runtime.budget import Budget
     from flashpack.runtime.store import ExpertStore
@@ -81,7 +81,7 @@ def load(
 
     from flashpack.runtime import budget as budgets
     from flashpack.runtime import dense, experts
-    from flashpack.runtime.kv import kv_bytes
+    from flashpack.runtime.kv import cache_class, kv_bytes
     from flashpack.runtime.store import ExpertStore, scratch_bytes
     from flashpack.runtime.threads import confine
 
@@ -105,10 +105,13 @@ def load(
     # Nothing is allocated before everything that config.json describes has been found in the pack.
     _check_layers(opened, sites)
     dense.check(model, opened, sites)
+    config = config.get_text_config(decoder=True)
     hidden, top_k = _numbers(config, opened, sites)
     context = _context(config, context)
     with library_errors(f"{opened.folder}: the model of config.json cannot be computed"):
         cache = kv_bytes(model, context)
+        kind: Any = type(model)
+        own_cache = None if kind._supports_default_dynamic_cache() else cache_class(model)
         _fill_buffers(model, opened.dense_bytes)
     dense.fill(model, opened, sites, kernels, dtype)
     widths = [m.out_features for m in model.modules() if isinstance(m, dense.PackedLinear)]
@@ -122,6 +125,8 @@ def load(
         module: Any = site.module
         module.flashpack = experts.RoutedExperts(store, kernels, site)
     _generation_config(model, opened.folder, context, budgets.PROMPT_CHUNK)
+    if own_cache is not None:
+        _give_cache(model, own_cache)
     confine(model, torch.get_num_threads())
     runtime: Any = Runtime(opened, store, budget, context, kernels.name)
     model.flashpack = runtime
@@ -193,6 +198,19 @@ def _fill_buffers(model: PreTrainedModel, dense_bytes: int) -> None:
     for name, buffer in model.named_non_persistent_buffers():
         if buffer.is_floating_point() and buffer.isnan().any():
             raise FormatError(f"transformers does not say how to compute {name} of {type(model).__name__}")
+
+
+def _give_cache(model: PreTrainedModel, kind: type[Cache]) -> None:
+    """Where ``forward`` makes a cache of the family's own kind: ``generate`` needs it earlier, to read in chunks."""
+    prepare: Any = model._prepare_cache_for_generation
+
+    def prepared(generation_config: Any, model_kwargs: dict[str, Any], *rest: Any) -> None:
+        if model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = kind()
+        prepare(generation_config, model_kwargs, *rest)
+
+    patched: Any = model
+    patched._prepare_cache_for_generation = prepared
 
 
 def _generation_config(model: PreTrainedModel, folder: Path, context: int, chunk: int) -> None:

@@ -13,16 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from flashpack.kernels.cpu.pool import Pool, pool
-
-ATTENTION = "packed_sdpa"  # a name with "flash" in it would be taken for flash attention
 
 SPLIT_PRODUCTS = 2**22
 """Attention of fewer products than this is one piece: splitting it costs more than it gains."""
 
-_pool: Pool = pool(1)  # of the model whose forward runs now
+_pool: Pool | None = None  # of flashpack's model whose forward runs now
 
 
 def _attention(
@@ -43,7 +40,7 @@ def _attention(
         or value.shape[1] != shared
         or group != getattr(module, "num_key_value_groups", 1)
     )
-    if whole:
+    if whole or _pool is None:
         output: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, **kwargs
         )
@@ -63,20 +60,21 @@ def _attention(
 
 def confine(model: PreTrainedModel, threads: int) -> None:
     """Run the operations of ``model`` on one thread, attention on ``threads``; torch's count is restored after."""
-    if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(ATTENTION, _attention)
-        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-        model.set_attn_implementation(ATTENTION)
-    outside: list[int] = []
+    # Under the library's own name: some families do for "sdpa" what they do for no other. Nothing changes for models
+    # that are not flashpack's.
+    AttentionInterface.register("sdpa", _attention)
+    outside: list[tuple[int, Pool | None]] = []
 
     def enter(module: nn.Module, args: Any) -> None:
         global _pool
-        outside.append(torch.get_num_threads())
+        outside.append((torch.get_num_threads(), _pool))
         _pool = pool(threads)
         torch.set_num_threads(1)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        torch.set_num_threads(outside.pop())
+        global _pool
+        count, _pool = outside.pop()
+        torch.set_num_threads(count)
 
     model.register_forward_pre_hook(enter)
     model.register_forward_hook(leave, always_call=True)
