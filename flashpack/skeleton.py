@@ -32,8 +32,8 @@ _COUNT_KEYS = (
     "num_routed_experts",
     "ffn_config",
 )
-_SAME = {"kimi_k2": "deepseek_v3"}
-"""Names under which checkpoints with code of their own are of a family that transformers has, to the letter."""
+_SAME = {"kimi_k2": "deepseek_v3", "kimi_vl": "kimi_k25"}
+"""Checkpoints with code of their own whose language model is, to the letter, that of a family of transformers."""
 
 _DROPPED = {
     "attn_implementation",

@@ -267,6 +267,19 @@ CASES = {
         ),
         ("vision_tower.", "mm_projector."),
     ),
+    "kimi_vl": Case(
+        deepseek_v3(),
+        {
+            "model_type": "kimi_vl",
+            "auto_map": {"AutoConfig": "configuration_kimi_vl.KimiVLConfig"},
+            "text_config": kimi_k2(model_type="deepseek_v3"),
+            "vision_config": {"model_type": "moonvit", "init_pos_emb_height": 64, "merge_kernel_size": [2, 2]},
+        },
+        lambda t: beside_images(
+            apart(t, "mlp"), "vision_tower.patch_embed.proj.weight", "multi_modal_projector.linear_1.weight"
+        ),
+        ("vision_tower.", "multi_modal_projector."),
+    ),
 }
 
 
