@@ -11,6 +11,7 @@ import typer
 from flashpack.cli.console import note
 from flashpack.cli.convert import convert
 from flashpack.cli.inspect import inspect
+from flashpack.cli.plan import plan
 from flashpack.cli.recode import recode
 from flashpack.cli.repair import repair
 from flashpack.cli.run import run
@@ -45,7 +46,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-for _command in (convert, verify, repair, recode, inspect, run):
+for _command in (plan, convert, verify, repair, recode, inspect, run):
     app.command()(_guarded(_command))
 
 

@@ -71,9 +71,7 @@ def _print_report(report: Report) -> None:
         for e in report.errors:
             say(f"    {e.path:<40} {e.largest:.4f}  {e.mean:.4f}")
     if report.dropped:
-        say(
-            f"  {len(report.dropped)} tensors of the source are no part of the language model (flashpack plan lists them)"
-        )
+        say(f"  {len(report.dropped)} tensors of the source are not in the pack (flashpack plan lists them)")
     done = report.source_bytes - report.resumed_bytes
     rate = f", {gb(done / report.seconds)} of source per second" if done and report.seconds > 0 else ""
     say(f"  {report.seconds:.1f} s{rate}")

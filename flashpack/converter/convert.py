@@ -2,48 +2,75 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flashpack.converter.execute import Progress, default_workers, execute, resume
-from flashpack.converter.folder import SourceFolder
-from flashpack.converter.journal import Journal, check_folder
+from flashpack.converter.folder import Source, SourceFolder, base_name, pinned
+from flashpack.converter.journal import Journal, check_folder, origin_of
 from flashpack.converter.names import Bindings, bind
 from flashpack.converter.plan import Options, Plan, bits_per_weight, make_plan
 from flashpack.converter.report import LayerError, Report
 from flashpack.converter.source import CONFIG, Checkpoint, open_checkpoint
-from flashpack.converter.tensor import Extent
+from flashpack.converter.tensor import Extent, SourceTensor
 from flashpack.converter.weights import read_tensors
 from flashpack.errors import FormatError, OutputError, SourceError
 from flashpack.formats import constants as C
 from flashpack.formats.files import output_errors
-from flashpack.skeleton import build, find_experts, language_config, tied_names
+from flashpack.skeleton import ExpertsModule, build, find_experts, language_config, tied_names
 from flashpack.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
 
-def plan(src: str | os.PathLike[str], options: Options | None = None) -> Plan:
-    """What converting ``src`` would do; reads headers only (``--dry-run``)."""
+@dataclass(frozen=True)
+class Bound:
+    """A source whose every tensor has its place in the model; ``tensors`` are all that it has."""
+
+    checkpoint: Checkpoint
+    tensors: dict[str, SourceTensor]
+    source_format: str
+    model: PreTrainedModel
+    sites: list[ExpertsModule]
+    bindings: Bindings
+
+    def plan(self, options: Options) -> Plan:
+        """What converting the source with ``options`` would do."""
+        return make_plan(self.checkpoint, options, self.model, self.sites, self.bindings, self.source_format)
+
+
+def bound(src: Source) -> Bound:
+    """Read the headers of ``src`` and bind every tensor to a parameter of the model."""
     checkpoint = open_checkpoint(src)
     tensors, source_format = read_tensors(checkpoint)
     model = build(language_config(checkpoint.config, checkpoint.folder.where(CONFIG)))
     sites = find_experts(model)
     bindings = bind(model, sites, tensors)
-    _drop_tied(bindings, tied_names(model), checkpoint)
-    return make_plan(checkpoint, options or Options(), model, sites, bindings, source_format)
+    _drop_tied(bindings, tied_names(model), checkpoint, tensors)
+    return Bound(checkpoint, tensors, source_format, model, sites, bindings)
+
+
+def plan(src: Source, options: Options | None = None) -> Plan:
+    """What converting ``src`` would do; reads headers only."""
+    return bound(src).plan(options or Options())
 
 
 def convert(
-    src: str | os.PathLike[str],
+    src: Source,
     out: str | os.PathLike[str] | None = None,
     experts: str = "auto",
     dense: str = "auto",
@@ -54,7 +81,7 @@ def convert(
     on_plan: Callable[[Plan, int], object] | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Convert a Hugging Face checkpoint folder to a pack.
+    """Convert a Hugging Face checkpoint to a pack: a folder, ``hf://org/model[@revision]``, or the URL of a folder.
 
     ``out`` defaults to ``./<name of src>.flashpack``. An interrupted conversion continues when called again with
     the same source and options. ``on_plan(plan, bytes already done)`` is called before the first byte is written;
@@ -63,8 +90,21 @@ def convert(
     Raises ``SourceError`` and ``UnsupportedError`` for the source, ``OutputError`` for the target.
     """
     begun = time.monotonic()
-    work = plan(src, Options(experts, dense, group_size, codec))
     target = Path(out) if out is not None else default_out(src)
+    work = plan(src if overwrite else pinned(src, origin_of(target)), Options(experts, dense, group_size, codec))
+    with contextlib.closing(work.checkpoint.folder):
+        return _convert(work, target, overwrite, workers, on_plan, progress or (lambda count: None), begun)
+
+
+def _convert(
+    work: Plan,
+    target: Path,
+    overwrite: bool,
+    workers: int | None,
+    on_plan: Callable[[Plan, int], object] | None,
+    progress: Progress,
+    begun: float,
+) -> Report:
     source_bytes = work.source_bytes()
     with output_errors(target):
         check_folder(target, overwrite)
@@ -76,9 +116,7 @@ def convert(
         resumed_bytes = sum(source_bytes[path] for path in finished)
         if on_plan:
             on_plan(work, resumed_bytes)
-        identity, outcomes = execute(
-            work, target, journal, finished, progress or (lambda count: None), workers or default_workers()
-        )
+        identity, outcomes = execute(work, target, journal, finished, progress, workers or default_workers())
         pack_bytes = sum(o.file.size for o in outcomes.values()) + (target / C.MANIFEST).stat().st_size
         journal.remove()
     except (FormatError, OSError):
@@ -86,7 +124,6 @@ def convert(
         raise
     finally:
         journal.close()
-        work.checkpoint.folder.close()
     errors = [LayerError(path, o.errors["max"], o.errors["mean"]) for path, o in sorted(outcomes.items()) if o.errors]
     by_role: dict[str, int] = {}
     for o in outcomes.values():
@@ -104,19 +141,21 @@ def convert(
         dense_bits=bits_per_weight([(math.prod(t.source.shape), t.encoding) for t in work.dense()]),
         seconds=time.monotonic() - begun,
         resumed_files=len(finished),
-        resumed_bytes=resumed_bytes,
+        resumed_bytes=resumed_bytes + sum(o.resumed_bytes for o in outcomes.values()),
         errors=errors,
         notices=work.notices,
         dropped=work.dropped,
     )
 
 
-def default_out(src: str | os.PathLike[str]) -> Path:
+def default_out(src: Source) -> Path:
     """``./<name of src>.flashpack``."""
-    return Path(Path(src).resolve().name + ".flashpack")
+    return Path(base_name(src) + ".flashpack")
 
 
-def _drop_tied(bindings: Bindings, tied: dict[str, str], checkpoint: Checkpoint) -> None:
+def _drop_tied(
+    bindings: Bindings, tied: dict[str, str], checkpoint: Checkpoint, tensors: dict[str, SourceTensor]
+) -> None:
     """A tied parameter that is present all the same must equal the one it is tied to; it is stored once."""
     for name, target in tied.items():
         if name not in bindings.dense:
@@ -127,13 +166,19 @@ def _drop_tied(bindings: Bindings, tied: dict[str, str], checkpoint: Checkpoint)
         )
         if not alike:
             raise SourceError(f"config.json ties {copy.name} to {original.name}, but their values differ")
-        bindings.dropped.append(copy.name)
+        bindings.dropped.append(next(n for n, t in tensors.items() if t.parts == copy.parts))
 
 
 def _same_bytes(folder: SourceFolder, a: Extent, b: Extent) -> bool:
     rows = a.shape[0] if a.shape else 0
-    blocks = ((row, min(1024, rows - row)) for row in range(0, rows, 1024))
-    return all(np.array_equal(a.take(*block).read(folder), b.take(*block).read(folder)) for block in blocks)
+    blocks = [[x.take(row, min(1024, rows - row)) for x in (a, b)] for row in range(0, rows, 1024)]
+    spans = [[(x.path, x.offset, x.nbytes) for x in block] for block in blocks]
+    with folder.steps(spans.__getitem__, len(spans), threading.Event()) as steps:
+        for number, (one, other) in enumerate(blocks):
+            with steps.step(number) as reader:
+                if not np.array_equal(one.read(reader), other.read(reader)):
+                    return False
+    return True
 
 
 def _start(work: Plan) -> dict[str, Any]:
@@ -142,6 +187,7 @@ def _start(work: Plan) -> dict[str, Any]:
         "flashpack": __version__,
         "format": C.VERSION,
         "source": work.checkpoint.fingerprint,
+        "origin": work.checkpoint.folder.origin,
         "model": work.model,
         "recipe": work.recipe,
         "codec": work.options.codec,
@@ -150,6 +196,15 @@ def _start(work: Plan) -> dict[str, Any]:
 
 def check_space(target: Path, sizes: dict[str, int], overwrite: bool) -> None:
     """Refuse before the first byte what cannot fit; ``sizes`` are those of the files to come, by path."""
+    needed, free = disk_space(target, sizes, overwrite)
+    if needed > free:
+        raise OutputError(
+            f"{target}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; free some space or choose another disk"
+        )
+
+
+def disk_space(target: Path, sizes: dict[str, int], overwrite: bool) -> tuple[int, int]:
+    """Bytes needed and free for the files ``sizes`` in the folder ``target``."""
     needed = sum(size for path, size in sizes.items() if overwrite or not (target / path).exists())
     existing = next(p for p in (target.absolute(), *target.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
@@ -157,7 +212,4 @@ def check_space(target: Path, sizes: dict[str, int], overwrite: bool) -> None:
     replaced = target.rglob("*") if overwrite else (target / (path + C.PARTIAL_SUFFIX) for path in sizes)
     free += sum(p.lstat().st_blocks * 512 for p in replaced if p.is_file())
     # A little more than the files: manifest, journal, blocks of the file system.
-    if needed + 16 * 2**20 > free:
-        raise OutputError(
-            f"{target}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; free some space or choose another disk"
-        )
+    return needed + 16 * 2**20, free

@@ -117,7 +117,8 @@ class Plan:
     def source_bytes(self) -> dict[str, int]:
         """Bytes of the source behind each shard and dense file."""
         sizes = {
-            p.layer.path: sum(s.matrix(e).nbytes for s in p.sources.values() for e in range(p.layer.experts))
+            # The experts of a layer are alike.
+            p.layer.path: p.layer.experts * sum(s.matrix(0).nbytes for s in p.sources.values())
             for p in self.layers
         }
         for path, tensors in self.dense_files.items():

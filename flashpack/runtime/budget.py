@@ -67,8 +67,7 @@ def divide(pack: Pack, base: int, kv: int, work: int, total: int | str | None, a
     ``MemoryBudgetError`` with the minimum if the total is too small.
     """
     counts = stride_counts(pack.manifest)
-    smallest = {stride: min(count, MIN_SLOTS) for stride, count in counts.items()}
-    minimum = Budget(base, pack.dense_bytes, kv, work, smallest)
+    minimum = smallest(base, pack.dense_bytes, kv, work, counts)
     if total == "smallest":
         return minimum
     if total is None:
@@ -85,7 +84,12 @@ def divide(pack: Pack, base: int, kv: int, work: int, total: int | str | None, a
             f"(process {base / 1e9:.2f}, dense part {pack.dense_bytes / 1e9:.2f}, KV cache {kv / 1e9:.2f}, working "
             f"space {work / 1e9:.2f}, experts {minimum.arena / 1e9:.3f}); a smaller --context needs less"
         )
-    return Budget(base, pack.dense_bytes, kv, work, _slots(counts, smallest, total - minimum.total))
+    return Budget(base, pack.dense_bytes, kv, work, _slots(counts, minimum.slots, total - minimum.total))
+
+
+def smallest(base: int, dense: int, kv: int, work: int, counts: dict[int, int]) -> Budget:
+    """The least that works; ``counts``: experts by record size."""
+    return Budget(base, dense, kv, work, {stride: min(count, MIN_SLOTS) for stride, count in counts.items()})
 
 
 def stride_counts(manifest: Manifest) -> dict[int, int]:

@@ -106,18 +106,14 @@ def load(
     _check_layers(opened, sites)
     dense.check(model, opened, sites)
     config = config.get_text_config(decoder=True)
-    hidden, top_k = _numbers(config, opened, sites)
-    context = _context(config, context)
+    work = working_bytes(model, sites, str(opened.folder)) + scratch_bytes(opened)
+    context = context_length(config, context)
     with library_errors(f"{opened.folder}: the model of config.json cannot be computed"):
         cache = kv_bytes(model, context)
         kind: Any = type(model)
         own_cache = None if kind._supports_default_dynamic_cache() else cache_class(model)
         _fill_buffers(model, opened.dense_bytes)
     dense.fill(model, opened, sites, kernels, dtype)
-    widths = [m.out_features for m in model.modules() if isinstance(m, dense.PackedLinear)]
-    work = budgets.work_bytes(
-        hidden, top_k, config.vocab_size, max((w for w in widths if w < 16 * hidden), default=hidden)
-    ) + scratch_bytes(opened)
     total = parse_size(memory) if memory not in (None, "smallest") else memory
     budget = budgets.divide(opened, usage().anonymous, cache, work, total, available())
     store = ExpertStore(opened, kernels, budget.slots, check)
@@ -153,19 +149,32 @@ def _check_layers(pack: Pack, sites: list[ExpertsModule]) -> None:
             raise FormatError(f"{pack.folder}: layer {layer.index} has {layer.experts} experts, not {site.num_experts}")
 
 
-def _numbers(config: PretrainedConfig, pack: Pack, sites: list[ExpertsModule]) -> tuple[int, int]:
+def working_bytes(model: PreTrainedModel, sites: list[ExpertsModule], where: str) -> int:
+    """Working space of a prompt chunk; ``model`` has its own modules still. ``where`` is for errors."""
+    from torch import nn
+
+    from flashpack.runtime.budget import work_bytes
+
+    config = model.config.get_text_config(decoder=True)
+    hidden, top_k = _numbers(config, where, sites)
+    widths = [m.out_features for m in model.modules() if type(m) is nn.Linear]
+    return work_bytes(hidden, top_k, config.vocab_size, max((w for w in widths if w < 16 * hidden), default=hidden))
+
+
+def _numbers(config: PretrainedConfig, where: str, sites: list[ExpertsModule]) -> tuple[int, int]:
     """Width of the hidden states, or of the experts' if they are wider, and experts per token; both checked."""
     hidden = getattr(config, "hidden_size", None)
     places = (config, getattr(config, "ffn_config", None))
     top_k = next((n for n in (getattr(c, k, None) for c in places for k in _TOP_K_KEYS) if n is not None), 1)
     if type(hidden) is not int:
-        raise FormatError(f"{pack.folder}: config.json: hidden_size {hidden!r} is not a number")
+        raise FormatError(f"{where}: config.json: hidden_size {hidden!r} is not a number")
     if type(top_k) is not int or not 1 <= top_k <= min(s.num_experts for s in sites):
-        raise FormatError(f"{pack.folder}: config.json: {top_k!r} experts per token, of {sites[0].num_experts}")
+        raise FormatError(f"{where}: config.json: {top_k!r} experts per token, of {sites[0].num_experts}")
     return max(hidden, *(s.projections()["down"][0] for s in sites)), top_k
 
 
-def _context(config: object, wanted: int | None) -> int:
+def context_length(config: object, wanted: int | None) -> int:
+    """Tokens of context: those ``wanted``, or the default."""
     limit = getattr(config, "max_position_embeddings", None)
     if limit is None:
         limit = DEFAULT_CONTEXT

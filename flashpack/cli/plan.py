@@ -1,0 +1,210 @@
+"""flashpack plan"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from flashpack.cli.console import answer_json, gb, quiet_libraries, say
+from flashpack.errors import FlashpackError, LimitError, OutputError
+
+if TYPE_CHECKING:
+    from flashpack.converter import Plan
+    from flashpack.converter.forecast import Forecast
+    from flashpack.runtime.budget import Budget
+
+
+def plan(
+    src: str = typer.Argument(..., help="Checkpoint: a folder, hf://org/model[@revision], or the URL of a folder."),
+    out: Path | None = typer.Argument(None, help="Folder of the pack. Default: ./<name of SRC>.flashpack"),
+    experts: str = typer.Option("auto", help="auto, source, q8, q6, q5, q4, q3 or q2."),
+    dense: str = typer.Option("auto", help="auto, source, q8 or q4."),
+    group_size: int = typer.Option(64, help="Values per scale: 32, 64 or 128."),
+    codec: str = typer.Option("raw", help="raw or zstd."),
+    overwrite: bool = typer.Option(False, help="As if a pack that is there were replaced."),
+    workers: int | None = typer.Option(None, min=1, help="Files written at once. Default: one per processor."),
+    json: bool = typer.Option(False, "--json", help="Print everything as JSON, with all dropped tensors."),
+) -> None:
+    """Show what convert would do, from headers only: sizes for each option, memory, disk, and whether it fits.
+
+    Ends with 0 if the pack can be made and run here, with 6 if the disk is too small, with 7 if the memory is.
+    """
+    quiet_libraries(src)
+    show(src, out, (experts, dense, group_size, codec), overwrite, workers, json)
+
+
+@dataclass(frozen=True)
+class _Here:
+    """What this machine adds. Bytes. ``run`` is None where the runtime refuses the model, for the ``reason``."""
+
+    forecast: Forecast
+    process: int
+    available: int
+    run: Budget | None
+    context: int
+    reason: str
+
+    @property
+    def peak(self) -> int:
+        return self.process + self.forecast.working_bytes
+
+    @property
+    def fits(self) -> dict[str, bool]:
+        """By what is needed. The process is there already; what it takes is not in ``available``."""
+        return {
+            "disk": self.forecast.fits_disk,
+            "memory_to_convert": self.forecast.working_bytes <= self.available,
+            "memory_to_run": self.run is not None and self.run.total - self.run.base <= self.available,
+        }
+
+
+def show(
+    src: str,
+    out: Path | None,
+    options: tuple[str, str, int, str],
+    overwrite: bool,
+    workers: int | None,
+    json: bool,
+) -> None:
+    """Print the plan; raises ``typer.Exit`` with the code of what does not fit."""
+    here = _look(src, out, options, overwrite, workers)
+    if json:
+        answer_json(_to_json(here))
+    else:
+        _print(here)
+    if not here.fits["disk"]:
+        raise typer.Exit(OutputError.exit_code)
+    if not all(here.fits.values()):
+        raise typer.Exit(LimitError.exit_code)
+
+
+def _look(
+    src: str, out: Path | None, options: tuple[str, str, int, str], overwrite: bool, workers: int | None
+) -> _Here:
+    from flashpack.converter import Options
+    from flashpack.converter.convert import bound, default_out
+    from flashpack.converter.execute import default_workers
+    from flashpack.converter.folder import is_remote
+    from flashpack.converter.forecast import forecast
+    from flashpack.runtime.forecast import smallest_budget
+    from flashpack.runtime.memory import available, usage
+
+    chosen = Options(*options)
+    source = bound(src)
+    try:
+        told = forecast(
+            source, chosen, out or default_out(src), overwrite, workers or default_workers(), is_remote(src)
+        )
+    finally:
+        source.checkpoint.folder.close()
+    used = usage()
+    strides: dict[int, int] = {}
+    for p in told.plan.layers:
+        strides[p.kind.stride] = strides.get(p.kind.stride, 0) + p.layer.experts
+    run, context, reason = None, 0, ""
+    try:
+        run, context = smallest_budget(
+            source.model, source.sites, strides, told.chosen.dense_bytes, chosen.codec != "raw", used.anonymous
+        )
+    except FlashpackError as e:
+        reason = str(e)
+    return _Here(told, used.anonymous + used.file, available(), run, context, reason)
+
+
+def _to_json(here: _Here) -> dict[str, Any]:
+    told = here.forecast
+    plan = told.plan
+    return {
+        "model": plan.model,
+        "recipe": plan.recipe,
+        "source_format": plan.source_format,
+        "source_bytes": told.read_bytes,
+        "pack_bytes": told.chosen.pack_bytes,
+        "files": plan.file_sizes(),
+        "record_kinds": [k.to_json() for k in plan.kinds],
+        "layers": [p.layer.to_json() for p in plan.layers],
+        "tensors": {t.name: str(t.encoding) for t in plan.dense()},
+        **told.to_json(),
+        "peak_memory": here.peak,
+        "memory_available": here.available,
+        "smallest_run": None if here.run is None else here.run.to_json() | {"context": here.context},
+        "run_refused": here.reason or None,
+        "fits": here.fits,
+        "dropped": list(plan.dropped),
+        "notices": plan.notices,
+    }
+
+
+def _print(here: _Here) -> None:
+    told = here.forecast
+    plan, chosen = told.plan, told.chosen
+    experts = sum(p.layer.experts for p in plan.layers)
+    say(f"{plan.model['architecture']} ({plan.model['model_type']}): {choice(plan)}")
+    say(f"{len(plan.layers)} MoE layers, {experts:,} experts, {len(plan.dense()):,} dense tensors")
+    for i, kind in enumerate(plan.kinds):
+        layers = [p for p in plan.layers if p.kind == kind]
+        count = sum(p.layer.experts for p in layers)
+        shapes = ", ".join(f"{p.name} {p.shape[0]}x{p.shape[1]} {p.encoding}" for p in kind.projections)
+        say(f"record kind {i}: {count} experts in {len(layers)} layers, {gb(kind.stride)} each: {shapes}")
+    by_encoding: dict[str, int] = {}
+    for t in plan.dense():
+        by_encoding[str(t.encoding)] = by_encoding.get(str(t.encoding), 0) + sum(s.nbytes for s in t.specs())
+    for encoding, size in by_encoding.items():
+        say(f"dense {encoding}: {gb(size)}")
+    _print_table(told)
+    most = "at most " if plan.options.codec != "raw" else ""
+    say(f"pack:            {most}{gb(chosen.pack_bytes)}, {chosen.bits:.2f} bits per weight")
+    what = "to download" if told.remote else "read"
+    rest = f"; {gb(told.dropped_bytes)} of the source are not read" if told.dropped_bytes else ""
+    headers = f"{gb(told.header_bytes)} of headers, {gb(told.copy_bytes)} of small files"
+    say(f"{what + ':':<16} {gb(told.read_bytes)} of tensors, {headers}{rest}")
+    fits = here.fits
+    say(f"disk:            {gb(told.disk_needed)} needed, {gb(told.disk_free)} free{_verdict(fits['disk'])}")
+    say(
+        f"memory, convert: at most {gb(here.peak)} with {told.workers} workers, "
+        f"{gb(here.process + here.available)} there{_verdict(fits['memory_to_convert'])}"
+    )
+    if here.run is None:
+        say(f"memory, run:     the pack will not run here: {here.reason}")
+    else:
+        b = here.run
+        say(
+            f"memory, run:     at least {gb(b.total)} (process {gb(b.base)}, dense part {gb(b.dense)}, KV cache of "
+            f"{here.context} tokens {gb(b.kv)}, working space {gb(b.work)}, experts {gb(b.arena)}), "
+            f"{gb(b.base + here.available)} there{_verdict(fits['memory_to_run'])}"
+        )
+    for text in plan.notices:
+        say(f"note: {text}")
+    for d in told.dropped:
+        say(
+            f"dropped: {d.pattern}"
+            + (f" ({d.tensors} tensors, {gb(d.nbytes)})" if d.tensors > 1 else f" ({gb(d.nbytes)})")
+        )
+
+
+def _print_table(told: Forecast) -> None:
+    """Experts' choices down, dense choices across; the pack that will be made has a star."""
+    columns = {c.dense: c for c in told.choices}
+    rows = {c.experts: c for c in told.choices}
+    say("")
+    say(f"{'pack for':<30}" + "".join(f"{'dense ' + name:>18}" for name in columns))
+    say(f"{'--experts, --dense':<30}" + "".join(f"{gb(c.dense_bytes):>18}" for c in columns.values()))
+    for name, row in rows.items():
+        line = f"{name:<8}{gb(row.expert_bytes):>10}{row.expert_bits:>7.2f} bits"
+        for c in told.choices:
+            if c.experts == name:
+                line += f"{gb(c.pack_bytes) + (' *' if c.chosen else '  '):>18}"
+        say(line.rstrip())
+    say("")
+
+
+def _verdict(fits: bool) -> str:
+    return "" if fits else ": DOES NOT FIT"
+
+
+def choice(plan: Plan) -> str:
+    """What was chosen, in words."""
+    return f"experts {plan.recipe['experts']}, dense {plan.recipe['dense']} (source: {plan.source_format})"
