@@ -55,11 +55,11 @@ INLINE float NAME(store_rounded)(float value, int type, uint8_t *array, size_t i
     return value;
 }
 
-INLINE void NAME(widen)(const uint8_t *source, int type, size_t first, const int size, float *values)
+INLINE void NAME(widen)(const uint8_t *source, int type, size_t first, const size_t size, float *values)
 {
-    int i;
+    size_t i;
     if (type == TYPE_F32) {
-        memcpy(values, source + 4 * first, 4 * (size_t)size);
+        memcpy(values, source + 4 * first, 4 * size);
     } else if (type == TYPE_BF16) {
         source += 2 * first;
         for (i = 0; i < size; i++) {
@@ -89,11 +89,11 @@ INLINE void NAME(widen)(const uint8_t *source, int type, size_t first, const int
 }
 
 /* Smallest and largest value of a group. Zeros count as +0; what is found if there is a NaN is left open. */
-INLINE void NAME(extremes)(const float *values, const int size, float *low, float *high)
+INLINE void NAME(extremes)(const float *values, const size_t size, float *low, float *high)
 {
     VECTOR least, most;
     float a, b;
-    int i;
+    size_t i;
     memcpy(&least, values, sizeof least);
     most = least;
     for (i = LANES; i < size; i += LANES) {
@@ -114,13 +114,13 @@ INLINE void NAME(extremes)(const float *values, const int size, float *low, floa
 
 /* Codes of a group, one byte each, what decoding them gives too much, and sums of squares of that and of the values. */
 INLINE void NAME(encode)(
-    const float *values, const int size, float scale, float bias, float levels, uint8_t *codes, float *wrong,
+    const float *values, const size_t size, float scale, float bias, float levels, uint8_t *codes, float *wrong,
     VECTOR *error, VECTOR *norm)
 {
     const float divisor = scale == 0 ? 1 : scale;
     const VECTOR zero = {0}, top = zero + levels;
     int32_t wide[MAX_GROUP];
-    int i;
+    size_t i;
     for (i = 0; i < size; i += LANES) {
         VECTOR x, code, difference;
         INTEGERS integer;
@@ -143,10 +143,10 @@ INLINE void NAME(encode)(
 
 /* Adds the squares of a tile to `sums`; `error` and `norm` are their sums in single precision. */
 INLINE void NAME(add)(
-    VECTOR error, VECTOR norm, const float *wrong, const float *values, int count, double *sums)
+    VECTOR error, VECTOR norm, const float *wrong, const float *values, size_t count, double *sums)
 {
     double errors = 0, norms = 0;
-    int i;
+    size_t i;
     for (i = 0; i < LANES; i++) {
         errors += error[i];
         norms += norm[i];
@@ -164,14 +164,14 @@ INLINE void NAME(add)(
 }
 
 /* `size` codes into a little-endian bit stream; `room` bytes may be written from `words` on. */
-INLINE void NAME(pack)(const uint8_t *codes, const int size, int bits, uint8_t *words, size_t room)
+INLINE void NAME(pack)(const uint8_t *codes, const size_t size, int bits, uint8_t *words, size_t room)
 {
     const uint64_t one = (((uint64_t)1 << bits) - 1) * 0x0001000100010001;
     const uint64_t two = (((uint64_t)1 << 2 * bits) - 1) * 0x0000000100000001;
     const uint64_t four = ((uint64_t)1 << 4 * bits) - 1;
     uint64_t eight[MAX_GROUP / 8];
-    int i;
-    memcpy(eight, codes, (size_t)size);
+    size_t i;
+    memcpy(eight, codes, size);
     for (i = 0; i < size / 8; i++) {
         uint64_t x = eight[i];
         x = (x & one) | ((x >> (8 - bits)) & (one << bits));
@@ -189,24 +189,24 @@ INLINE void NAME(pack)(const uint8_t *codes, const int size, int bits, uint8_t *
 }
 
 INLINE void NAME(tiles)(
-    const uint8_t *source, int source_type, size_t count, int bits, const int size, int scale_type,
+    const uint8_t *source, int source_type, size_t count, int bits, const size_t size, int scale_type,
     uint8_t *words, uint8_t *scales, uint8_t *biases, double *sums)
 {
     const float levels = (float)((1 << bits) - 1);
-    const size_t group_bytes = (size_t)(size * bits / 8);
+    const size_t group_bytes = size * (size_t)bits / 8;
     size_t room = count / 8 * (size_t)bits, first = 0, index = 0;
     while (first < count) {
         /* Some groups at a time, so that the processor need not wait for the end of one before it begins the next. */
         float values[TILE], wrong[TILE], low[TILE / 32], high[TILE / 32];
-        const int tile = count - first < TILE ? (int)(count - first) : TILE, groups = tile / size;
+        const size_t tile = count - first < TILE ? count - first : TILE, groups = tile / size;
         VECTOR error = {0}, norm = {0};
-        int g;
+        size_t g;
         NAME(widen)(source, source_type, first, tile, values);
         for (g = 0; g < groups; g++)
             NAME(extremes)(values + g * size, size, low + g, high + g);
         for (g = 0; g < groups; g++) {
-            high[g] = NAME(store_rounded)((high[g] - low[g]) / levels, scale_type, scales, index + (size_t)g);
-            low[g] = NAME(store_rounded)(low[g], scale_type, biases, index + (size_t)g);
+            high[g] = NAME(store_rounded)((high[g] - low[g]) / levels, scale_type, scales, index + g);
+            low[g] = NAME(store_rounded)(low[g], scale_type, biases, index + g);
         }
         for (g = 0; g < groups; g++) {
             uint8_t codes[MAX_GROUP];
@@ -217,8 +217,8 @@ INLINE void NAME(tiles)(
             room -= group_bytes;
         }
         NAME(add)(error, norm, wrong, values, tile, sums);
-        first += (size_t)tile;
-        index += (size_t)groups;
+        first += tile;
+        index += groups;
     }
 }
 
