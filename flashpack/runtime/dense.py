@@ -175,6 +175,8 @@ def _parameter_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> t
 def _set_parameter(model: PreTrainedModel, name: str, value: Tensor, dtype: torch.dtype) -> None:
     stem, _, leaf = name.rpartition(".")
     module = model.get_submodule(stem)
+    if not value.is_floating_point():
+        dtype = value.dtype  # tables of indices
     widen = value.dtype != dtype and value.nbytes > SMALL_BYTES
     if value.dtype != dtype and not widen:
         value = value.to(dtype)

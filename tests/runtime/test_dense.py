@@ -1,0 +1,42 @@
+"""Dense tensors in place of a model's parameters and buffers."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from flashpack.formats import Pack
+from flashpack.kernels import get_kernels
+from flashpack.runtime.dense import fill
+from tests.conftest import ROOT
+
+
+class Tables(PreTrainedModel):
+    """A model with nothing but integers."""
+
+    config_class = PretrainedConfig
+
+    def __init__(self) -> None:
+        super().__init__(PretrainedConfig())
+        self.register_buffer("table", torch.empty(3, 5, dtype=torch.int64))
+        self.register_buffer("count", torch.empty((), dtype=torch.int64))
+        self.index = torch.nn.Parameter(torch.empty(16385, dtype=torch.int32), requires_grad=False)
+        self.post_init()
+
+
+def test_integers_stay_integers_whatever_the_type_of_the_model(tmp_path: Path) -> None:
+    with tarfile.open(ROOT / "tests/vectors/valid/integer-tensors.tar.gz") as tar:
+        tar.extractall(tmp_path, filter="fully_trusted")
+    pack = Pack(tmp_path)
+    with torch.device("meta"):
+        model = Tables()
+    fill(model, pack, [], get_kernels("cpu"), torch.bfloat16)
+    for name, dtype in (("table", torch.int64), ("count", torch.int64), ("index", torch.int32)):
+        found = model.state_dict()[name]
+        assert found.dtype == dtype
+        assert np.array_equal(found.numpy(), pack.map_tensor(name))
+    assert abs(int(model.state_dict()["table"].min())) > 2**32
