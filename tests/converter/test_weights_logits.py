@@ -18,7 +18,8 @@ from tests.converter.variants import VARIANTS, Stored, write_checkpoint
 
 EXACT = (
     "fp8-ragged", "fp8-e8m0", "fp8-tensor", "fp8-channel", "mxfp8", "mxfp4-deepseek", "nvfp4-compressed",
-    "nvfp4-modelopt", "int4", "int4-zeros", "int8-bytes-zeros", "gptq-v2", "gptq-3", "auto-round", "mlx-mxfp4", "mlx-mxfp8",
+    "nvfp4-modelopt", "int4", "int4-zeros", "int8-bytes-zeros", "gptq-v2", "gptq-3", "auto-round", "mlx-mxfp4",
+    "mlx-mxfp8",
 )  # fmt: skip
 ROUNDED = ("int4-float32", "gptq-order")
 

@@ -49,9 +49,9 @@ def read_awq(stem: str, weight: Extent, parts: Parts, declared: Declared) -> Sou
     config = declared.config
     version = config.get("version", config.get("format", "gemm"))
     if not isinstance(version, str) or version.lower() != "gemm":
-        raise UnsupportedError(f"AWQ version {version!r} is not supported; gemm is")
+        raise UnsupportedError(f"tensor {name}: AWQ version {version!r} is not supported; gemm is")
     if config.get("backend", "autoawq") != "autoawq":
-        raise UnsupportedError(f"AWQ backend {config['backend']!r} is not supported; autoawq is")
+        raise UnsupportedError(f"tensor {name}: AWQ backend {config['backend']!r} is not supported; autoawq is")
     bits = config.get("bits", config.get("w_bit", 4))
     if bits != 4:
         raise UnsupportedError(f"tensor {name}: AWQ of {bits!r} bits is not supported; 4 bits are")

@@ -101,6 +101,8 @@ class Declared:
             value = value or (weights.get("block_structure") if isinstance(weights, dict) else None)
         if not value:
             return None
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,5}x[0-9]{1,5}", value):
+            value = [int(n) for n in value.split("x")]
         if not (isinstance(value, (list, tuple)) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)):
             raise SourceError(f"config.json: weight_block_size {value!r} is no pair of sizes")
         return value[0], value[1]

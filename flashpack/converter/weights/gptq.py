@@ -51,7 +51,8 @@ class Gptq(Integers):
     def _zeros(self, words: NDArray[np.generic]) -> NDArray[np.int32]:
         """Zero points [groups, rows or more]."""
         if not self.offset or self.bits == 3:
-            return (unpacked(words, self.bits) + self.offset) % 2**self.bits
+            zeros: NDArray[np.int32] = (unpacked(words, self.bits) + self.offset) % 2**self.bits
+            return zeros
         # Writers subtract 1 from whole words, so that a zero point of 0 borrows from the next: add likewise.
         ones = np.uint32(sum(1 << shift for shift in range(0, 32, self.bits)))
         return unpacked(words.view("<u4") + ones, self.bits)
@@ -82,7 +83,9 @@ def read_gptq(stem: str, weight: Extent, parts: Parts, declared: Declared) -> So
     name = f"{stem}.qweight"
     checkpoint_format = declared.config.get("checkpoint_format", "gptq")
     if checkpoint_format not in _OFFSETS:
-        raise UnsupportedError(f"GPTQ checkpoint_format {checkpoint_format!r} is not supported; gptq and gptq_v2 are")
+        raise UnsupportedError(
+            f"tensor {name}: checkpoint_format {checkpoint_format!r} is not supported; gptq and gptq_v2 are"
+        )
     check_dtype(name, weight, "I32")
     found = {
         "qweight": weight,

@@ -55,7 +55,7 @@ def packed(
     """A tensor of ``shape`` whose stored parts are those of ``encoding``, byte for byte.
 
     ``found``: part -> name and extent in the source, of the encoding's type or one of the same size. In a stack
-    [E, rows, width], a part may be there once for all.
+    [E, rows, width], a single value may stand for all matrices.
     """
     try:
         needed = encoding.parts(shape)
@@ -64,7 +64,7 @@ def packed(
     parts = {}
     for part, (dtype, wanted) in needed.items():
         source, extent = found[part]
-        if extent.nbytes != math.prod(wanted) * ITEMSIZE[dtype] and len(shape) > 2:
+        if len(shape) > 2 and shape[0] > 1 and math.prod(extent.shape) == 1:
             wanted = wanted[1:]
         if extent.nbytes != math.prod(wanted) * ITEMSIZE[dtype]:
             raise SourceError(
