@@ -62,6 +62,15 @@ class Unstack:
     experts: int
 
 
+class Unbind:
+    """An operation of a loader map: one tensor [E, ...] -> E tensors."""
+
+    def convert(self, tensors: dict[str, list[Tensor]], target_patterns: list[str], **_: Any) -> dict[str, Tensor]:
+        """``tensors`` by pattern of the source -> by pattern of the target."""
+        ((stack,),) = tensors.values()
+        return dict(zip(target_patterns, stack.unbind(0), strict=True))
+
+
 class Kept(nn.Linear):
     """A router's matrix: it keeps its stored type, and the model may read its ``weight``."""
 
@@ -162,22 +171,105 @@ class Step3p7Experts(Experts):
         return result
 
 
+class JetMoeExperts(Experts):
+    """The experts of ``JetMoeMoE``."""
+
+    def __init__(self, old: Any, config: PretrainedConfig) -> None:
+        like = old.input_linear.weight
+        super().__init__(config, old.activation, like, len(like), old.hidden_size)
+
+    @staticmethod
+    def loader_map(config: Any) -> list[WeightConverter]:
+        """Other names; matrices of attention, a stack in the checkpoint, become Linears of their own."""
+        apart: Any = Unbind()
+        stacks = [f"self_attention.experts.{name}_linear" for name in ("input", "output")]
+        return [
+            WeightConverter("mlp.input_linear.weight", "mlp.experts.gate_up_proj", [Concatenate(1)]),
+            WeightConverter("mlp.output_linear.weight", "mlp.experts.down_proj", [Concatenate(1)]),
+            *(
+                WeightConverter(f"{s}.weight", [f"{s}.{e}.weight" for e in range(config.num_local_experts)], [apart])
+                for s in stacks
+            ),
+        ]
+
+
+def _jetmoe_route(router: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [tokens, hidden] -> the router's logits [tokens, experts], index and weights [tokens, top_k]."""
+    logits = router.layer(x).float()
+    top, index = logits.topk(router.top_k, dim=1)
+    return logits, index, top.softmax(1).type_as(x)
+
+
+class JetMoe(nn.Module):
+    """``JetMoeMoE``."""
+
+    def __init__(self, old: Any, config: PretrainedConfig) -> None:
+        super().__init__()
+        self.router, self.bias = old.router, old.bias
+        self.experts = JetMoeExperts(old, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [batch, tokens, hidden] -> [batch, tokens, hidden]."""
+        flat = x.flatten(0, 1)
+        _, index, weights = _jetmoe_route(self.router, flat)
+        result: Tensor = self.experts(flat, index, weights).view_as(x) + self.bias
+        return result
+
+
+class JetMoeAttention(nn.Module):
+    """``JetMoeMoA``: experts that make queries and outputs of attention. They are in memory, like other attention."""
+
+    def __init__(self, old: Any, config: PretrainedConfig) -> None:
+        super().__init__()
+        self.router, self.bias = old.router, old.bias
+        self.input_linear, self.output_linear = (
+            nn.ModuleList(nn.Linear(m.input_size, m.output_size, False, "meta", m.weight.dtype) for _ in m.weight)
+            for m in (old.input_linear, old.output_linear)
+        )
+
+    def map(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """x [batch, tokens, hidden] -> queries [batch, tokens, top_k, width], the router's logits and its choice."""
+        flat = x.flatten(0, 1)
+        logits, index, weights = _jetmoe_route(self.router, flat)
+        queries = _each(self.input_linear, flat.repeat_interleave(index.shape[1], dim=0), index)
+        return queries.view(*x.shape[:2], index.shape[1], -1), logits, (index, weights)
+
+    def reduce(self, x: Tensor, choice: tuple[Tensor, Tensor]) -> Tensor:
+        """x [batch, tokens, top_k, width] -> [batch, tokens, hidden]."""
+        index, weights = choice
+        outputs = _each(self.output_linear, x.flatten(0, 2), index) * weights.reshape(-1, 1)
+        total: Tensor = sum(outputs.view(*index.shape, -1).unbind(1), torch.zeros_like(self.bias))
+        return total.view(*x.shape[:2], -1) + self.bias
+
+
+def _each(linears: nn.ModuleList, x: Tensor, index: Tensor) -> Tensor:
+    """Row i of x [rows, in] through the Linear that ``index`` (of as many values) has for it -> [rows, out]."""
+    out = x.new_empty(len(x), linears[0].out_features)
+    if not x.is_meta:
+        for expert in index.unique().tolist():
+            rows = (index.reshape(-1) == expert).nonzero()[:, 0]
+            out[rows] = linears[expert](x[rows])
+    return out
+
+
 _STAND_INS: dict[str, Callable[[Any, PretrainedConfig], nn.Module]] = {
     "llama4.modeling_llama4.Llama4TextMoe": Llama4Moe,
     "dbrx.modeling_dbrx.DbrxExperts": DbrxExperts,
+    "jetmoe.modeling_jetmoe.JetMoeMoA": JetMoeAttention,
+    "jetmoe.modeling_jetmoe.JetMoeMoE": JetMoe,
     "longcat_flash.modeling_longcat_flash.LongcatFlashExperts": LongcatExperts,
     "step3p7.modeling_step3p7.Step3p7Experts": Step3p7Experts,
 }
 
 _ROUTERS = {
     "dbrx.modeling_dbrx.DbrxRouter": "layer",
+    "jetmoe.modeling_jetmoe.JetMoeTopKGating": "layer",
     "longcat_flash.modeling_longcat_flash.LongcatFlashTopkRouter": "classifier",
 }
 """Routers whose matrix is a Linear, and its name."""
 
 _REFUSED = {
     "doge.modeling_doge.DogeCDMoE": "its experts are single rows of an embedding, found by product keys",
-    "jetmoe.modeling_jetmoe.JetMoeMoA": "its attention consists of experts, too",
 }
 
 

@@ -17,6 +17,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     DbrxConfig,
     DeepseekV3Config,
+    JetMoeConfig,
     Llama4TextConfig,
     LongcatFlashConfig,
     PretrainedConfig,
@@ -29,7 +30,7 @@ import flashpack
 from flashpack.adapters import DbrxExperts
 from flashpack.converter.stack import apply
 from flashpack.converter.tensor import Extent, Packed, SourceTensor
-from flashpack.errors import SourceError, UnsupportedError
+from flashpack.errors import FormatError, SourceError, UnsupportedError
 from flashpack.formats import Pack
 from flashpack.formats.records import Encoding
 from flashpack.skeleton import read_config
@@ -70,6 +71,12 @@ def longcat(**more: Any) -> LongcatFlashConfig:
     sizes = {"num_layers": 2, "ffn_hidden_size": 40, "expert_ffn_hidden_size": 24, "n_routed_experts": 5}
     zero = {"zero_expert_num": 3, "moe_topk": 3, "routed_scaling_factor": 6.0}
     return LongcatFlashConfig(**_SIZES | _MLA | sizes | zero | more)
+
+
+def jetmoe() -> JetMoeConfig:
+    sizes = {"num_hidden_layers": 2, "kv_channels": 8, "intermediate_size": 24, "num_local_experts": 5}
+    keys = {k: v for k, v in _SIZES.items() if k not in ("num_attention_heads", "head_dim")}
+    return JetMoeConfig(**keys | sizes)
 
 
 def step3p7() -> Step3p7Config:
@@ -246,6 +253,7 @@ CASES = {
     "longcat_flash without zero experts": Case(
         longcat(zero_expert_num=0), saved(longcat(zero_expert_num=0)), lambda t: apart(t, "mlp")
     ),
+    "jetmoe": Case(jetmoe(), saved(jetmoe()), dropped=("lm_head.weight",)),  # tied, and equal
     "step3p7": Case(step3p7(), saved(step3p7()), steps, ("vision_model.", "vit_large_projector.")),
     "kimi_k2": Case(
         deepseek_v3(),
@@ -317,7 +325,7 @@ def read_experts(pack: Path, token: int) -> list[int]:
     return [layer.misses for layer in model.flashpack.store.stats.layers.values()]
 
 
-@pytest.mark.parametrize(("config", "per_token"), [(llama4(num_experts_per_tok=2), 2), (dbrx(), 2)])
+@pytest.mark.parametrize(("config", "per_token"), [(llama4(num_experts_per_tok=2), 2), (dbrx(), 2), (jetmoe(), 2)])
 def test_only_chosen_experts_are_read(config: PretrainedConfig, per_token: int, tmp_path: Path) -> None:
     source = write(tmp_path / "source", saved(config), model_of(config).state_dict())
     flashpack.convert(source, tmp_path / "pack", "source", "source")
@@ -342,6 +350,8 @@ def test_experts_without_weights_are_not_read(tmp_path: Path) -> None:
     [
         (llama4(), "feed_forward", "feed_forward.router.weight"),
         (dbrx(), "", "ffn.router.layer.weight"),
+        (jetmoe(), "", "mlp.router.layer.weight"),
+        (jetmoe(), "", "self_attention.experts.router.layer.weight"),
         (longcat(), "mlp", "mlp.router.classifier.weight"),
     ],
 )
@@ -372,7 +382,6 @@ def test_kimi_k2_is_read_as_deepseek_v3(tmp_path: Path) -> None:
     ("config", "reason"),
     [
         ({"model_type": "doge", "is_moe": True}, "'doge' is not supported: its experts are single rows"),
-        ({"model_type": "jetmoe"}, "'jetmoe' is not supported: its attention consists of experts"),
         ({"model_type": "nllb-moe"}, "'nllb-moe' is an encoder with a decoder"),
         ({"model_type": "switch_transformers"}, "'switch_transformers' is an encoder with a decoder"),
         ({"model_type": "bamba"}, "'bamba' is not a Mixture-of-Experts model"),
@@ -399,3 +408,11 @@ def test_quantized_matrices_below_each_other_are_refused() -> None:
     converter = next(c for c in DbrxExperts.loader_map(dbrx()) if len(c.source_patterns) == 1)
     with pytest.raises(UnsupportedError, match=r"x\.down_proj: quantized experts below each other"):
         apply("x.down_proj", converter, {converter.source_patterns[0]: [tensor]}, (5, 32, 24))
+
+
+def test_more_experts_for_a_token_than_there_are_is_refused(tmp_path: Path) -> None:
+    config = dbrx(moe_top_k=6)
+    source = write(tmp_path / "source", saved(config), model_of(config).state_dict())
+    flashpack.convert(source, tmp_path / "pack", "source", "source")
+    with pytest.raises(FormatError, match=r"config\.json: 6 experts per token, of 5"):
+        flashpack.load(tmp_path / "pack")
