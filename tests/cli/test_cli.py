@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flashpack.formats import Pack
-from tests.conftest import CHECKPOINTS, ROOT, TRAINED, PackOf
+from tests.conftest import ROOT, TRAINED, PackOf
 
 
 def flashpack(*arguments: object, cwd: Path = ROOT, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -39,16 +39,6 @@ def test_convert_verify_inspect_run(tmp_path: Path) -> None:
     assert "tokens" in answer.stderr
     assert "hits" in answer.stderr
     assert answer.stderr.count("\n") == 1
-
-
-def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
-    done = flashpack("convert", CHECKPOINTS / "qwen3_5_moe", "--dry-run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "record kind 0: 32 experts in 4 layers" in done.stdout
-    assert "dropped: mtp.fc.weight" in done.stdout
-    assert list(tmp_path.iterdir()) == []
-    data = json.loads(flashpack("convert", CHECKPOINTS / "qwen3_5_moe", "--dry-run", "--json").stdout)
-    assert data["recipe"]["experts"] == "q4"
 
 
 def test_json_for_scripts(pack_of: PackOf) -> None:
