@@ -8,6 +8,7 @@ attributes that transformers' ``use_experts_implementation`` gives it.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import threading
 from collections.abc import Iterator
@@ -91,9 +92,12 @@ class ExpertsModule:
         return (width, rows) if self.is_transposed else (rows, width)
 
 
-def read_config(folder: Path) -> PretrainedConfig:
-    """The language model's configuration from ``folder/config.json``; see ``language_config``."""
-    return language_config(_read_json(folder), str(folder / "config.json"))
+def read_config(folder: Path, architecture: str | None = None) -> PretrainedConfig:
+    """The language model's configuration from ``folder/config.json``: that of the class ``architecture``, or else the
+    first of ``language_configs``."""
+    configs = language_configs(_read_json(folder), str(folder / "config.json"))
+    named = (c for c in configs if any(k.__name__ == architecture for k in _writers(c)[1]))
+    return next(named, configs[0])
 
 
 def read_whole_config(folder: Path) -> PretrainedConfig:
@@ -101,42 +105,44 @@ def read_whole_config(folder: Path) -> PretrainedConfig:
     return _whole_config(_read_json(folder), str(folder / "config.json"))
 
 
-def language_config(data: Any, path: str) -> PretrainedConfig:
-    """What the language model is built from, of the JSON of a config.json, which messages call ``path``.
+def language_configs(data: Any, path: str) -> list[PretrainedConfig]:
+    """What the language model may be built from, of the JSON of a config.json, which messages call ``path``.
 
-    The text model's configuration; the whole one, or a part of it, where only a class with eyes and ears writes text.
-    Never runs code. Raises ``UnsupportedError`` for whatever transformers makes no sense of.
+    The text model's configuration first, then the whole one and its parts, where a class with eyes and ears writes
+    text. Never runs code. Raises ``UnsupportedError`` for whatever transformers makes no sense of.
     """
     from transformers import PretrainedConfig
 
     with library_errors(path, UnsupportedError):
         whole = _whole_config(data, path)
         text = whole.get_text_config(decoder=True)
-        parts = [getattr(whole, name) for name in whole.sub_configs]
+        others = [whole, *(getattr(whole, name) for name in whole.sub_configs)]
     if not isinstance(text, PretrainedConfig):
         raise UnsupportedError(f"{path}: its text_config belongs to no model_type")
-    writers = (c for c in (text, whole, *parts) if isinstance(c, PretrainedConfig) and _auto_class(c) is not None)
-    chosen = next(writers, text)
-    if chosen is not text:
-        usual = type(chosen)()
-        for name in chosen.sub_configs:  # never built from, but made; some kinds would fetch a model
-            part = getattr(chosen, name)
-            if part is not text and type(part) is not type(getattr(usual, name)):
-                raise UnsupportedError(f"{path}: {name} is not that of a {chosen.model_type!r}")
-    return chosen
+    found = [text] if _writers(text)[1] else []
+    found += [c for c in others if isinstance(c, PretrainedConfig) and c is not text and _writers(c)[1] and _usual(c)]
+    return found or [text]
 
 
-def _auto_class(config: PretrainedConfig) -> Any:
-    """transformers' factory of models of ``config`` that continue text, or None."""
+def _usual(config: PretrainedConfig) -> bool:
+    """Whether the parts for images and sound are of the family's own kinds. They are made, though never used, and
+    other kinds might fetch a model."""
+    text, usual = config.get_text_config(decoder=True), type(config)()
+    parts = ((getattr(config, name), getattr(usual, name)) for name in config.sub_configs)
+    return all(part is text or type(part) is type(known) for part, known in parts)
+
+
+def _writers(config: PretrainedConfig) -> tuple[Any, tuple[type[PreTrainedModel], ...]]:
+    """transformers' factory of models of ``config`` that continue text, and their classes; none: no such model."""
     import transformers
     from transformers import GenerationMixin
 
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
-        kind = auto._model_mapping.get(type(config), None)
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        if all(k is not None and issubclass(k, GenerationMixin) for k in kinds):
-            return auto
-    return None
+        found: Any = auto._model_mapping.get(type(config), ())
+        kinds: tuple[Any, ...] = found if isinstance(found, tuple) else (found,)
+        if kinds and all(issubclass(k, GenerationMixin) for k in kinds):
+            return auto, kinds
+    return None, ()
 
 
 def _read_json(folder: Path) -> Any:
@@ -210,8 +216,8 @@ def build(
     what = f"model_type {config.model_type!r}"
     if config.is_encoder_decoder:
         raise UnsupportedError(f"{what} is an encoder with a decoder; flashpack runs decoders only")
-    auto = _auto_class(config)
-    if auto is None:
+    auto, kinds = _writers(config)
+    if not kinds:
         raise UnsupportedError(f"{what} has no causal language model")
     with library_errors(f"{what} cannot be built from config.json", UnsupportedError), _at_most(most):
         with torch.device("meta"):
@@ -320,7 +326,13 @@ def find_experts(model: PreTrainedModel) -> list[ExpertsModule]:
                 f"model_type {family!r} has experts, but not behind transformers' experts hook; not supported yet"
             )
         raise UnsupportedError(f"model_type {family!r} is not a Mixture-of-Experts model: nothing to stream")
-    return sorted(found, key=lambda e: e.layer)
+    found.sort(key=lambda e: e.layer)
+    for one, other in itertools.pairwise(found):
+        if one.layer == other.layer:
+            raise UnsupportedError(
+                f"model_type {family!r} is not supported: two kinds of experts in a layer, {one.name} and {other.name}"
+            )
+    return found
 
 
 def tied_names(model: PreTrainedModel) -> dict[str, str]:

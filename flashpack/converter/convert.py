@@ -19,7 +19,7 @@ import numpy as np
 from flashpack.converter.execute import Progress, default_workers, execute, resume
 from flashpack.converter.folder import Source, SourceFolder, base_name, pinned
 from flashpack.converter.journal import Journal, check_folder, origin_of
-from flashpack.converter.names import Bindings, bind
+from flashpack.converter.names import Bindings, fit
 from flashpack.converter.plan import Options, Plan, bits_per_weight, make_plan
 from flashpack.converter.report import LayerError, Report
 from flashpack.converter.source import CONFIG, Checkpoint, open_checkpoint
@@ -28,7 +28,7 @@ from flashpack.converter.weights import read_tensors
 from flashpack.errors import FormatError, OutputError, SourceError
 from flashpack.formats import constants as C
 from flashpack.formats.files import output_errors
-from flashpack.skeleton import ExpertsModule, build, find_experts, language_config, tied_names
+from flashpack.skeleton import ExpertsModule, language_configs, tied_names
 from flashpack.version import __version__
 
 if TYPE_CHECKING:
@@ -57,9 +57,7 @@ def bound(src: Source) -> Bound:
     """Read the headers of ``src`` and bind every tensor to a parameter of the model."""
     checkpoint = open_checkpoint(src)
     tensors, source_format = read_tensors(checkpoint)
-    model = build(language_config(checkpoint.config, checkpoint.folder.where(CONFIG)))
-    sites = find_experts(model)
-    bindings = bind(model, sites, tensors)
+    model, sites, bindings = fit(language_configs(checkpoint.config, checkpoint.folder.where(CONFIG)), tensors)
     _drop_tied(bindings, tied_names(model), checkpoint, tensors)
     return Bound(checkpoint, tensors, source_format, model, sites, bindings)
 

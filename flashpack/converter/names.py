@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 from flashpack.converter.computed import computed
 from flashpack.converter.stack import ExpertStack, Rows, apply
 from flashpack.converter.tensor import SourceTensor
-from flashpack.errors import SourceError
-from flashpack.skeleton import ExpertsModule, tied_names
+from flashpack.errors import FlashpackError, SourceError, UnsupportedError
+from flashpack.skeleton import ExpertsModule, build, find_experts, tied_names
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # Parts of a checkpoint that are no part of the language model, besides those that the model class itself ignores.
 _FOREIGN = re.compile(
-    r"(^|\.)(visual|vision_tower|vision_model|vision_encoder|audio_tower|multi_modal_projector|mm_projector|embed_vision"
+    r"^(\w+\.)?(vision|visual|image|video|audio|speech)_\w+\."
+    r"|(^|\.)(visual|vision_tower|vision_model|vision_encoder|audio_tower|multi_modal_projector|mm_projector|embed_vision"
     r"|mtp)\."
     r"|rotary_emb\.inv_freq$|\.[kv]_scale$|\.input_scale$"
 )
@@ -39,6 +40,25 @@ class Bindings:
     dense: dict[str, SourceTensor]
     experts: dict[str, dict[str, ExpertStack]]
     dropped: list[str]
+
+
+def fit(
+    configs: list[PretrainedConfig], tensors: dict[str, SourceTensor]
+) -> tuple[PreTrainedModel, list[ExpertsModule], Bindings]:
+    """The first of the models described by ``configs`` that ``tensors`` have a place in, and their places.
+
+    Loader maps may be written for only one of a family's classes.
+    """
+    refusal: FlashpackError | None = None
+    for config in configs:
+        try:
+            model = build(config)
+            sites = find_experts(model)
+            return model, sites, bind(model, sites, tensors)
+        except (SourceError, UnsupportedError) as e:
+            refusal = refusal or e
+    assert refusal is not None
+    raise refusal
 
 
 def bind(model: PreTrainedModel, sites: list[ExpertsModule], tensors: dict[str, SourceTensor]) -> Bindings:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
@@ -32,7 +33,9 @@ def _cache_bytes(model: PreTrainedModel, tokens: int) -> int:
 @torch.no_grad()
 def _cache(model: PreTrainedModel, tokens: int) -> Cache:
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    cache: Cache = model(input_ids=ids, use_cache=True).past_key_values
+    settings: Any = _config
+    with settings.patch(meta_nonzero_assume_all_nonzero=True):  # sparse attention that looks for what it may see
+        cache: Cache = model(input_ids=ids, use_cache=True).past_key_values
     return cache
 
 

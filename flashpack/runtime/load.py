@@ -92,7 +92,7 @@ def load(
     experts.register()
     parameters = len(opened.manifest.tensors) + 2 * len(opened.manifest.layers)
     try:
-        config = read_config(opened.folder)
+        config = read_config(opened.folder, opened.manifest.model["architecture"])
         model = build(config, experts.NAME, dtype, parameters)
         if type(model).__name__ != opened.manifest.model["architecture"]:
             raise FormatError(
