@@ -239,14 +239,15 @@ class JetMoeAttention(nn.Module):
         index, weights = choice
         outputs = _each(self.output_linear, x.flatten(0, 2), index) * weights.reshape(-1, 1)
         total: Tensor = sum(outputs.view(*index.shape, -1).unbind(1), torch.zeros_like(self.bias))
-        return total.view(*x.shape[:2], -1) + self.bias
+        result: Tensor = total.view(*x.shape[:2], -1) + self.bias
+        return result
 
 
-def _each(linears: nn.ModuleList, x: Tensor, index: Tensor) -> Tensor:
+def _each(linears: Any, x: Tensor, index: Tensor) -> Tensor:
     """Row i of x [rows, in] through the Linear that ``index`` (of as many values) has for it -> [rows, out]."""
-    out = x.new_empty(len(x), linears[0].out_features)
+    out: Tensor = x.new_empty(len(x), linears[0].out_features)
     if not x.is_meta:
-        for expert in index.unique().tolist():
+        for expert in sorted(set(index.reshape(-1).tolist())):
             rows = (index.reshape(-1) == expert).nonzero()[:, 0]
             out[rows] = linears[expert](x[rows])
     return out
