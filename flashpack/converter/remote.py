@@ -6,9 +6,10 @@ import json
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from flashpack.converter.folder import Reader, Span, shown
@@ -16,6 +17,8 @@ from flashpack.converter.source import CONFIG, COPIED, INDEX
 from flashpack.converter.transfer import CONNECTIONS, Denied, Missing, RemoteFile, Transfer
 from flashpack.converter.window import HELD_BYTES, Budget, Window
 from flashpack.errors import SourceError
+
+Result = TypeVar("Result")
 
 SMALL_BYTES = 256 * 2**20
 """Files that are read as a whole are not larger: configuration, index, tokenizer."""
@@ -106,19 +109,21 @@ class RemoteFolder:
             window.close()
 
     def _fetch(self, file: str, offset: int, buffer: memoryview, stop: threading.Event) -> Future[None]:
-        """Have a thread of the folder's own fill ``buffer``."""
+        """Begin to fill ``buffer``."""
         found = self._inside(file, offset, buffer)
-        future: Future[None] = Future()
+        return self._submit(lambda: self._transfer.read_into(found, offset, buffer, stop))
+
+    def _submit(self, work: Callable[[], Result]) -> Future[Result]:
+        """Have a thread of the folder's own do some work."""
+        future: Future[Result] = Future()
 
         def task() -> None:
             if not future.set_running_or_notify_cancel():
                 return
             try:
-                self._transfer.read_into(found, offset, buffer, stop)
+                future.set_result(work())
             except BaseException as e:
                 future.set_exception(e)
-            else:
-                future.set_result(None)
 
         with self._starting:
             if not self._threads:
@@ -185,6 +190,5 @@ class UrlFolder(RemoteFolder):
                 raise
             return file
 
-        with ThreadPoolExecutor(CONNECTIONS) as pool:
-            found = pool.map(find, names)
-            self._files |= {name: file for name, file in zip(names, found, strict=True) if file}
+        found = {name: self._submit(partial(find, name)) for name in names}
+        self._files |= {name: file for name, future in found.items() if (file := future.result())}
