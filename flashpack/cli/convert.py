@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,9 @@ def convert(
     dry_run: bool = typer.Option(False, help="Print the plan and write nothing, as flashpack plan does."),
     overwrite: bool = typer.Option(False, help="Replace a finished or unfinished pack."),
     workers: int | None = typer.Option(None, min=1, help="Files written at once. Default: one per processor."),
+    scheduler: str | None = typer.Option(
+        None, help="Let a Dask cluster do the work: tcp://HOST:PORT of its scheduler. SRC and OUT on shared storage."
+    ),
     json: bool = typer.Option(False, "--json", help="Print the plan or the report as JSON."),
 ) -> None:
     """Convert a Hugging Face checkpoint to a pack. Run again after an interruption to continue.
@@ -35,6 +39,7 @@ def convert(
         show(src, out, (experts, dense, group_size, codec), overwrite, workers, json)
         return
     from flashpack.converter import convert as run_convert
+    from flashpack.converter.elsewhere import scheduler as cluster
 
     bar: Any = None
 
@@ -48,10 +53,14 @@ def convert(
             note(f"continuing: {gb(done)} of {gb(total)} done before")
         bar = progress_bar(total, "converting", done)
 
+    def advance(count: int) -> None:
+        bar.update(count)
+
     try:
-        report = run_convert(
-            src, out, experts, dense, group_size, codec, overwrite, workers, begin, lambda n: bar.update(n)
-        )
+        with cluster(scheduler) if scheduler else contextlib.nullcontext() as executor:
+            report = run_convert(
+                src, out, experts, dense, group_size, codec, overwrite, workers, begin, advance, executor
+            )
     finally:
         if bar is not None:
             bar.close()

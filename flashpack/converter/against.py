@@ -6,10 +6,11 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from flashpack.converter.execute import Progress, default_workers
+from flashpack.converter.execute import default_workers
 from flashpack.converter.folder import Source, SourceFolder
 from flashpack.converter.plan import DensePlan
 from flashpack.converter.remake import Remake
+from flashpack.converter.units import Progress
 from flashpack.formats import Finding, Pack
 from flashpack.formats.checksums import digest, hasher, hexdigest
 from flashpack.formats.entries import Layer

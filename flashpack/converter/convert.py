@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
@@ -10,20 +11,23 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashpack.converter.execute import Progress, default_workers, execute, resume
-from flashpack.converter.folder import Source, SourceFolder, base_name, pinned
+from flashpack.converter.elsewhere import Elsewhere, Job
+from flashpack.converter.execute import default_workers, execute, resume
+from flashpack.converter.folder import Source, SourceFolder, base_name, is_remote, pinned
 from flashpack.converter.journal import Journal, check_folder, origin_of
 from flashpack.converter.names import Bindings, fit
 from flashpack.converter.plan import Options, Plan, bits_per_weight, make_plan
 from flashpack.converter.report import LayerError, Report
 from flashpack.converter.source import CONFIG, Checkpoint, open_checkpoint
 from flashpack.converter.tensor import Extent, SourceTensor
+from flashpack.converter.units import Progress
 from flashpack.converter.weights import read_tensors
 from flashpack.errors import FormatError, OutputError, SourceError
 from flashpack.formats import constants as C
@@ -78,6 +82,7 @@ def convert(
     workers: int | None = None,
     on_plan: Callable[[Plan, int], object] | None = None,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> Report:
     """Convert a Hugging Face checkpoint to a pack: a folder, ``hf://org/model[@revision]``, or the URL of a folder.
 
@@ -85,13 +90,21 @@ def convert(
     the same source and options. ``on_plan(plan, bytes already done)`` is called before the first byte is written;
     ``progress(bytes)`` from worker threads as source bytes are done.
 
+    ``executor`` does the work in other processes or on other machines, which see source and ``out`` under the same
+    paths and have the same versions of flashpack and transformers; else ``workers`` threads do it.
+
     Raises ``SourceError`` and ``UnsupportedError`` for the source, ``OutputError`` for the target.
     """
     begun = time.monotonic()
     target = Path(out) if out is not None else default_out(src)
-    work = plan(src if overwrite else pinned(src, origin_of(target)), Options(experts, dense, group_size, codec))
+    options = Options(experts, dense, group_size, codec)
+    work = plan(src if overwrite else pinned(src, origin_of(target)), options)
+    elsewhere = None
+    if executor is not None:
+        where = str(src) if is_remote(src) else str(Path(src).resolve())
+        elsewhere = Elsewhere(executor, Job(where, options, str(target.resolve()), json.dumps(start(work))))
     with contextlib.closing(work.checkpoint.folder):
-        return _convert(work, target, overwrite, workers, on_plan, progress or (lambda count: None), begun)
+        return _convert(work, target, overwrite, workers, elsewhere, on_plan, progress or (lambda count: None), begun)
 
 
 def _convert(
@@ -99,6 +112,7 @@ def _convert(
     target: Path,
     overwrite: bool,
     workers: int | None,
+    elsewhere: Elsewhere | None,
     on_plan: Callable[[Plan, int], object] | None,
     progress: Progress,
     begun: float,
@@ -107,14 +121,15 @@ def _convert(
     with output_errors(target):
         check_folder(target, overwrite)
         check_space(target, work.file_sizes(), overwrite)
-    journal = Journal(target, _start(work), overwrite)
+    journal = Journal(target, start(work), overwrite)
     try:
         finished = resume(work, target, journal)
         work.notices += journal.notices
         resumed_bytes = sum(source_bytes[path] for path in finished)
         if on_plan:
             on_plan(work, resumed_bytes)
-        identity, outcomes = execute(work, target, journal, finished, progress, workers or default_workers())
+        threads = workers or default_workers()
+        identity, outcomes = execute(work, target, journal, finished, progress, threads, elsewhere)
         pack_bytes = sum(o.file.size for o in outcomes.values()) + (target / C.MANIFEST).stat().st_size
         journal.remove()
     except (FormatError, OSError):
@@ -179,7 +194,7 @@ def _same_bytes(folder: SourceFolder, a: Extent, b: Extent) -> bool:
     return True
 
 
-def _start(work: Plan) -> dict[str, Any]:
+def start(work: Plan) -> dict[str, Any]:
     """What a conversion is of: all of this must be the same for one that continues it."""
     return {
         "flashpack": __version__,

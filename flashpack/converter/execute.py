@@ -4,66 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from collections.abc import Generator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
-from typing import Any
 
-from flashpack.converter.ahead import in_order
-from flashpack.converter.encode import dense_reader, encode_dense, encode_record, record_spans
-from flashpack.converter.folder import SourceFolder, Stopped
+from flashpack.converter.elsewhere import Elsewhere, lost_workers, run
+from flashpack.converter.folder import Stopped
 from flashpack.converter.journal import Journal
-from flashpack.converter.notes import Notes, begun_dense, begun_layer, part_of_dense, part_of_layer
-from flashpack.converter.plan import DensePlan, LayerPlan, Plan
-from flashpack.converter.quantize import Error
+from flashpack.converter.plan import Plan
+from flashpack.converter.units import Outcome, Progress, Site, write
 from flashpack.errors import FormatError, OutputError
 from flashpack.formats import constants as C
 from flashpack.formats.checksums import hexdigest
-from flashpack.formats.entries import FileEntry, Matrix, TensorEntry
-from flashpack.formats.files import open_inside, pread
+from flashpack.formats.entries import FileEntry, Matrix
+from flashpack.formats.files import open_inside, output_errors, pread
 from flashpack.formats.layout import ShardLayout, dense_header
 from flashpack.formats.manifest import Manifest
 from flashpack.formats.reader import read_manifest, unlisted
-from flashpack.formats.records import RecordKind
-from flashpack.formats.writer import DenseWriter, RecordBuffer, ShardWriter, commit, write_copy
-
-Progress = Callable[[int], object]
-"""Called with the number of source bytes done since the last call; may come from several threads."""
-
-AHEAD = 3
-"""Experts of a layer that are read and encoded at once, beside the one that is written: the drive and the processors
-have work at the same time."""
-
-
-@dataclass
-class Outcome:
-    """A finished file: its manifest entry, its tensors if dense, its quantization error if there is any.
-
-    ``resumed_bytes`` of its source were done by an earlier run.
-    """
-
-    file: FileEntry
-    tensors: list[TensorEntry] = field(default_factory=list)
-    errors: dict[str, float] = field(default_factory=dict)
-    resumed_bytes: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "file": self.file.to_json(),
-            "tensors": [t.to_json() for t in self.tensors],
-            "errors": self.errors,
-        }
-
-    @classmethod
-    def from_json(cls, d: dict[str, Any]) -> Outcome:
-        f = d["file"]
-        return cls(
-            FileEntry(f["path"], f["role"], f["size"], f["digests"]),
-            [TensorEntry.from_json(t) for t in d["tensors"]],
-            d["errors"],
-        )
+from flashpack.formats.writer import commit, write_copy
 
 
 def resume(plan: Plan, out: Path, journal: Journal) -> dict[str, Outcome]:
@@ -111,33 +69,33 @@ def kept(out: Path, entry: FileEntry, header: bytes, tail: int) -> bool:
 
 
 def execute(
-    plan: Plan, out: Path, journal: Journal, finished: dict[str, Outcome], progress: Progress, workers: int
+    plan: Plan,
+    out: Path,
+    journal: Journal,
+    finished: dict[str, Outcome],
+    progress: Progress,
+    workers: int,
+    elsewhere: Elsewhere | None = None,
 ) -> tuple[str, dict[str, Outcome]]:
-    """Write what is not ``finished`` yet, then commit; returns the identity and every file's outcome."""
+    """Write what is not ``finished`` yet, here or ``elsewhere``, then commit; returns the identity and every file's
+    outcome."""
     if (out / C.MANIFEST).exists():
         # An earlier run was killed between the commit and the removal of its journal.
         committed, raw = read_manifest(out)
         return hexdigest(raw), {f.path: finished.get(f.path, Outcome(f)) for f in committed.files}
-    outcomes = dict(finished)
-    stop = threading.Event()
     folder = plan.checkpoint.folder
-    with ThreadPoolExecutor(workers) as pool:
-        futures = _submit(pool, plan, out, journal, folder, progress, set(outcomes), stop)
-        try:
-            while futures:
-                done, futures = wait(futures, return_when=FIRST_COMPLETED)
-                # A failed unit last, so that one that finished at the same time is not lost.
-                for future in sorted(done, key=lambda f: f.exception() is not None):
-                    if isinstance(future.exception(), Stopped):
-                        continue  # the unit that failed is still to come
-                    outcome = future.result()
-                    plan.checkpoint.check_unchanged()
-                    journal.append(outcome.to_json())
-                    outcomes[outcome.file.path] = outcome
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
+    _remove_abandoned(plan, out)
+    missing = [path for path in (*plan.dense_files, *(p.layer.path for p in plan.layers)) if path not in finished]
+    if elsewhere is None:
+        made = _here(plan, missing, Site(out, folder, progress, journal.check, journal=journal), workers)
+    else:
+        made = _elsewhere(plan, missing, elsewhere, progress)
+    outcomes = dict(finished)
+    with contextlib.closing(made):
+        for outcome in made:
+            plan.checkpoint.check_unchanged()
+            journal.append(outcome.to_json())
+            outcomes[outcome.file.path] = outcome
     copies = {name: folder.read(name) for name in plan.copies}
     plan.checkpoint.check_unchanged()
     for name, data in copies.items():
@@ -156,6 +114,7 @@ def execute(
         tensors=tuple(t for o in outcomes.values() for t in o.tensors),
         files=tuple(o.file for o in outcomes.values()),
     )
+    _remove_abandoned(plan, out)
     # What a kill during an earlier commit left is replaced by this one.
     replaced = {name + C.PARTIAL_SUFFIX for name in (C.MANIFEST, C.MANIFEST_DIGEST)}
     strangers = [path for path in unlisted(out, manifest) if path not in replaced]
@@ -165,106 +124,46 @@ def execute(
     return commit(out, manifest), outcomes
 
 
-def _submit(
-    pool: Executor,
-    plan: Plan,
-    out: Path,
-    journal: Journal,
-    folder: SourceFolder,
-    progress: Progress,
-    skip: set[str],
-    stop: threading.Event,
-) -> set[Future[Outcome]]:
-    def unit(write: Callable[..., Outcome], *arguments: Any) -> Outcome:
-        journal.check()  # writing would make a removed folder anew
+def _here(plan: Plan, paths: list[str], site: Site, workers: int) -> Generator[Outcome]:
+    """Make the files in threads; yields each as it is finished."""
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(write, plan, path, site) for path in paths}
         try:
-            return write(*arguments, out, folder, journal, progress, stop)
+            while futures:
+                done, futures = wait(futures, return_when=FIRST_COMPLETED)
+                # A failed unit last, so that one that finished at the same time is not lost.
+                for future in sorted(done, key=lambda f: f.exception() is not None):
+                    if not isinstance(future.exception(), Stopped):  # the unit that failed is still to come
+                        yield future.result()
         except BaseException:
-            stop.set()
+            site.stop.set()
+            pool.shutdown(cancel_futures=True)
             raise
 
-    futures = set()
-    for path, tensors in plan.dense_files.items():
-        if path not in skip:
-            futures.add(pool.submit(unit, _write_dense, path, tensors))
-    for layer in plan.layers:
-        if layer.layer.path not in skip:
-            futures.add(pool.submit(unit, _write_layer, layer, plan.kinds))
-    return futures
+
+def _elsewhere(plan: Plan, paths: list[str], elsewhere: Elsewhere, progress: Progress) -> Generator[Outcome]:
+    """Make the files wherever the executor does; yields each as it is finished."""
+    sizes = plan.source_bytes()
+    futures = {elsewhere.executor.submit(run, elsewhere.job, path): path for path in paths}
+    try:
+        for future in as_completed(futures):
+            with lost_workers(futures[future]):
+                outcome = future.result()
+            progress(sizes[futures[future]])
+            yield outcome
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
 
 
-def _write_layer(
-    plan: LayerPlan,
-    kinds: list[RecordKind],
-    out: Path,
-    folder: SourceFolder,
-    journal: Journal,
-    progress: Progress,
-    stop: threading.Event,
-) -> Outcome:
-    def advance(count: int) -> None:
-        if stop.is_set():
-            raise Stopped
-        progress(count)
-
-    layer = plan.layer
-    earlier = begun_layer(journal, layer)
-    buffers = [RecordBuffer(plan.kind) for _ in range(AHEAD)]
-    with ShardWriter(out, layer, kinds, earlier=[record for record, _ in earlier]) as writer:
-        first = writer.done
-        relative = [error for _, errors in earlier[:first] for error in errors]
-        resumed = sum(source.matrix(e).nbytes for e in range(first) for source in plan.sources.values())
-        progress(resumed)
-        notes = Notes(journal, layer.path, writer)
-        with folder.steps(lambda i: record_spans(plan, first + i), layer.experts - first, stop) as steps:
-
-            def encode(index: int, buffer: RecordBuffer) -> list[float]:
-                with steps.step(index) as reader:
-                    return encode_record(reader, plan, first + index, buffer, advance)
-
-            with contextlib.closing(in_order(encode, layer.experts - first, buffers)) as records:
-                for index, buffer, errors in records:
-                    relative += errors
-                    writer.write(first + index, buffer.data.data)
-                    notes.add(part_of_layer(writer.stored[-1], errors))
-        entry = writer.finish()
-    return Outcome(entry, errors=_summary(relative), resumed_bytes=resumed)
-
-
-def _write_dense(
-    path: str,
-    tensors: list[DensePlan],
-    out: Path,
-    folder: SourceFolder,
-    journal: Journal,
-    progress: Progress,
-    stop: threading.Event,
-) -> Outcome:
-    earlier = begun_dense(journal, path)
-    with DenseWriter(out, path, [s for t in tensors for s in t.specs()], [found for found, _ in earlier]) as writer:
-        first = writer.done
-        relative = [error for _, errors in earlier[:first] for error in errors]
-        resumed = sum(tensor.source.nbytes for tensor in tensors[:first])
-        progress(resumed)
-        notes = Notes(journal, path, writer)
-        with dense_reader(folder, tensors[first:], stop) as reader:
-            for tensor in tensors[first:]:
-                error = Error()
-                for name, data in encode_dense(reader, tensor, error):
-                    if stop.is_set():
-                        raise Stopped
-                    writer.append(name, data)
-                errors = [error.relative()] if error.norm else []
-                relative += errors
-                progress(tensor.source.nbytes)
-                digests = writer.digests()
-                notes.add(part_of_dense({s.name: digests[s.name] for s in tensor.specs()}, errors))
-        entry, entries = writer.finish()
-    return Outcome(entry, entries, _summary(relative), resumed)
-
-
-def _summary(relative: list[float]) -> dict[str, float]:
-    return {"max": max(relative), "mean": sum(relative) / len(relative)} if relative else {}
+def _remove_abandoned(plan: Plan, out: Path) -> None:
+    """Delete unfinished files of workers elsewhere that were lost; what they still write counts for nothing."""
+    for path in (*plan.dense_files, *(p.layer.path for p in plan.layers)):
+        final = out / path
+        for part in final.parent.glob(f"{final.name}.*{C.PARTIAL_SUFFIX}"):
+            with output_errors(part):
+                part.unlink(missing_ok=True)
 
 
 def default_workers() -> int:

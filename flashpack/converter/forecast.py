@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from flashpack.converter.convert import Bound, disk_space
-from flashpack.converter.execute import AHEAD
 from flashpack.converter.plan import DENSE_CHOICES, EXPERT_CHOICES, Options, Plan, bits_per_weight
 from flashpack.converter.quantize import block_rows, is_exact
 from flashpack.converter.tensor import SourceTensor
+from flashpack.converter.units import AHEAD
 from flashpack.converter.window import HELD_BYTES
 from flashpack.formats.records import Encoding
 

@@ -21,9 +21,9 @@ Part = dict[str, Any]
 
 
 class Notes:
-    """The parts of one file that is being written, in order, from ``writer.done`` on."""
+    """The parts of one file that is being written, in order, from ``writer.done`` on; without a journal nothing."""
 
-    def __init__(self, journal: Journal, path: str, writer: ShardWriter | DenseWriter) -> None:
+    def __init__(self, journal: Journal | None, path: str, writer: ShardWriter | DenseWriter) -> None:
         self._journal, self._path, self._writer = journal, path, writer
         self._first = writer.done
         self._parts: list[Part] = []
@@ -31,6 +31,8 @@ class Notes:
 
     def add(self, part: Part) -> None:
         """A part has been written."""
+        if self._journal is None:
+            return
         self._parts.append(part)
         if time.monotonic() - self._last < NOTE_SECONDS:
             return
@@ -46,10 +48,10 @@ def part_of_layer(record: StoredRecord, errors: list[float]) -> Part:
     return {"record": record.to_json(), "errors": errors}
 
 
-def begun_layer(journal: Journal, layer: Layer) -> list[tuple[StoredRecord, list[float]]]:
+def begun_layer(journal: Journal | None, layer: Layer) -> list[tuple[StoredRecord, list[float]]]:
     """What ``part_of_layer`` noted in earlier runs, as far as it can be read."""
     found = []
-    for part in journal.begun.get(layer.path, [])[: layer.experts]:
+    for part in (journal.begun.get(layer.path, []) if journal else [])[: layer.experts]:
         try:
             found.append((StoredRecord.from_json(part["record"]), _errors(part)))
         except (FormatError, KeyError, TypeError):
@@ -62,10 +64,10 @@ def part_of_dense(digests: dict[str, str], errors: list[float]) -> Part:
     return {"tensors": digests, "errors": errors}
 
 
-def begun_dense(journal: Journal, path: str) -> list[tuple[dict[str, str], list[float]]]:
+def begun_dense(journal: Journal | None, path: str) -> list[tuple[dict[str, str], list[float]]]:
     """What ``part_of_dense`` noted in earlier runs, as far as it can be read."""
     found = []
-    for part in journal.begun.get(path, []):
+    for part in journal.begun.get(path, []) if journal else []:
         try:
             digests = {str(name): str(digest) for name, digest in part["tensors"].items()}
             found.append((digests, _errors(part)))

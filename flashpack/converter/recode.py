@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from flashpack.converter.convert import check_space
-from flashpack.converter.execute import Outcome, Progress, default_workers, kept
+from flashpack.converter.execute import default_workers, kept
 from flashpack.converter.folder import Stopped
 from flashpack.converter.journal import Journal, check_folder
+from flashpack.converter.units import Outcome, Progress
 from flashpack.errors import IntegrityError, UsageError
 from flashpack.formats import Pack
 from flashpack.formats import constants as C

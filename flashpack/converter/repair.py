@@ -7,9 +7,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from flashpack.converter.execute import Progress
 from flashpack.converter.folder import Source, is_remote, shown
 from flashpack.converter.remake import Remake
+from flashpack.converter.units import Progress
 from flashpack.errors import NotAPackError, UsageError
 from flashpack.formats import Manifest
 from flashpack.formats import constants as C

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from flashpack.formats.entries import FileEntry, Layer, TensorEntry
 from flashpack.formats.files import (
     chunks,
     create,
+    is_aligned,
     open_inside,
     output_errors,
     publish,
@@ -34,6 +36,7 @@ from flashpack.formats.files import (
     resize,
     sync,
     sync_folder,
+    without_cache_for_writing,
     write_behind,
     write_durably,
 )
@@ -43,25 +46,41 @@ from flashpack.formats.manifest import Manifest
 from flashpack.formats.records import RecordKind, align
 
 
+def partial_name(path: str, token: str = "") -> str:
+    """The name of an unfinished file."""
+    return path + (f".{token}" if token else "") + C.PARTIAL_SUFFIX
+
+
 class _PackFile:
-    """A file of the pack under construction: ``path.part`` until ``_publish`` renames it.
+    """A file of the pack under construction: ``path.part`` until ``_publish`` renames it; ``path.<token>.part`` where
+    others may write the same file at the same time.
 
     ``earlier`` says what an interrupted run wrote there, part by part; ``done`` is how many of these parts are proven
     to be there still. The rest of that file counts for nothing.
     """
 
     def __init__(
-        self, pack: Path, path: str, header: bytes = b"", size: int = 0, earlier: Sequence[object] = ()
+        self,
+        pack: Path,
+        path: str,
+        header: bytes = b"",
+        size: int = 0,
+        earlier: Sequence[object] = (),
+        token: str = "",
     ) -> None:
         self.path = path
         self.done = 0
         self._final = pack / path
-        self._partial = self._final.with_name(self._final.name + C.PARTIAL_SUFFIX)
+        self._partial = self._final.with_name(partial_name(self._final.name, token))
         self._named = False
         with output_errors(self._final):
             self._fd = self._create(pack, bool(earlier))
+        self._direct: int | None = None
         self._open = True
         try:
+            with output_errors(self._final):
+                # Copying a pack through the page cache takes longer than anything else that is done to it.
+                self._direct = without_cache_for_writing(self._partial)
             end = self._prove(earlier)
             if earlier:
                 self._resize(end)
@@ -99,8 +118,11 @@ class _PackFile:
 
     def _write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         with output_errors(self._final):
-            pwrite(self._fd, data, offset)
-            write_behind(self._fd, offset, len(data))
+            if self._direct is not None and is_aligned(data, offset):
+                pwrite(self._direct, data, offset)
+            else:
+                pwrite(self._fd, data, offset)
+                write_behind(self._fd, offset, len(data))
 
     def _resize(self, size: int) -> None:
         with output_errors(self._final):
@@ -116,6 +138,8 @@ class _PackFile:
         if self._open:
             self._open = False
             os.close(self._fd)
+            if self._direct is not None:
+                os.close(self._direct)
 
     def __enter__(self) -> Self:
         return self
@@ -227,10 +251,11 @@ class ShardWriter(_PackFile):
         kinds: Sequence[RecordKind],
         table: NDArray[np.uint32] | None = None,
         earlier: Sequence[StoredRecord] = (),
+        token: str = "",
     ) -> None:
         self._records = RecordDigests(layer, kinds, table)
         size = self._records.layout.size if layer.codec == "raw" else 0
-        super().__init__(pack, layer.path, size=size, earlier=earlier)
+        super().__init__(pack, layer.path, size=size, earlier=earlier, token=token)
 
     def _prove(self, earlier: Sequence[Any]) -> int:
         end = 0
@@ -271,13 +296,18 @@ class DenseWriter(_PackFile):
     """
 
     def __init__(
-        self, pack: Path, path: str, specs: Sequence[TensorSpec], earlier: Sequence[Mapping[str, str]] = ()
+        self,
+        pack: Path,
+        path: str,
+        specs: Sequence[TensorSpec],
+        earlier: Sequence[Mapping[str, str]] = (),
+        token: str = "",
     ) -> None:
         self._header, self._layout = dense_header(specs, path)
         self._tensors = {t.name: t for t in self._layout.tensors if not t.hidden}
         self._hashers: dict[str, Hasher] = {name: hasher() for name in self._tensors}
         self._written = dict.fromkeys(self._tensors, 0)
-        super().__init__(pack, path, self._header, self._layout.size, earlier)
+        super().__init__(pack, path, self._header, self._layout.size, earlier, token)
 
     def _prove(self, earlier: Sequence[Any]) -> int:
         end, waiting = 0, iter(self._layout.tensors)
@@ -333,7 +363,7 @@ class RecordBuffer:
     """A record in memory: one array [rows, values of a row] per section, all views of the same zeroed bytes."""
 
     def __init__(self, kind: RecordKind) -> None:
-        self.data = np.zeros(kind.stride, dtype=np.uint8)
+        self.data = np.frombuffer(mmap.mmap(-1, kind.stride), dtype=np.uint8)  # aligned, for writes past the cache
         self.sections: Mapping[str, np.ndarray] = {
             s.name: self.data[s.offset : s.offset + s.nbytes]
             .view(f"<u{ITEMSIZE[s.dtype]}")
