@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from flashpack.converter.folder import GGUF
 from flashpack.converter.names import Bindings
 from flashpack.converter.source import Checkpoint
 from flashpack.converter.stack import ExpertStack
@@ -29,6 +30,8 @@ EXPERT_CHOICES = ("auto", "source", "q8", "q6", "q5", "q4", "q3", "q2")
 DENSE_CHOICES = ("auto", "source", "q8", "q4")
 ROUNDED_EXPERTS, ROUNDED_DENSE = "q4", "q8"
 """What values are rounded to where neither the source nor the user says otherwise."""
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 DENSE_FILE_BYTES = 4 * 2**30
 """A dense file is closed when it reaches this size, so that an interrupted conversion keeps the earlier ones."""
@@ -157,6 +160,10 @@ def make_plan(
     }
     plan = Plan(checkpoint, options, identity, recipe, source_format)
     plan.copies = checkpoint.copied_files()
+    if not any(name in plan.copies for name in _TOKENIZERS):
+        plan.notice("the checkpoint has no tokenizer: its pack will answer no prompt, only token ids from Python")
+    if checkpoint.tensors is None and any(name.endswith(GGUF) for name in checkpoint.folder.files()):
+        plan.notice("the folder's GGUF files are not read; name one of them to convert it")
     plan.dropped = bindings.dropped
     for site in sites:
         _plan_layer(plan, site, bindings.experts[site.name])
@@ -244,8 +251,8 @@ def _choose(plan: Plan, choice: str, source: SourceTensor, what: str, rounded: s
     if choice == "source":
         if source.encoding is not None:
             return source.encoding
-        plan.notice(f"{what}: no encoding of a pack holds {source.format} exactly; decoded and rounded to {rounded}")
-        choice = rounded
+        choice = max(rounded, source.format.rounds_to)
+        plan.notice(f"{what}: no encoding of a pack holds {source.format} exactly; decoded and rounded to {choice}")
     width = source.shape[-1]
     fits = [g for g in C.GROUP_SIZES if g <= plan.options.group_size and width % g == 0]
     if not fits:
