@@ -50,6 +50,7 @@ class Site:
     gated: bool = False
     commit: str = COMMIT
     lifetime: float = 1e9
+    linked: str | None = None
     sent: list[tuple[str, int, int]] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -197,7 +198,7 @@ class HubHandler(Handler):
             "Location": f"{site.url.replace('127.0.0.1', 'localhost')}/cdn/{request.name}?signature=secret&expires="
             f"{time.monotonic() + site.lifetime}",
             "X-Repo-Commit": site.commit,
-            "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
+            "X-Linked-Etag": f'"{site.linked or hashlib.sha256(content).hexdigest()}"',
             "X-Linked-Size": str(len(content)),
         }
         self.answer(302, headers)

@@ -28,6 +28,8 @@ _PROBED = (
     INDEX,
     "model.safetensors",
     "model-00001-of-00001.safetensors",
+    "tekken.json",
+    "tiktoken.model",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",

@@ -40,10 +40,11 @@ _NEVER = (501, 505)
 class Policy:
     """How long to try. Times in seconds.
 
-    ``first_attempts``: failures until a server that has never answered is given up. ``attempts``: failures in a row, without progress in between, until it is given up; progress is ``progress`` bytes
-    or the rest. The wait doubles from ``first_wait`` to ``longest_wait``, each shortened at random by up to a half; a
-    server's Retry-After comes first, if it is no longer than ``longest_retry_after``. ``connect`` and ``read`` are
-    for each step; a body slower than ``slowest`` bytes in ``read`` seconds counts as cut off.
+    ``first_attempts``: failures until a server that has never answered is given up. ``attempts``: failures in a row,
+    without progress in between, until it is given up; progress is ``progress`` bytes or the rest. The wait doubles from
+    ``first_wait`` to ``longest_wait``, each shortened at random by up to a half; a server's Retry-After comes first, if
+    it is no longer than ``longest_retry_after``. ``connect`` and ``read`` are for each step; a body slower than
+    ``slowest`` bytes in ``read`` seconds counts as cut off.
     """
 
     first_attempts: int = 4

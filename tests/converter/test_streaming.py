@@ -106,18 +106,15 @@ def sent_of(site: Site) -> dict[str, list[int]]:
 def test_what_the_plan_needs_is_fetched_once_and_nothing_else(
     site_of: Callable[..., Site], tmp_path: Path, name: str
 ) -> None:
-    """Vision towers, multi-token prediction and layers past the last are not; the rows that gate and up share are once."""
+    """Vision towers, multi-token prediction, layers past the last are not; rows that gate and up share are once."""
     site = site_of(CHECKPOINTS / name)
     out = tmp_path / "out"
     flashpack.convert(site.url, out)
     plan = flashpack.converter.plan(CHECKPOINTS / name)
     needed, sent = spans_of(plan), sent_of(site)
     total = sum(map(len, needed.values()))
-    headers = {
-        name: int.from_bytes((site.content(name) or b"")[:8], "little") + 8
-        for name in plan.checkpoint.fingerprint
-        if name.endswith(".safetensors")
-    }
+    shards = [file for file in plan.checkpoint.fingerprint if file.endswith(".safetensors")]
+    headers = {file: int.from_bytes((site.content(file) or b"")[:8], "little") + 8 for file in shards}
     assert sum(map(len, sent.values())) - sum(headers.values()) - len(headers) <= 1.05 * total
     for file, positions in sent.items():
         data = [p for p in positions if p >= headers[file]]
@@ -262,9 +259,7 @@ def test_certificates_are_checked(tmp_path: Path) -> None:
     assert site.requests == []
 
 
-@pytest.mark.parametrize(
-    ("value", "seconds"), [("7", 7), ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("soon", None), (None, None)]
-)
+@pytest.mark.parametrize(("value", "seconds"), [("7", 7), ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("soon", None)])
 def test_retry_after_is_a_number_or_a_date(value: str | None, seconds: float | None) -> None:
     assert transfer.retry_after(value) == seconds
 
@@ -276,7 +271,6 @@ def test_a_long_wait_grows_and_is_never_twice_the_same(monkeypatch: pytest.Monke
     answered.set()
     attempts = transfer.Attempts("x", transfer.Policy(), [threading.Event()], answered)
     with pytest.raises(SourceError, match=re.escape("x: 503 (10 failures in a row); run the same command again")):
-        while True:
-            attempts.failed("503")
+        [attempts.failed("503") for _ in range(99)]
     assert len(waits) == len(set(waits)) == 9
     assert all(min(0.5 * 2**i, 30) / 2 <= w <= min(0.5 * 2**i, 30) for i, w in enumerate(waits))
