@@ -1,15 +1,29 @@
-"""A checkpoint folder on disk: which tensors there are and where their bytes lie. Reads headers only."""
+"""A checkpoint folder, here or far away: which tensors there are and where their bytes lie. Reads headers only."""
 
 from __future__ import annotations
 
-import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
 from typing import Any
 
-from flashpack.converter.folder import SourceFolder, open_folder, source_errors
-from flashpack.converter.tensor import Extent
+from flashpack.converter.folder import (
+    GGUF,
+    Source,
+    SourceFolder,
+    Span,
+    changed_error,
+    gguf_name,
+    open_folder,
+    source_errors,
+)
+from flashpack.converter.made import MadeFolder
+from flashpack.converter.tensor import Extent, SourceTensor
+from flashpack.converter.vocabulary import made_tokenizer
 from flashpack.errors import FormatError, SourceError, UnsupportedError
+from flashpack.formats import constants as C
 from flashpack.formats.checksums import hexdigest
 from flashpack.formats.header import Header, parse_json, read_header
 
@@ -18,7 +32,7 @@ INDEX = "model.safetensors.index.json"
 
 # Copied into the pack if present, besides every file whose name starts with "tokenizer" or "LICENSE".
 # Python files (remote code) never are.
-_COPIED = (
+COPIED = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
@@ -38,13 +52,15 @@ _COPIED = (
 class Checkpoint:
     """A source checkpoint: ``stored`` maps tensor names to where they lie; ``config`` is config.json.
 
-    ``fingerprint`` says what the source was when it was opened: file -> what identifies it, as JSON.
+    ``fingerprint`` says what the source was when it was opened: file -> what identifies it, as JSON. ``tensors``: those
+    of the model, where the source's format is told on opening (GGUF).
     """
 
     folder: SourceFolder
     config: dict[str, Any]
     stored: dict[str, Extent]
     fingerprint: dict[str, dict[str, Any]]
+    tensors: dict[str, SourceTensor] | None = None
 
     def check_unchanged(self) -> None:
         """Raise ``SourceError`` if a file is no longer the one that was opened, so that nothing made of both is kept.
@@ -56,23 +72,37 @@ class Checkpoint:
             now = _content(self.folder.read(name)) if content else self.folder.state(name)
             before = {key: before[key] for key in now}
             if now != before:
-                raise SourceError(
-                    f"{self.folder.where(name)}: changed during the conversion: {', '.join(differences(before, now))}; "
-                    f"put the original back and run the same command again, or start anew with --overwrite"
-                )
+                raise changed_error(self.folder.where(name), ", ".join(differences(before, now)))
 
     def copied_files(self) -> list[str]:
         """Names of the small files that go into the pack unchanged, sorted."""
         return [
             n
             for n in self.folder.files()
-            if n in _COPIED or (n.startswith(("tokenizer", "LICENSE")) and not n.endswith((".py", ".safetensors")))
+            if n in COPIED or (n.startswith(("tokenizer", "LICENSE")) and not n.endswith((".py", ".safetensors")))
         ]
 
 
-def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
-    """Read config.json, the index and every shard's header; refuses incomplete checkpoints."""
-    folder = open_folder(src)
+def open_checkpoint(src: Source) -> Checkpoint:
+    """Read config.json, the index and every shard's header; refuses incomplete checkpoints.
+
+    A GGUF file, or a folder with one and no safetensors files, has everything in its own header.
+    """
+    chosen = gguf_name(src)
+    folder = open_folder(src if chosen is None else Path(src).parent)
+    try:
+        files = folder.files()
+        if chosen or (not any(n.endswith(".safetensors") for n in files) and any(n.endswith(GGUF) for n in files)):
+            from flashpack.converter.gguf.checkpoint import open_gguf
+
+            return open_gguf(folder, files, chosen)
+        return _open(folder)
+    except BaseException:
+        folder.close()
+        raise
+
+
+def _open(folder: SourceFolder) -> Checkpoint:
     files = folder.files()
     if CONFIG not in files:
         raise SourceError(f"{folder.name}: no {CONFIG}; is this a Hugging Face checkpoint folder?")
@@ -84,13 +114,15 @@ def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
     fingerprint = {CONFIG: _content(raw)}
     shards, wanted = _shards(folder, files, fingerprint)
     stored: dict[str, Extent] = {}
+
     for shard in shards:
-        where = folder.where(shard)
         if shard not in files:
-            raise SourceError(f"{where}: the shard is missing; download it again")
-        state = folder.state(shard)
-        with source_errors(where):
-            header = _read_header(folder, shard, state["size"])
+            raise SourceError(f"{folder.where(shard)}: the shard is missing; download it again")
+    states = [folder.state(shard) for shard in shards]
+    for shard, state, header in zip(
+        shards, states, _headers(folder, shards, [state["size"] for state in states]), strict=True
+    ):
+        where = folder.where(shard)
         fingerprint[shard] = state | {"header": hexdigest(repr(header.tensors).encode())}
         for t in header.tensors:
             if wanted.get(t.name, shard) != shard:
@@ -103,18 +135,38 @@ def open_checkpoint(src: str | os.PathLike[str]) -> Checkpoint:
             raise SourceError(
                 f"{folder.where(INDEX)}: names tensor {name}, which {shard} does not hold; download both again"
             )
-    return Checkpoint(folder, config, stored, fingerprint)
+    made = made_tokenizer(folder, files)
+    return Checkpoint(MadeFolder(folder, made) if made else folder, config, stored, fingerprint)
 
 
-def _read_header(folder: SourceFolder, shard: str, size: int) -> Header:
-    """The header of a shard of ``size`` bytes."""
+def _headers(folder: SourceFolder, shards: list[str], sizes: list[int]) -> Iterator[Header]:
+    """The headers of shards of these sizes: first all lengths, then all that is so long, for far away each answer is
+    waited for."""
+    lengths = list(_read_all(folder, [(shard, 0, min(size, 8)) for shard, size in zip(shards, sizes, strict=True)]))
+    spans = []
+    for shard, size, start in zip(shards, sizes, lengths, strict=True):
+        length = int.from_bytes(start, "little")
+        spans.append((shard, 8, length if length <= min(size - 8, C.MAX_HEADER_BYTES) else 0))
+    for shard, size, start, text in zip(shards, sizes, lengths, _read_all(folder, spans), strict=True):
+        known = {(len(start), 0): start, (len(text), 8): text}
 
-    def read(count: int, offset: int) -> bytearray:
-        buffer = bytearray(count)
-        folder.read_into(shard, offset, memoryview(buffer))
-        return buffer
+        def read(count: int, offset: int, shard: str = shard, known: dict[Any, bytearray] = known) -> bytearray:
+            if (count, offset) not in known:  # what is no safetensors file, for the message
+                (known[count, offset],) = _read_all(folder, [(shard, offset, count)])
+            return known[count, offset]
 
-    return read_header(read, size, folder.where(shard))
+        with source_errors(folder.where(shard)):
+            header = read_header(read, size, folder.where(shard))
+        yield header
+
+
+def _read_all(folder: SourceFolder, spans: list[Span]) -> Iterator[bytearray]:
+    with folder.steps(lambda number: [spans[number]], len(spans), Event()) as steps:
+        for number, (file, offset, count) in enumerate(spans):
+            buffer = bytearray(count)
+            with steps.step(number) as reader:
+                reader.read_into(file, offset, memoryview(buffer))
+            yield buffer
 
 
 def _content(data: bytes) -> dict[str, Any]:
@@ -147,8 +199,8 @@ def _shards(
         return shards, {}
     if shards:
         raise SourceError(f"{folder.name}: {len(shards)} safetensors files but no {INDEX}; download it too")
-    if any(name.endswith((".bin", ".gguf")) for name in files):
-        raise UnsupportedError(f"{folder.name}: no safetensors files; .bin and .gguf checkpoints are not supported")
+    if any(name.endswith(".bin") for name in files):
+        raise UnsupportedError(f"{folder.name}: no safetensors files; .bin checkpoints are not supported")
     raise SourceError(f"{folder.name}: no safetensors files")
 
 
