@@ -149,6 +149,25 @@ def pwrite(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
         done += os.pwrite(fd, view[done:], offset + done)
 
 
+def without_cache_for_writing(path: Path) -> int | None:
+    """A second descriptor of a file, for writes that ``is_aligned``; None where the file system has no such thing."""
+    if sys.platform == "linux":
+        try:
+            return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as e:
+            if e.errno != errno.EINVAL:
+                raise
+    return None
+
+
+def is_aligned(data: bytes | bytearray | memoryview, offset: int) -> bool:
+    """Whether place, size and address are those of whole blocks, so that ``data`` can be written past the cache."""
+    if not data:
+        return False
+    address = np.frombuffer(data, dtype=np.uint8).ctypes.data
+    return not (offset | len(data) | address) % _BLOCK
+
+
 def write_behind(fd: int, offset: int, size: int) -> None:
     """Have the drive begin with what has been written there, so that ``sync`` finds little to do. Only a hint."""
     if sys.platform == "linux":
