@@ -2,6 +2,9 @@
 
     python bench/make_checkpoint.py OUT --layers 12
 
+    # One layer with the experts of Qwen3.5-397B, as MLX stores them at 4 bits: 3.6 GB
+    python bench/make_checkpoint.py OUT --layers 1 --experts 512 --hidden 4096 --width 1024 --vocab 4096 --mlx
+
 Names, shapes and config.json are those of a published Qwen3-MoE checkpoint, so any tool can convert it. Memory stays
 under 300 MB: tensors are written one by one, values drawn from a pool of random numbers at a random start.
 """
@@ -23,12 +26,18 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARD_BYTES = 2 * 10**9
 POOL = 2**25
 
+PACKED = " (4 bit)"
+GROUP = 64
+"""Values per scale of ``--mlx``, at 4 bits."""
+
 Shapes = dict[str, tuple[int, ...]]
+"""Shapes by tensor name. Names that end in ``PACKED`` stand for 4-bit words of MLX (uint32), others for bfloat16."""
 
 
 def config_of(args: argparse.Namespace) -> dict[str, object]:
-    """config.json as Qwen publishes it."""
-    return {
+    """config.json as Qwen publishes it, or as mlx-lm writes it."""
+    quantization = {"group_size": GROUP, "bits": 4, "mode": "affine"}
+    return ({"quantization": quantization, "quantization_config": quantization} if args.mlx else {}) | {
         "architectures": ["Qwen3MoeForCausalLM"],
         "attention_bias": False,
         "decoder_sparse_step": 1,
@@ -68,8 +77,16 @@ def shapes_of(args: argparse.Namespace) -> Shapes:
         for name in ("input_layernorm", "post_attention_layernorm"):
             shapes[f"{layer}.{name}.weight"] = (h,)
         shapes[f"{layer}.mlp.gate.weight"] = (args.experts, h)
+        matrices = {"gate": (w, h), "up": (w, h), "down": (h, w)}
+        if args.mlx:
+            for name, (rows, width) in matrices.items():
+                stack = f"{layer}.mlp.switch_mlp.{name}_proj"
+                shapes[f"{stack}.weight{PACKED}"] = (args.experts, rows, width // 8)
+                for part in ("scales", "biases"):
+                    shapes[f"{stack}.{part}"] = (args.experts, rows, width // GROUP)
+            continue
         for e in range(args.experts):
-            for name, shape in (("gate", (w, h)), ("up", (w, h)), ("down", (h, w))):
+            for name, shape in matrices.items():
                 shapes[f"{layer}.mlp.experts.{e}.{name}_proj.weight"] = shape
     return shapes | {"model.norm.weight": (h,), "lm_head.weight": (args.vocab, h)}
 
@@ -80,7 +97,7 @@ def shards_of(shapes: Shapes) -> Iterator[Shapes]:
     size = 0
     for name, shape in shapes.items():
         shard[name] = shape
-        size += 2 * math.prod(shape)
+        size += nbytes(name, shape)
         if size >= SHARD_BYTES:
             yield shard
             shard, size = {}, 0
@@ -88,12 +105,17 @@ def shards_of(shapes: Shapes) -> Iterator[Shapes]:
         yield shard
 
 
+def nbytes(name: str, shape: tuple[int, ...]) -> int:
+    """Stored size of a tensor."""
+    return (4 if name.endswith(PACKED) else 2) * math.prod(shape)
+
+
 def values(name: str, shape: tuple[int, ...], pool: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """bfloat16 values (as uint16) of a tensor, in pieces: norms are 1, the rest from the pool (deviation 0.02).
+    """Values of a tensor, 16 bits at a time, in pieces: norms are 1, the rest from the pool (deviation 0.02).
 
     Embeddings have deviation 1, so that they outweigh what the layers add and tokens are routed differently.
     """
-    count = math.prod(shape)
+    count = nbytes(name, shape) // 2
     if "norm" in name:
         yield np.full(count, 0x3F80, dtype=np.uint16)
         return
@@ -112,6 +134,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--width", type=int, default=768, help="rows of an expert's gate and up")
     parser.add_argument("--vocab", type=int, default=32768)
+    parser.add_argument("--mlx", action="store_true", help="experts at 4 bits, as mlx-lm stores them")
     args = parser.parse_args()
     args.out.mkdir(parents=True)
     begun = time.monotonic()
@@ -121,16 +144,17 @@ def main() -> None:
     shapes = shapes_of(args)
     shards = list(shards_of(shapes))
     weight_map: dict[str, str] = {}
-    total = sum(2 * math.prod(s) for s in shapes.values())
+    total = sum(nbytes(*item) for item in shapes.items())
     with tqdm(total=total, unit="B", unit_scale=True) as bar:
         for i, shard in enumerate(shards, 1):
             name = f"model-{i:05}-of-{len(shards):05}.safetensors"
-            weight_map |= dict.fromkeys(shard, name)
+            weight_map |= dict.fromkeys((tensor.removesuffix(PACKED) for tensor in shard), name)
             header: dict[str, object] = {}
             offset = 0
             for tensor, shape in shard.items():
-                end = offset + 2 * math.prod(shape)
-                header[tensor] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
+                end = offset + nbytes(tensor, shape)
+                dtype = "U32" if tensor.endswith(PACKED) else "BF16"
+                header[tensor.removesuffix(PACKED)] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
                 offset = end
             text = json.dumps(header).encode()
             text += b" " * (-len(text) % 8)
