@@ -23,7 +23,7 @@ from flashpack.formats.writer import DenseWriter, RecordBuffer, ShardWriter
 Progress = Callable[[int], object]
 """Called with the number of source bytes done since the last call; may come from several threads."""
 
-AHEAD = 3
+AHEAD = 4
 """Experts of a layer that are read and encoded at once, beside the one that is written: the drive and the processors
 have work at the same time."""
 
