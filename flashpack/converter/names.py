@@ -12,6 +12,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from flashpack.converter.apart import take_apart
 from flashpack.converter.computed import computed
 from flashpack.converter.stack import ExpertStack, Rows, apply
 from flashpack.converter.tensor import SourceTensor
@@ -63,14 +64,18 @@ def fit(
 
 def bind(model: PreTrainedModel, sites: list[ExpertsModule], tensors: dict[str, SourceTensor]) -> Bindings:
     """Bind each parameter of ``model`` to exactly one source of the right shape, or refuse."""
+    apart, tensors = take_apart(sites, tensors)
     collected, converters, dropped = _rename_all(model, tensors)
     tied = tied_names(model)
     experts_of = {f"{site.name}.{p}": site for site in sites for p in site.parameters}
     dense = _dense(model, {n: s for n, s in collected.items() if n not in experts_of}, converters)
-    experts: dict[str, dict[str, ExpertStack]] = {site.name: {} for site in sites}
+    experts: dict[str, dict[str, ExpertStack]] = {site.name: apart.get(site.name, {}) for site in sites}
     for name, parameter in model.state_dict().items():
         shape, found = tuple(parameter.shape), None
-        if name in experts_of and name in collected:
+        if name in experts_of and experts_of[name].name in apart:
+            if name in collected:
+                raise SourceError(f"{name} is in the checkpoint in two forms")
+        elif name in experts_of and name in collected:
             site = experts_of[name]
             rows = apply(name, converters.get(name), collected[name], shape)
             found = rows.shape

@@ -89,6 +89,11 @@ class WeightFormat:
         return False
 
     @property
+    def rounds_to(self) -> str:
+        """The least width ("q6") for values that no encoding of the pack holds; empty: any."""
+        return ""
+
+    @property
     def align(self) -> int:
         """Rows can be cut at multiples of this; 0: nowhere."""
         return 1

@@ -33,6 +33,10 @@ class _Wrapped(WeightFormat):
     def encoding(self) -> Encoding | None:
         return self.inner.encoding
 
+    @property
+    def rounds_to(self) -> str:
+        return self.inner.rounds_to
+
     def _order(self, array: NDArray[np.generic]) -> NDArray[np.generic]:
         raise NotImplementedError
 

@@ -118,6 +118,10 @@ class Decoded(WeightFormat):
     def label(self) -> str:
         return f"gguf-{self.kind.lower()}"
 
+    @property
+    def rounds_to(self) -> str:
+        return {"Q5_K": "q5", "Q6_K": "q6"}.get(self.kind, "")
+
     def values(self, arrays: Arrays) -> NDArray[np.float32]:
         import gguf
 

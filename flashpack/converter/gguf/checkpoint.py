@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
-from flashpack.converter.folder import SourceFolder, Span, Steps
+from flashpack.converter.folder import GGUF, SourceFolder
 from flashpack.converter.gguf.blocks import weight_format
 from flashpack.converter.gguf.facts import Facts
 from flashpack.converter.gguf.families import Family, family_of, make_config
+from flashpack.converter.gguf.folder import GgufFolder
 from flashpack.converter.gguf.header import GgufTensor, read_gguf
 from flashpack.converter.gguf.tokenizer import tokenizer_files
 from flashpack.converter.source import CONFIG, Checkpoint
@@ -23,45 +21,9 @@ from flashpack.errors import SourceError, UnsupportedError
 _PIECE = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
-class GgufFolder:
-    """A folder with the files that were made from a GGUF file's metadata, beside those that it has."""
-
-    def __init__(self, folder: SourceFolder, made: dict[str, bytes]) -> None:
-        self._folder, self._made = folder, made
-        self.name = folder.name
-        self.origin = folder.origin
-
-    def where(self, file: str) -> str:
-        return f"{self.name} ({file} from its metadata)" if file in self._made else self._folder.where(file)
-
-    def files(self) -> list[str]:
-        own = [name for name in self._folder.files() if name.endswith(".gguf") or name.startswith("LICENSE")]
-        return sorted({*own, *self._made})
-
-    def size(self, file: str) -> int:
-        return len(self._made[file]) if file in self._made else self._folder.size(file)
-
-    def state(self, file: str) -> dict[str, Any]:
-        return {"size": len(self._made[file])} if file in self._made else self._folder.state(file)
-
-    def read(self, file: str) -> bytes:
-        return self._made[file] if file in self._made else self._folder.read(file)
-
-    def read_into(self, file: str, offset: int, buffer: memoryview) -> None:
-        self._folder.read_into(file, offset, buffer)
-
-    def steps(
-        self, spans: Callable[[int], list[Span]], count: int, stop: threading.Event
-    ) -> AbstractContextManager[Steps]:
-        return self._folder.steps(spans, count, stop)
-
-    def close(self) -> None:
-        self._folder.close()
-
-
 def gguf_files(folder: SourceFolder, files: list[str], chosen: str | None) -> list[str]:
     """The file ``chosen``, or the only one of the folder, with all other pieces if it is one of a split file."""
-    found = [name for name in files if name.endswith(".gguf")]
+    found = [name for name in files if name.endswith(GGUF)]
     if chosen is None:
         models = {_PIECE.sub(r"\1-of-\3.gguf", name): name for name in found}
         if len(models) != 1:
@@ -124,13 +86,13 @@ def _tensors(
         kind = weight_format(stored.type, stored.name)
         if isinstance(kind, Plain):
             extent = Extent(file, kind.dtype, stored.offset, stored.shape)
-        elif len(stored.shape) > 1:
+        elif len(stored.shape) > 1 and not stored.name.endswith(".bias"):
             extent = Extent(file, "U8", stored.offset, stored.bytes_shape)
         else:
-            raise UnsupportedError(f"{facts.where}: tensor {stored.name} is stored as {stored.type}, but no matrix")
+            raise UnsupportedError(f"{facts.where}: tensor {stored.name} is no matrix, but stored as {stored.type}")
         tensor = SourceTensor(name, stored.shape, kind, {"weight": extent})
         if name != stored.name and not name.startswith("mtp."):
-            tensor = family.change(stored.name.split(".", 2)[-1], tensor, config)
+            tensor = family.change(re.sub(r"^blk\.\d+\.", "", stored.name), tensor, config)
         if name in model:
             raise SourceError(f"{facts.where}: two tensors would become {name}; one is {stored.name}")
         model[name] = tensor

@@ -31,7 +31,11 @@ _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 
 def read_tensors(checkpoint: Checkpoint) -> tuple[dict[str, SourceTensor], str]:
     """The model's tensors by name, and the names of their formats joined by "+" ("plain": none is quantized)."""
-    tensors = read_mlx(checkpoint) if is_mlx(checkpoint) else _read(Parts(checkpoint.stored), Declared.of(checkpoint))
+    if checkpoint.tensors is not None:
+        tensors = checkpoint.tensors
+    else:
+        mlx = is_mlx(checkpoint)
+        tensors = read_mlx(checkpoint) if mlx else _read(Parts(checkpoint.stored), Declared.of(checkpoint))
     labels = {t.format.label for t in tensors.values()} - {"plain"}
     return tensors, "+".join(sorted(labels)) or "plain"
 
