@@ -70,9 +70,9 @@ def against(
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+        return findings + list(_copies(opened, remake.plan.checkpoint.folder, remake.plan.copies))
     finally:
         remake.close()
-    return findings + list(_copies(opened, remake.plan.checkpoint.folder, remake.plan.copies))
 
 
 def _copies(pack: Pack, source: SourceFolder, names: list[str]) -> Iterator[Finding]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import _thread
 import re
+import signal
 import ssl
 import threading
 import time
@@ -25,7 +25,7 @@ from tests.converter.faults import CASES, table
 from tests.server import Handler, Request, Site, serve
 
 QUICK = transfer.Policy(
-    attempts=4, first_wait=0.01, longest_wait=0.02, connect=5, read=0.5, progress=2**20, slowest=2**14
+    attempts=4, first_wait=0.01, longest_wait=0.02, connect=20, read=20, progress=2**20, slowest=2**14
 )
 SMALL = CHECKPOINTS / "qwen3_moe"
 
@@ -58,6 +58,8 @@ def test_a_misbehaving_server_gives_the_same_pack_or_one_line_and_a_conversion_t
     case, site, out = CASES[name], site_of(SMALL), tmp_path / "out"
     if name == "whole":
         monkeypatch.setattr(transfer, "WHOLE_BYTES", 10_000)
+    if name in ("stall", "trickle"):
+        monkeypatch.setattr(transfer, "POLICY", replace(QUICK, read=0.5, attempts=9))
     source = f"{site.url}/models/small?token=secret"
     site.fault = case.fault
     begun = time.monotonic()
@@ -170,7 +172,7 @@ def test_nothing_secret_of_an_address_is_written_or_said(
     def stop(handler: Handler, request: Request, content: bytes) -> bool:
         assert request.headers["authorization"] == "Basic dXNlcjpzZWNyZXQ="
         assert request.query == {"token": ["secret"]}
-        return request.number > 4 and not handler.answer(500)
+        return request.number > 9 and not handler.answer(500)
 
     site.fault = stop
     for again in (True, False):
@@ -235,7 +237,9 @@ def test_a_conversion_that_is_stopped_leaves_nobody_waiting(
         nonlocal begun
         site.fault = fault
         begun = time.monotonic()
-        threading.Timer(0.3, _thread.interrupt_main).start()
+        main = threading.main_thread().ident
+        assert main is not None
+        threading.Timer(0.3, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
 
     begun = 0.0
     with pytest.raises(KeyboardInterrupt):
