@@ -192,7 +192,7 @@ def test_damage_anywhere_in_the_header_is_refused_in_one_line_or_does_no_harm(go
     header = gguf.GGUFReader(good).data_offset
     generator = random.Random(1)
     messages = []
-    for _ in range(400):
+    for _ in range(150):
         damaged = bytearray(whole)
         for _ in range(generator.choice((1, 1, 4))):
             damaged[generator.randrange(header)] = generator.choice((0, 1, 0x7F, 0xFF, generator.randrange(256)))
@@ -201,7 +201,7 @@ def test_damage_anywhere_in_the_header_is_refused_in_one_line_or_does_no_harm(go
             open_checkpoint(path)
         except FlashpackError as e:
             messages.append(str(e))
-    assert len(messages) > 200
+    assert len(messages) > 75
     assert all("\n" not in m and len(m) < 700 for m in messages)
 
 
