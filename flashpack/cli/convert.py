@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def convert(
-    src: str = typer.Argument(..., help="Checkpoint: a folder, hf://org/model[@revision], or the URL of a folder."),
+    src: str = typer.Argument(
+        ..., help="Checkpoint: a folder, a GGUF file, hf://org/model[@revision], or the URL of a folder."
+    ),
     out: Path | None = typer.Argument(None, help="Folder of the pack. Default: ./<name of SRC>.flashpack"),
     experts: str = typer.Option("auto", help="auto, source, q8, q6, q5, q4, q3 or q2."),
     dense: str = typer.Option("auto", help="auto, source, q8 or q4."),
