@@ -101,7 +101,7 @@ def open_folder(src: Source) -> SourceFolder:
         case "hf":
             from flashpack.converter.hub import open_hub
 
-            return open_hub(str(src))
+            return open_hub(src if isinstance(src, str) else os.fspath(src))  # one that is pinned stays so
         case "http" | "https":
             from flashpack.converter.remote import UrlFolder
 

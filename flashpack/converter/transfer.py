@@ -286,10 +286,13 @@ class Transfer:
                         file.resolved = url
                     yield response
                     return
-                if known is not None and 400 <= response.status_code < 500 and response.status_code not in _AGAIN:
+                status = response.status_code
+                if known is not None and 400 <= status < 500 and status not in _AGAIN:
                     # The address was good once: it was signed, and has expired.
                     file.resolved = None
-                    raise _Again("the address that the server led to has expired", 0)
+                    raise _Again(f"the address that the server led to has expired ({status})", 0)
+                if url != file.url and status in (401, 403):  # it may have expired on the way
+                    raise _Again(f"access denied where the server leads to ({status})")
                 self._refuse(file, response)
             finally:
                 response.close()
@@ -299,7 +302,8 @@ class Transfer:
         """Where a redirect leads."""
         headers = response.headers
         tag, size = headers.get("x-linked-etag"), headers.get("x-linked-size")
-        if file.linked is not None and tag is not None and tag.removeprefix("W/").strip('"') != file.linked:
+        tag = tag and tag.removeprefix("W/").strip('"')
+        if file.linked is not None and tag is not None and tag != file.linked:
             raise changed_error(file.where, f"hash {file.linked[:80]} -> {tag[:80]}")
         if file.size is not None and size is not None and size != str(file.size):
             raise changed_error(file.where, f"size {file.size} -> {size[:20]}")

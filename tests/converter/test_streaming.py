@@ -167,11 +167,11 @@ def test_nothing_secret_of_an_address_is_written_or_said(
     site_of: Callable[..., Site], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     site, out = site_of(SMALL), tmp_path / "out"
-    source = site.url.replace("//", "//user:secret@") + "/a/model?token=secret#secret"
+    source = site.url.replace("//", "//user:hunter2@") + "/a/model?token=hunter2#hunter2"
 
     def stop(handler: Handler, request: Request, content: bytes) -> bool:
-        assert request.headers["authorization"] == "Basic dXNlcjpzZWNyZXQ="
-        assert request.query == {"token": ["secret"]}
+        assert request.headers["authorization"] == "Basic dXNlcjpodW50ZXIy"
+        assert request.query == {"token": ["hunter2"]}
         return request.number > 9 and not handler.answer(500)
 
     site.fault = stop
@@ -179,14 +179,14 @@ def test_nothing_secret_of_an_address_is_written_or_said(
         with pytest.raises(SystemExit):
             app(["convert", source, str(out), "--workers", "1"])
         if again:
-            assert b"secret" not in (out / JOURNAL).read_bytes()
+            assert b"hunter2" not in (out / JOURNAL).read_bytes()
             site.fault = None
     for command in (["verify", str(out), "--against", source], ["repair", str(out), "--from", source]):
         with pytest.raises(SystemExit, match=r"^0$"):
             app(command)
     printed = capsys.readouterr()
-    assert "secret" not in printed.out + printed.err
-    assert all(b"secret" not in path.read_bytes() for path in out.rglob("*") if path.is_file())
+    assert "hunter2" not in printed.out + printed.err
+    assert all(b"hunter2" not in path.read_bytes() for path in out.rglob("*") if path.is_file())
 
 
 def test_a_pack_is_proven_and_mended_from_a_source_far_away(
