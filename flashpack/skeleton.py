@@ -127,9 +127,10 @@ def language_configs(data: Any, path: str) -> list[PretrainedConfig]:
 def _usual(config: PretrainedConfig) -> bool:
     """Whether the parts for images and sound are of the family's own kinds. They are made, though never used, and
     other kinds might fetch a model."""
-    text, usual = config.get_text_config(decoder=True), type(config)()
-    parts = ((getattr(config, name), getattr(usual, name)) for name in config.sub_configs)
-    return all(part is text or type(part) is type(known) for part, known in parts)
+    usual = type(config)()
+    expected = {name: (kind, type(getattr(usual, name)), type(None)) for name, kind in config.sub_configs.items()}
+    text = config.get_text_config(decoder=True)
+    return all(getattr(config, n) is text or type(getattr(config, n)) in kinds for n, kinds in expected.items())
 
 
 def _writers(config: PretrainedConfig) -> tuple[Any, tuple[type[PreTrainedModel], ...]]:

@@ -6,6 +6,8 @@ is followed without knowing it. Experts never come this way (see ``stack``).
 
 from __future__ import annotations
 
+import copy
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +66,40 @@ class _Recipe:
                 )
             prefix, _, suffix = next(self.name.partition(key) for key in made if key in self.name)
             return {prefix + key + suffix: v[0] if isinstance(v, list) else v for key, v in made.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Initial(WeightFormat):
+    """A buffer that the checkpoint may lack: what transformers then begins with."""
+
+    value: NDArray[np.float32] = field(repr=False)
+
+    @property
+    def encoding(self) -> Encoding | None:
+        return Encoding("raw", "F32")
+
+    @property
+    def align(self) -> int:
+        return 0
+
+    def stored(self, arrays: Arrays) -> Arrays:
+        return {"weight": self.value}
+
+
+def initial(model: PreTrainedModel, name: str) -> SourceTensor | None:
+    """The persistent buffer ``name`` as transformers makes it, if the model's class says that it may be lacking."""
+    import torch
+
+    stem, _, leaf = name.rpartition(".")
+    module = model.get_submodule(stem)
+    may_lack: Any = model._keys_to_ignore_on_load_missing or ()
+    if leaf not in module._buffers or not any(re.search(pattern, name) for pattern in may_lack):
+        return None
+    with library_errors(f"{name}: transformers does not say what it is", UnsupportedError), torch.no_grad():
+        made: Any = copy.deepcopy(module).to_empty(device="cpu")
+        model._init_weights(made)  # type: ignore[no-untyped-call]
+    value = getattr(made, leaf).float().numpy()
+    return SourceTensor(name, value.shape, Initial(value), {})
 
 
 @dataclass(frozen=True, eq=False)

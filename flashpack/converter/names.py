@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from flashpack.converter.apart import take_apart
-from flashpack.converter.computed import computed
+from flashpack.converter.computed import computed, initial
 from flashpack.converter.stack import ExpertStack, Rows, apply
 from flashpack.converter.tensor import SourceTensor
 from flashpack.errors import FlashpackError, SourceError, UnsupportedError
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 # Parts of a checkpoint that are no part of the language model, besides those that the model class itself ignores.
 _FOREIGN = re.compile(
     r"^(\w+\.)?(vision|visual|image|video|audio|speech)_\w+\."
-    r"|(^|\.)(visual|vision_tower|vision_model|vision_encoder|audio_tower|multi_modal_projector|mm_projector|embed_vision"
-    r"|mtp)\."
+    r"|(^|\.)(visual|vision_tower|vision_model|vision_encoder|audio_tower|multi_modal_projector|mm_projector"
+    r"|embed_vision|embed_audio|mtp)\."
     r"|rotary_emb\.inv_freq$|\.[kv]_scale$|\.input_scale$"
 )
 
@@ -36,11 +36,12 @@ _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Bindings:
-    """Every parameter of the model bound to its source, and what the source has beyond the model."""
+    """Every parameter of the model bound to its source; what the source has beyond the model, and what it may lack."""
 
     dense: dict[str, SourceTensor]
     experts: dict[str, dict[str, ExpertStack]]
     dropped: list[str]
+    initialized: list[str]
 
 
 def fit(
@@ -67,6 +68,7 @@ def bind(model: PreTrainedModel, sites: list[ExpertsModule], tensors: dict[str, 
     apart, tensors = take_apart(sites, tensors)
     collected, converters, dropped = _rename_all(model, tensors)
     tied = tied_names(model)
+    initialized: list[str] = []
     experts_of = {f"{site.name}.{p}": site for site in sites for p in site.parameters}
     dense = _dense(model, {n: s for n, s in collected.items() if n not in experts_of}, converters)
     experts: dict[str, dict[str, ExpertStack]] = {site.name: apart.get(site.name, {}) for site in sites}
@@ -83,11 +85,14 @@ def bind(model: PreTrainedModel, sites: list[ExpertsModule], tensors: dict[str, 
                 experts[site.name] |= _projections(site, name, rows)
         elif name in dense:
             found = dense[name].shape
+        elif name not in tied and (begun := initial(model, name)) is not None:
+            dense[name] = begun
+            initialized.append(name)
         elif name not in tied:
             raise SourceError(f"the checkpoint lacks {name}; it is incomplete, or of another architecture")
         if found not in (shape, None):
             raise SourceError(f"{name} has shape {list(found)} in the checkpoint, {list(shape)} in the model")
-    return Bindings(dense, experts, dropped)
+    return Bindings(dense, experts, dropped, initialized)
 
 
 def _projections(site: ExpertsModule, name: str, rows: Rows) -> dict[str, ExpertStack]:
@@ -135,8 +140,8 @@ def _rename_all(
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if renamed not in state and name in state:
             renamed, pattern = rename_source_key(name, [], [], prefix, state)
-        if renamed not in state and name.startswith(_LANGUAGE):
-            bare = name.removeprefix(_LANGUAGE)  # beside parts for images
+        if renamed not in state and _LANGUAGE in name:
+            bare = name.replace(_LANGUAGE, "", 1)  # beside parts for images
             renamed, pattern = rename_source_key(bare, renamings, converters, prefix, state)
         if (expert := _EXPERT.search(name)) and int(expert[1]) in weightless:
             dropped.append(name)

@@ -165,6 +165,8 @@ def make_plan(
     if checkpoint.tensors is None and any(name.endswith(GGUF) for name in checkpoint.folder.files()):
         plan.notice("the folder's GGUF files are not read; name one of them to convert it")
     plan.dropped = bindings.dropped
+    for name in bindings.initialized:
+        plan.notice(f"the checkpoint lacks {name}, as it may; stored as transformers initializes it")
     for site in sites:
         _plan_layer(plan, site, bindings.experts[site.name])
     _plan_dense(plan, model, sites, bindings.dense)
