@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import flashpack
-from flashpack.converter import execute
+from flashpack.converter import units
 from tests.conftest import TRAINED
 
 
@@ -20,9 +20,9 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     """
 
     def make(source: Path = TRAINED, record: int = 100) -> Path:
-        out, left, real = tmp_path / "out", record, execute.ShardWriter.write
+        out, left, real = tmp_path / "out", record, units.ShardWriter.write
 
-        def write(writer: execute.ShardWriter, expert: int, data: memoryview) -> None:
+        def write(writer: units.ShardWriter, expert: int, data: memoryview) -> None:
             nonlocal left
             left -= 1
             if left == 0:
@@ -30,7 +30,7 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
             real(writer, expert, data)
 
         with monkeypatch.context() as patch:
-            patch.setattr(execute.ShardWriter, "write", write)
+            patch.setattr(units.ShardWriter, "write", write)
             with pytest.raises(KeyboardInterrupt):
                 flashpack.convert(source, out, workers=1)
         return out

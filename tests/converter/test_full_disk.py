@@ -14,7 +14,7 @@ import pytest
 
 import flashpack
 from flashpack.cli import app
-from flashpack.converter import execute
+from flashpack.converter import execute, units
 from flashpack.converter.journal import Journal
 from flashpack.errors import OutputError
 from flashpack.formats import verify
@@ -81,9 +81,9 @@ def check_failure(answer: tuple[int, str], out: Path) -> None:
 
 STAGES: dict[str, tuple[Any, str, int, int]] = {
     # what fails: the function before whose call the disk fills up, the number of that call, files finished by then
-    "the dense file": (execute.DenseWriter, "append", 5, 0),
+    "the dense file": (units.DenseWriter, "append", 5, 0),
     "the journal's line": (Journal, "append", 2, 0),
-    "a shard": (execute.ShardWriter, "write", 50, 2),
+    "a shard": (units.ShardWriter, "write", 50, 2),
     "a copied file": (execute, "write_copy", 4, 7),
     "the manifest": (execute, "commit", 1, 7),
 }
