@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from flashpack.converter.apart import take_apart
@@ -27,7 +29,8 @@ _FOREIGN = re.compile(
     r"^(\w+\.)?(vision|visual|image|video|audio|speech)_\w+\."
     r"|(^|\.)(visual|vision_tower|vision_model|vision_encoder|audio_tower|multi_modal_projector|mm_projector"
     r"|embed_vision|embed_audio|mtp)\."
-    r"|rotary_emb\.inv_freq$|\.[kv]_scale$|\.input_scale$"
+    r"|rotary_emb\.inv_freq$"
+    r"|[._](input|activation|output|input_activation|output_activation|input_global|kv|[qkv]|prob)_(scale|zero_point)$"
 )
 
 _LANGUAGE = "language_model."
@@ -126,6 +129,8 @@ def _rename_all(
 
     from flashpack.adapters import loader_map, without_weights
 
+    part_key = cache(dot_natural_key)
+
     mapping = [*get_model_conversion_mapping(model), *loader_map(model)]
     weightless = without_weights(model)
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
@@ -136,13 +141,13 @@ def _rename_all(
     collected: Collected = defaultdict(lambda: defaultdict(list))
     used: dict[str, Any] = {}
     dropped = []
-    for name in sorted(tensors, key=dot_natural_key):
-        renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
+    rename = _merging(lambda name: rename_source_key(name, renamings, converters, prefix, state))
+    for name in sorted(tensors, key=lambda name: [key for part in name.split(".") for key in part_key(part)]):
+        renamed, pattern = rename(name)
         if renamed not in state and name in state:
             renamed, pattern = rename_source_key(name, [], [], prefix, state)
         if renamed not in state and _LANGUAGE in name:
-            bare = name.replace(_LANGUAGE, "", 1)  # beside parts for images
-            renamed, pattern = rename_source_key(bare, renamings, converters, prefix, state)
+            renamed, pattern = rename(name.replace(_LANGUAGE, "", 1))  # beside parts for images
         if (expert := _EXPERT.search(name)) and int(expert[1]) in weightless:
             dropped.append(name)
         elif renamed in state:
@@ -154,6 +159,28 @@ def _rename_all(
         else:
             raise SourceError(f"the checkpoint's tensor {name} has no place in {type(model).__name__}")
     return collected, used, dropped
+
+
+_Renamed = tuple[str, str | None]
+
+
+def _merging(rename: Callable[[str], _Renamed]) -> Callable[[str], _Renamed]:
+    """``rename``, asked only for the first two experts of a layer where both become the same parameter: a checkpoint
+    may have 100,000 names, and dozens of expressions are tried on each."""
+    known: dict[tuple[str, str], list[_Renamed]] = {}
+
+    def renamed(name: str) -> _Renamed:
+        before, experts, after = name.partition(".experts.")
+        number, _, leaf = after.partition(".")
+        if not experts or not number.isdecimal():
+            return rename(name)
+        seen = known.setdefault((before, leaf), [])
+        if len(seen) > 1 and seen[0] == seen[1]:
+            return seen[0]
+        seen.insert(0, rename(name))
+        return seen[0]
+
+    return renamed
 
 
 def _droppable(model: PreTrainedModel, name: str, renamed: str) -> bool:
