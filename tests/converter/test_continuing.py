@@ -176,4 +176,5 @@ def test_what_a_kill_in_the_middle_of_a_layer_makes_to_be_fetched_again_is_bound
     twice = site.bytes_of() - report.source_bytes
     headers = 2 * sum(int.from_bytes(p.read_bytes()[:8], "little") + 8 for p in TRAINED.glob("*.safetensors"))
     assert before < report.source_bytes
-    assert twice <= headers + 1.05 * 20 * EXPERT
+    asked_for = 2 * len(list(TRAINED.glob("*.safetensors")))  # whether they are there: a byte each
+    assert twice <= headers + asked_for + 21 * EXPERT  # of 64; the last one that was written has no note

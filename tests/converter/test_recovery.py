@@ -64,7 +64,7 @@ def test_a_real_interrupt_leaves_a_resumable_folder(tmp_path: Path) -> None:
     """SIGINT to the command while it works, as Ctrl-C does."""
     out = tmp_path / "out"
     slow = (
-        "import time\nfrom flashpack.converter import execute\nreal = units.ShardWriter.write\n"
+        "import time\nfrom flashpack.converter import units\nreal = units.ShardWriter.write\n"
         "def write(self, e, r):\n    time.sleep(0.05)\n    real(self, e, r)\n"
         "units.ShardWriter.write = write\nimport sys\nsys.argv[0] = 'flashpack'\n"
         "from flashpack.cli import main\nmain()\n"
