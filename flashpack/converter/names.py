@@ -82,6 +82,8 @@ def bind(model: PreTrainedModel, sites: list[ExpertsModule], tensors: dict[str, 
                 raise SourceError(f"{name} is in the checkpoint in two forms")
         elif name in experts_of and name in collected:
             site = experts_of[name]
+            for tensor in (t for found_by_pattern in collected[name].values() for t in found_by_pattern):
+                tensor.check()
             rows = apply(name, converters.get(name), collected[name], shape)
             found = rows.shape
             if found == shape:

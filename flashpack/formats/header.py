@@ -95,6 +95,8 @@ def parse_header(text: bytes | bytearray, size: int, what: str) -> Header:
     fields = parse_json(text, what)
     data_start = 8 + len(text)
     metadata = fields.pop("__metadata__", {})
+    if metadata is None:  # as MLX writes it where there is none
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError(f"{what}: __metadata__ is not a map of strings")
     tensors = sorted(

@@ -152,7 +152,7 @@ def test_too_little_space_is_said_before_the_first_byte(disk: Path, tmp_path: Pa
     resize(disk, "size=20m")
     code, errors = command(disk / "out")
     assert code == 6
-    assert "out: 0.01 GB needed, 0.02 GB free; free some space or choose another disk" in errors
+    assert "out: 0.03 GB needed, 0.02 GB free; free some space or choose another disk" in errors
     assert not (disk / "out").exists()
 
 
@@ -172,7 +172,7 @@ def test_overwriting_counts_the_space_of_what_it_replaces(disk: Path, pack_of: P
 def test_no_space_is_said_before_the_first_byte(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(OutputError, match=r"0.01 GB needed, 0.00 GB free"):
+    with pytest.raises(OutputError, match=r"0.03 GB needed, 0.00 GB free"):
         flashpack.convert(TRAINED, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

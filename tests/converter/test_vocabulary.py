@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import io
 import itertools
 import json
@@ -205,7 +206,7 @@ def test_vocab_and_merges_become_tokenizer_json(source_copy: SourceCopy, tmp_pat
 
 
 def write_sentencepiece(folder: Path, **options: Any) -> Any:
-    sentencepiece = pytest.importorskip("sentencepiece")
+    sentencepiece = importlib.import_module("sentencepiece")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS * 20), model_writer=model, byte_fallback=True, hard_vocab_limit=False,

@@ -42,6 +42,7 @@ def text(fields: object) -> bytes:
         (text({"a": ONE}), 3, "truncated"),
         (text({"a": ONE}), 5, "too long"),
         (text({"__metadata__": {"a": 1}}), 0, "not a map of strings"),
+        (text({"__metadata__": []}), 0, "not a map of strings"),
     ],
 )
 def test_a_wrong_header_is_refused_by_name(header: bytes, data: int, message: str) -> None:
@@ -88,3 +89,7 @@ def test_built_headers_align_and_open_in_the_safetensors_library(tmp_path: Path)
 def test_a_tensor_name_cannot_stand_twice() -> None:
     with pytest.raises(FormatError, match="taken"):
         build_header([TensorSpec("a", "U8", (1,)), TensorSpec("a", "U8", (1,))], {}, "file")
+
+
+def test_metadata_may_be_null_as_mlx_writes_it() -> None:
+    assert parse_header(b'{"__metadata__":null}', 29, "a file").metadata == {}

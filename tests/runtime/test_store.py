@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from flashpack.errors import FormatError, IntegrityError
 from flashpack.formats import Pack
 from flashpack.kernels import get_kernels
+from flashpack.kernels.interface import StoredMatrix
 from flashpack.runtime.budget import stride_counts
 from flashpack.runtime.cache import LruCache
 from flashpack.runtime.store import ExpertStore
@@ -45,9 +45,11 @@ def test_every_expert_comes_once_with_its_own_bytes(pack_of: PackOf, slots: int)
             seen.append(expert)
             raw = record_bytes(pack, layer, expert)
             down = record.down
-            assert isinstance(down, torch.Tensor) is False
-            assert down.words.numpy().tobytes() in raw  # type: ignore[union-attr]
-            assert record.first[0].words.numpy().tobytes() == raw[: record.first[0].words.nbytes]  # type: ignore[union-attr]
+            first = record.first[0]
+            assert isinstance(down, StoredMatrix)
+            assert isinstance(first, StoredMatrix)
+            assert down.weight.numpy().tobytes() in raw
+            assert first.weight.numpy().tobytes() == raw[: first.weight.nbytes]
         assert sorted(seen) == experts
     store.close()
 
