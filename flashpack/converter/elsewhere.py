@@ -12,7 +12,7 @@ import functools
 import json
 import uuid
 from collections.abc import Generator, Iterator
-from concurrent.futures import BrokenExecutor, Executor
+from concurrent.futures import BrokenExecutor, CancelledError, Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,8 @@ def lost_workers(path: str) -> Iterator[None]:
     except FlashpackError:
         raise
     except Exception as e:
-        if isinstance(e, BrokenExecutor) or type(e).__module__.startswith("distributed."):
+        # Dask cancels what is waited for when its scheduler is lost.
+        if isinstance(e, (BrokenExecutor, CancelledError)) or type(e).__module__.startswith("distributed."):
             why = " ".join(str(e).split())[:200] or type(e).__name__
             raise OutputError(f"{path}: its workers were lost ({why}); run the same command again to continue") from e
         raise

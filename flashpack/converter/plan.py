@@ -235,6 +235,9 @@ def _worth_quantizing(sites: list[ExpertsModule], name: str, shape: tuple[int, .
     """Big matrices are; routers, and gates with few outputs, keep their type: they decide much and weigh little."""
     rows, width = shape
     blocks = {site.name.rpartition(".")[0]: site for site in sites}
+    inside = re.match(r"(.+?)\.(gate|router)\.\w+\.", name)
+    if inside is not None and inside[1] in blocks:
+        return False  # a router that has its matrices in modules of their own
     block = blocks.get(name.removesuffix(".weight").rpartition(".")[0])
     is_router = block is not None and rows >= block.num_experts and rows < 2 * block.num_experts
     return not is_router and rows * 32 > width

@@ -125,6 +125,23 @@ class Inline(Executor):
         return future
 
 
+class Lost(Executor):
+    """What Dask's executor does when its scheduler goes away."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+        from concurrent.futures import Future
+
+        future: Any = Future()
+        future.cancel()
+        future.set_running_or_notify_cancel()
+        return future
+
+
+def test_a_lost_scheduler_is_said_in_one_line(source_copy: SourceCopy, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"its workers were lost \(CancelledError\); run the same command again"):
+        flashpack.convert(source_copy("qwen3_moe"), tmp_path / "out", executor=Lost())
+
+
 def test_any_executor_makes_the_same_pack(source_copy: SourceCopy, tmp_path: Path, pack_of: PackOf) -> None:
     done: list[int] = []
     source, out = source_copy("qwen3_moe"), tmp_path / "out"

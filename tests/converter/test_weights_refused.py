@@ -145,7 +145,8 @@ def swap_groups(parts: Parts, _: dict[str, Any]) -> None:
 
 
 def no_such_group(parts: Parts, config: dict[str, Any]) -> None:
-    parts["g_idx"] = ("I32", parts["g_idx"][1] + np.int32(1))
+    name = "g_idx" if "g_idx" in parts else "weight_g_idx"
+    parts[name] = ("I32", parts[name][1] + np.int32(1))
 
 
 def huge(dtype: str, value: float) -> Change:
@@ -163,6 +164,7 @@ def huge(dtype: str, value: float) -> Change:
     [
         ("gptq", swap_groups, "g_idx is not in order, although config.json says desc_act false"),
         ("gptq-order", no_such_group, "g_idx names a group that is not there; there are 2"),
+        ("int4-order", no_such_group, "weight_g_idx names a group that is not there; there are 2"),
         ("gptq", said(sym=True), "zero points are not all 8, although config.json says sym true"),
         ("int4-float16", huge("F16", 9000), "a scale of 9000 with zero point 8 is too large for F16"),
         ("int4", huge("BF16", 2e38), "is too large for BF16"),

@@ -107,3 +107,14 @@ def reference_logits(source: Path) -> torch.Tensor:
         source, dtype=torch.float32, experts_implementation="eager", attn_implementation="eager"
     )
     return logits_of(model.eval(), model.config.vocab_size)
+
+
+@pytest.mark.parametrize("name", ["afmoe", "gemma4", "hunyuan_v1_moe", "zaya"])
+def test_matrices_inside_a_router_keep_their_type(name: str, tmp_path: Path) -> None:
+    make(FAMILIES[name], tmp_path)
+    routers = re.compile(r"\.(gate|router)\.(\w+\.)+weight$")
+    plan = flashpack.plan(tmp_path / "source")
+    encodings = {t.name: t.encoding for t in plan.dense() if routers.search(t.name) and len(t.source.shape) == 2}
+    assert encodings
+    assert not [n for n, encoding in encodings.items() if encoding.quantized]
+    assert any(t.encoding.quantized for t in plan.dense())

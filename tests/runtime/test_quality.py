@@ -25,7 +25,7 @@ def judge(text: str, request: dict[str, object]) -> tuple[bool, bool]:
     return True, (call.get("name"), arguments) == (request["name"], expected)
 
 
-@pytest.mark.parametrize(("start", "count"), [(0, 50), (250, 50)])
+@pytest.mark.parametrize(("start", "count"), [(0, 25), (250, 25)])
 def test_tool_calls_at_4_bits(pack_of: PackOf, start: int, count: int) -> None:
     pack = pack_of("trained", "q4", "q8")
     model, tokenizer = flashpack.load(pack), load_tokenizer(pack)

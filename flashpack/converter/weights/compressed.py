@@ -60,6 +60,10 @@ class CompressedIntegers(Integers):
             order = arrays["order"].astype(np.intp)
             if (order < 0).any():  # written, but never set
                 order = None
+            elif (order >= arrays["scales"].shape[1]).any():
+                raise SourceError(
+                    f"weight_g_idx names a group that is not there; there are {arrays['scales'].shape[1]}"
+                )
         return Codes(words, to_float32(arrays["scales"], self.dtype), zeros, order)
 
 
