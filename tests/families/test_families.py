@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import flashpack
+from flashpack.converter import plan as plan_of
 from flashpack.errors import SourceError, UnsupportedError
 from flashpack.formats import Pack
 from flashpack.formats.manifest import Manifest
@@ -113,7 +114,7 @@ def reference_logits(source: Path) -> torch.Tensor:
 def test_matrices_inside_a_router_keep_their_type(name: str, tmp_path: Path) -> None:
     make(FAMILIES[name], tmp_path)
     routers = re.compile(r"\.(gate|router)\.(\w+\.)+weight$")
-    plan = flashpack.plan(tmp_path / "source")
+    plan = plan_of(tmp_path / "source")
     encodings = {t.name: t.encoding for t in plan.dense() if routers.search(t.name) and len(t.source.shape) == 2}
     assert encodings
     assert not [n for n, encoding in encodings.items() if encoding.quantized]
