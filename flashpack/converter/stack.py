@@ -6,11 +6,14 @@ rows, so a fused tensor of gigabytes is never put together.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
 from flashpack.converter.tensor import Plain, SourceTensor
 from flashpack.errors import SourceError, UnsupportedError
+
+_NUMBER = re.compile(r"\.experts\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,8 @@ def apply(name: str, converter: Any, sources: dict[str, list[SourceTensor]], sha
     for pattern, tensors in sources.items():
         if len(tensors) > 1 and not merges:
             raise SourceError(f"{name}: both {tensors[0].name} and {tensors[1].name} of the checkpoint would become it")
+        if merges:
+            _check_numbers(name, tensors)
         # A list of one expert; MLX has the experts stacked under the names of single ones, with * for the expert.
         one = merges and ".*." not in tensors[0].name
         stacks[pattern] = Rows((ExpertStack.merged(tensors) if one else ExpertStack.of(tensors),))
@@ -135,6 +140,14 @@ def apply(name: str, converter: Any, sources: dict[str, list[SourceTensor]], sha
     if len(stacks) != 1:
         raise SourceError(f"{name}: both {' and '.join(stacks)} of the checkpoint would become it")
     return next(iter(stacks.values()))
+
+
+def _check_numbers(name: str, tensors: list[SourceTensor]) -> None:
+    """Their names count the experts: one that is missing may not be made up for by a number too high."""
+    for expert, tensor in enumerate(tensors):
+        number = _NUMBER.search(tensor.name)
+        if number is not None and int(number[1]) != expert:
+            raise SourceError(f"{name}: expert {expert} is missing, or there twice: {tensor.name} stands in its place")
 
 
 def _unstack(rows: Rows, experts: int, name: str) -> Rows:

@@ -119,3 +119,14 @@ def test_matrices_inside_a_router_keep_their_type(name: str, tmp_path: Path) -> 
     assert encodings
     assert not [n for n, encoding in encodings.items() if encoding.quantized]
     assert any(t.encoding.quantized for t in plan.dense())
+
+
+@pytest.mark.parametrize("found", ["2", "5"])
+def test_the_experts_numbers_must_be_all_there(found: str, tmp_path: Path) -> None:
+    """As many as needed are not enough: the gate of one expert would come to the rest of another."""
+    make(FAMILIES["qwen3_moe"], tmp_path)
+    path = tmp_path / "source" / "model.safetensors"
+    lost = rf"(layers\.1\.mlp\.experts\.){found}(\.gate_proj)"
+    save_file({re.sub(lost, r"\g<1>9\2", name): tensor for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(SourceError, match=rf"expert {found} is missing, or there twice: .*experts\.\d\.gate_proj"):
+        plan_of(tmp_path / "source")
