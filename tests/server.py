@@ -212,7 +212,8 @@ class HubHandler(Handler):
             if path.suffix == ".safetensors":
                 entry["lfs"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "pointerSize": 134}
             files.append(entry)
-        files.append({"rfilename": "original/params.json", "size": 3, "blobId": "0" * 40})
+        for other in ("original/params.json", "tokenizer\0.json"):  # neither is a file of the checkpoint
+            files.append({"rfilename": other, "size": 3, "blobId": "0" * 40})
         commit = revision if revision in (COMMIT, self.site.commit) else self.site.commit
         return {"_id": "1", "id": "org/model", "modelId": "org/model", "sha": commit, "siblings": files}
 

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashpack.converter.tensor import Arrays, SourceTensor, WeightFormat
+from flashpack.converter.tensor import Arrays, SourceTensor, WeightFormat, Whole
 from flashpack.errors import UnsupportedError
-from flashpack.formats.dtypes import from_float32
 from flashpack.formats.records import Encoding
 from flashpack.skeleton import library_errors
 
@@ -103,7 +102,7 @@ def initial(model: PreTrainedModel, name: str) -> SourceTensor | None:
 
 
 @dataclass(frozen=True, eq=False)
-class Computed(WeightFormat):
+class Computed(Whole):
     """The parameter ``target`` of a recipe; read and computed as a whole."""
 
     recipe: _Recipe = field(repr=False)
@@ -114,15 +113,6 @@ class Computed(WeightFormat):
         encodings = {t.encoding for tensors in self.recipe.sources.values() for t in tensors}
         only = next(iter(encodings)) if len(encodings) == 1 else None
         return only if only is not None and not only.quantized else None
-
-    @property
-    def align(self) -> int:
-        return 0
-
-    def stored(self, arrays: Arrays) -> Arrays:
-        encoding = self.encoding
-        assert encoding is not None
-        return {"weight": from_float32(self.values(arrays), encoding.dtype)}
 
     def values(self, arrays: Arrays) -> NDArray[np.float32]:
         import torch

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 import uuid
 from collections.abc import Generator, Iterator
 from concurrent.futures import BrokenExecutor, CancelledError, Executor
@@ -97,6 +98,8 @@ def scheduler(address: str) -> Generator[Executor]:
         from distributed import Client
     except ImportError as e:
         raise UnsupportedError("--scheduler needs the extra 'cluster': pip install 'flashpack-moe[cluster]'") from e
+    if not re.match(r"\w+://.", address):
+        raise UsageError(f"--scheduler {address}: not an address such as tcp://HOST:8786")
     try:
         client: Any = Client(address, timeout="10s", set_as_default=False)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as e:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Generator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, as_completed, wait
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from flashpack.converter.elsewhere import Elsewhere, lost_workers, run
@@ -129,12 +129,9 @@ def _here(plan: Plan, paths: list[str], site: Site, workers: int) -> Generator[O
     with ThreadPoolExecutor(workers) as pool:
         futures = {pool.submit(write, plan, path, site) for path in paths}
         try:
-            while futures:
-                done, futures = wait(futures, return_when=FIRST_COMPLETED)
-                # A failed unit last, so that one that finished at the same time is not lost.
-                for future in sorted(done, key=lambda f: f.exception() is not None):
-                    if not isinstance(future.exception(), Stopped):  # the unit that failed is still to come
-                        yield future.result()
+            for future in _as_finished(futures):
+                if not isinstance(future.exception(), Stopped):  # the unit that failed is still to come
+                    yield future.result()
         except BaseException:
             site.stop.set()
             pool.shutdown(cancel_futures=True)
@@ -146,7 +143,7 @@ def _elsewhere(plan: Plan, paths: list[str], elsewhere: Elsewhere, progress: Pro
     sizes = plan.source_bytes()
     futures = {elsewhere.executor.submit(run, elsewhere.job, path): path for path in paths}
     try:
-        for future in as_completed(futures):
+        for future in _as_finished(futures):
             with lost_workers(futures[future]):
                 outcome = future.result()
             progress(sizes[futures[future]])
@@ -155,6 +152,14 @@ def _elsewhere(plan: Plan, paths: list[str], elsewhere: Elsewhere, progress: Pro
         for future in futures:
             future.cancel()
         raise
+
+
+def _as_finished(futures: Iterable[Future[Outcome]]) -> Iterator[Future[Outcome]]:
+    """Each future when it is done; a failed one last, so that one that finished at the same time is not lost."""
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, return_when=FIRST_COMPLETED)
+        yield from sorted(done, key=lambda f: f.cancelled() or f.exception() is not None)
 
 
 def _remove_abandoned(plan: Plan, out: Path) -> None:

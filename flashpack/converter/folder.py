@@ -172,6 +172,8 @@ class LocalFolder:
 
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
+            if path.exists():
+                raise SourceError(f"{path}: neither a folder nor a GGUF file; name the checkpoint's folder")
             raise SourceError(f"{path}: no such folder")
         self.path = path
         self.name = str(path)

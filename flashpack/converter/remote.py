@@ -58,7 +58,8 @@ class RemoteFolder:
         return f"{self.name}/{file}"
 
     def files(self) -> list[str]:
-        return sorted(name for name in self._files if "/" not in name)
+        # A name comes from the server: what could not be a file's here is none of the checkpoint's.
+        return sorted(name for name in self._files if "/" not in name and name.isprintable())
 
     def size(self, file: str) -> int:
         size = self._file(file).size

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from flashpack.converter.folder import Reader
 from flashpack.errors import SourceError, UnsupportedError
 from flashpack.formats import constants as C
-from flashpack.formats.dtypes import ITEMSIZE, NUMPY
+from flashpack.formats.dtypes import ITEMSIZE, NUMPY, from_float32
 from flashpack.formats.encodings import decode
 from flashpack.formats.records import Encoding
 
@@ -115,6 +115,20 @@ class WeightFormat:
 
     def __str__(self) -> str:
         return self.label
+
+
+@dataclass(frozen=True)
+class Whole(WeightFormat):
+    """Values that can only be had all together, such as those that are computed. A subclass has ``values``."""
+
+    @property
+    def align(self) -> int:
+        return 0
+
+    def stored(self, arrays: Arrays) -> Arrays:
+        encoding = self.encoding
+        assert encoding is not None
+        return {"weight": from_float32(self.values(arrays), encoding.dtype)}
 
 
 @dataclass(frozen=True)
@@ -239,7 +253,8 @@ class SourceTensor:
         """The same values as one matrix [all leading dimensions, width]."""
         if len(self.shape) == 2:
             return self
-        if isinstance(self.format.encoding, Encoding) and self.format.encoding.name in ("nvfp4", "fp8_e4m3"):
+        rows_apart = self.format.encoding is None or self.format.encoding.name not in ("nvfp4", "fp8_e4m3")
+        if self.transposed or not rows_apart:
             raise UnsupportedError(f"tensor {self.name}: stored as {self.format}, but no matrix; not supported")
         parts = {k: p.reshape(math.prod(p.shape[:-1]), *(p.shape[-1:] or (1,))) for k, p in self.parts.items()}
         return replace(self, shape=(math.prod(self.shape[:-1]), *(self.shape[-1:] or (1,))), parts=parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,6 +106,11 @@ def break_only_bin(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"x")
 
 
+def break_folder(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_bytes(b"x")
+
+
 def break_quantization(folder: Path) -> None:
     change_config(folder, quantization_config={"quant_method": "bitsandbytes"})
 
@@ -129,6 +135,7 @@ def break_lfs_pointer(folder: Path) -> None:
         (break_config_json, SourceError, "config.json: not valid JSON"),
         (break_no_config, SourceError, "no config.json"),
         (break_only_bin, UnsupportedError, ".bin checkpoints are not supported"),
+        (break_folder, SourceError, "neither a folder nor a GGUF file; name the checkpoint's folder"),
         (break_quantization, UnsupportedError, "'bitsandbytes' are not supported; supported: "),
         (break_lfs_pointer, SourceError, "Git LFS pointer"),
     ],

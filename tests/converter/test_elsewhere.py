@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 import flashpack
-from flashpack.converter import elsewhere
+from flashpack.converter import elsewhere, units
 from flashpack.errors import OutputError, SourceError, UsageError
-from flashpack.formats.constants import MANIFEST
+from flashpack.formats.constants import JOURNAL, MANIFEST
 from tests.conftest import PackOf, contents
 from tests.converter.test_conversion import SourceCopy
 
@@ -176,9 +176,61 @@ def test_a_late_worker_of_a_conversion_that_is_over_writes_nothing(source_copy: 
     assert not out.exists()
 
 
-def test_a_scheduler_that_does_not_answer_is_named() -> None:
-    with (
-        pytest.raises(UsageError, match="--scheduler nonsense://1: no Dask scheduler"),
-        elsewhere.scheduler("nonsense://1"),
-    ):
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("nonsense://1", "no Dask scheduler answers there"),
+        ("tcp://127.0.0.1:9", "no Dask scheduler answers there"),
+        ("localhost", "not an address such as tcp://HOST:8786"),
+    ],
+)
+def test_a_scheduler_that_does_not_answer_is_named(
+    address: str, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError, match=f"--scheduler {address}: {message}"), elsewhere.scheduler(address):
         pass
+    assert capfd.readouterr().err == ""
+
+
+def test_what_is_finished_when_another_unit_fails_is_not_made_again(source_copy: SourceCopy, tmp_path: Path) -> None:
+    """All units have ended before the first is looked at, and one of them has failed."""
+    source, out = source_copy("qwen3_moe"), tmp_path / "out"
+    jobs: list[elsewhere.Job] = []
+
+    def second_fails(job: elsewhere.Job) -> None:
+        jobs.append(job)
+        if len(jobs) == 2:
+            shutil.rmtree(out / "experts", ignore_errors=True)
+            (out / "experts").write_bytes(b"")
+        elif (out / "experts").is_file():
+            (out / "experts").unlink()
+
+    with pytest.raises(OutputError, match=r"experts"):
+        flashpack.convert(source, out, executor=Inline(second_fails))
+    assert flashpack.convert(source, out).resumed_files == len(jobs) - 1 > 1
+
+
+def test_what_a_lost_worker_left_is_removed(source_copy: SourceCopy, tmp_path: Path, pack_of: PackOf) -> None:
+    out = tmp_path / "out"
+
+    def leave(job: elsewhere.Job) -> None:
+        (out / "experts").mkdir(exist_ok=True)
+        (out / "experts" / "layer-0000.safetensors.0123456789ab.part").write_bytes(b"half")
+
+    flashpack.convert(source_copy("qwen3_moe"), out, executor=Inline(leave))
+    assert contents(out) == contents(pack_of("qwen3_moe", "q4", "q8"))
+
+
+def test_a_conversion_that_ends_while_a_worker_is_at_work_gets_no_file_of_it(
+    source_copy: SourceCopy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, real = tmp_path / "out", units.encode_record
+
+    def encode_record(*arguments: Any) -> Any:
+        (out / JOURNAL).unlink(missing_ok=True)
+        return real(*arguments)
+
+    monkeypatch.setattr(units, "encode_record", encode_record)
+    with pytest.raises(OutputError):
+        flashpack.convert(source_copy("qwen3_moe"), out, executor=Inline(lambda job: None))
+    assert not list(out.glob("experts/*.safetensors"))

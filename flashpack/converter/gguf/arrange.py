@@ -14,8 +14,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from flashpack.converter.tensor import Arrays, Extent, SourceTensor, WeightFormat
-from flashpack.formats.dtypes import from_float32
+from flashpack.converter.tensor import Arrays, Extent, SourceTensor, WeightFormat, Whole
 from flashpack.formats.records import Encoding
 
 
@@ -37,14 +36,19 @@ class _Wrapped(WeightFormat):
     def rounds_to(self) -> str:
         return self.inner.rounds_to
 
+    def _joined(self, arrays: Arrays) -> Arrays:
+        """The arrays that ``inner`` understands."""
+        return arrays
+
     def _order(self, array: NDArray[np.generic]) -> NDArray[np.generic]:
-        raise NotImplementedError
+        """The array in the model's order."""
+        return array
 
     def stored(self, arrays: Arrays) -> Arrays:
-        return {part: self._order(array) for part, array in self.inner.stored(arrays).items()}
+        return {part: self._order(array) for part, array in self.inner.stored(self._joined(arrays)).items()}
 
     def values(self, arrays: Arrays) -> NDArray[np.float32]:
-        values: NDArray[np.float32] = self._order(self.inner.values(arrays))  # type: ignore[assignment]
+        values: NDArray[np.float32] = self._order(self.inner.values(self._joined(arrays)))  # type: ignore[assignment]
         return values
 
 
@@ -76,11 +80,8 @@ class Pieces(_Wrapped):
     def cut(self, parts: dict[str, Extent], start: int, count: int) -> dict[str, Extent]:
         return dict(islice(parts.items(), start // self.size, -(-(start + count) // self.size)))
 
-    def stored(self, arrays: Arrays) -> Arrays:
-        return self.inner.stored(_joined(arrays))
-
-    def values(self, arrays: Arrays) -> NDArray[np.float32]:
-        return self.inner.values(_joined(arrays))
+    def _joined(self, arrays: Arrays) -> Arrays:
+        return {"weight": np.concatenate(list(arrays.values()))}
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Columns(_Wrapped):
 
 
 @dataclass(frozen=True, eq=False)
-class Computed(WeightFormat):
+class Applied(Whole):
     """``apply`` of all values of ``source``, which are read at once. ``moves``: it changes no value, only places."""
 
     source: SourceTensor
@@ -118,15 +119,6 @@ class Computed(WeightFormat):
     def encoding(self) -> Encoding | None:
         encoding = self.source.encoding
         return encoding if self.moves and encoding is not None and not encoding.quantized else None
-
-    @property
-    def align(self) -> int:
-        return 0
-
-    def stored(self, arrays: Arrays) -> Arrays:
-        encoding = self.encoding
-        assert encoding is not None
-        return {"weight": from_float32(self.values(arrays), encoding.dtype)}
 
     def values(self, arrays: Arrays) -> NDArray[np.float32]:
         own = {part: arrays[part].reshape(extent.shape) for part, extent in self.source.parts.items()}
@@ -158,8 +150,8 @@ def computed(
     apply: Callable[[NDArray[np.float32]], NDArray[np.float32]],
     moves: bool = True,
 ) -> SourceTensor:
-    """The tensor of ``shape`` that ``apply`` makes of the values; see ``Computed``."""
-    return SourceTensor(tensor.name, shape, Computed(tensor, apply, moves), tensor.parts)
+    """The tensor of ``shape`` that ``apply`` makes of the values; see ``Applied``."""
+    return SourceTensor(tensor.name, shape, Applied(tensor, apply, moves), tensor.parts)
 
 
 def reshaped(tensor: SourceTensor, *shape: int) -> SourceTensor:
@@ -174,7 +166,3 @@ def reshaped(tensor: SourceTensor, *shape: int) -> SourceTensor:
 def grouped_from_tiled(groups: int, each: int) -> list[int]:
     """Where the i-th of ``groups * each`` heads is stored, if those of all groups alternate."""
     return [member * groups + group for group in range(groups) for member in range(each)]
-
-
-def _joined(arrays: Arrays) -> Arrays:
-    return {"weight": np.concatenate(list(arrays.values()))}

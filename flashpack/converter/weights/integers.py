@@ -7,6 +7,7 @@ biases need float32 unless the zero point is a power of two.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ class Codes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Integers(WeightFormat):
+class Integers(WeightFormat, ABC):
     """Integers of ``bits`` bits in groups of ``group`` columns, with scales of type ``dtype``.
 
     ``zero``: the zero point of all values; None if they are stored. ``target``: the encoding that holds the values.
@@ -56,9 +57,9 @@ class Integers(WeightFormat):
     def encoding(self) -> Encoding | None:
         return self.target
 
+    @abstractmethod
     def codes(self, arrays: Arrays) -> Codes:
         """The stored arrays in the model's order."""
-        raise NotImplementedError
 
     def values(self, arrays: Arrays) -> NDArray[np.float32]:
         words, scales, zeros, order = self.codes(arrays)
