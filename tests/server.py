@@ -10,6 +10,7 @@ import json
 import re
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -49,7 +50,8 @@ class Site:
     token: str | None = None
     gated: bool = False
     commit: str = COMMIT
-    lifetime: float = 1e9
+    uses: int | None = None
+    used: dict[str, int] = field(default_factory=dict)
     linked: str | None = None
     sent: list[tuple[str, int, int]] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
@@ -66,6 +68,12 @@ class Site:
                 return None
             self.files[name] = path.read_bytes()
         return self.files[name]
+
+    def expired(self, signature: str) -> bool:
+        """Counts a use of an address, of which each is good for ``uses``."""
+        with self.lock:
+            self.used[signature] = self.used.get(signature, 0) + 1
+            return self.uses is not None and self.used[signature] > self.uses
 
     def bytes_of(self, suffix: str = ".safetensors") -> int:
         return sum(count for name, _, count in self.sent if name.endswith(suffix))
@@ -168,7 +176,7 @@ class HubHandler(Handler):
         if request.path.startswith("/cdn/"):
             if "authorization" in request.headers:
                 self.answer(400, body=b"a token for strangers")
-            elif time.monotonic() > float(request.query["expires"][0]):
+            elif site.expired(request.query["signature"][0]):
                 self.answer(403)
             else:
                 self.send_file(request)
@@ -195,8 +203,8 @@ class HubHandler(Handler):
             self.send_file(request)
             return
         headers = {
-            "Location": f"{site.url.replace('127.0.0.1', 'localhost')}/cdn/{request.name}?signature=secret&expires="
-            f"{time.monotonic() + site.lifetime}",
+            "Location": f"{site.url.replace('127.0.0.1', 'localhost')}/cdn/{request.name}?signature=secret-"
+            f"{uuid.uuid4()}",
             "X-Repo-Commit": site.commit,
             "X-Linked-Etag": f'"{site.linked or hashlib.sha256(content).hexdigest()}"',
             "X-Linked-Size": str(len(content)),
