@@ -24,6 +24,10 @@ class LruCache:
             self._pins[key] = self._pins.get(key, 0) + 1
         return slot
 
+    def contains(self, key: Key) -> bool:
+        """Whether ``key`` has a slot; changes nothing."""
+        return key in self._slots
+
     def claim(self, key: Key) -> int | None:
         """A slot for ``key``, pinned: a free one, or that of the least recently used; None if all are pinned."""
         if self._free:

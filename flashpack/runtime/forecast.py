@@ -8,7 +8,7 @@ from flashpack.runtime import budget as budgets
 from flashpack.runtime import experts
 from flashpack.runtime.kv import kv_bytes
 from flashpack.runtime.load import context_length, working_bytes
-from flashpack.runtime.store import READ_THREADS
+from flashpack.runtime.reads import READ_THREADS
 from flashpack.skeleton import library_errors
 
 if TYPE_CHECKING:
