@@ -3,6 +3,7 @@
 from setuptools import Extension, setup
 
 NATIVE = "flashpack/kernels/cpu/native"
+FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi", "-pthread"]
 
 setup(
     ext_modules=[
@@ -13,6 +14,15 @@ setup(
             depends=[f"{NATIVE}/quantize_body.h"],
             extra_compile_args=["-std=c11", "-O3", "-ffp-contract=off", "-Wno-psabi"],
             optional=True,
-        )
+        ),
+        Extension(
+            "flashpack.kernels.cpu.native._kernels",
+            [f"{NATIVE}/{name}.cpp" for name in ("kernels", "level_portable", "level_avx2", "level_vnni")],
+            depends=[f"{NATIVE}/{name}" for name in ("kernels.h", "level.h", "body.h", "level_avx2.inc", "pool.h")],
+            extra_compile_args=[*FLAGS, "-std=c++17"],
+            extra_link_args=["-pthread"],
+            language="c++",
+            optional=True,
+        ),
     ]
 )

@@ -26,7 +26,7 @@ def fetch_token(store: ExpertStore, layers: dict[int, int], top_k: int, rng: ran
     """Seconds to fetch ``top_k`` random experts of every layer."""
     begun = time.perf_counter()
     for layer, experts in layers.items():
-        for _ in store.stream(layer, sorted(rng.sample(range(experts), top_k))):
+        for _ in store.batches(layer, sorted(rng.sample(range(experts), top_k))):
             pass
     return time.perf_counter() - begun
 

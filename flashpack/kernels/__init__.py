@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from flashpack.errors import DeviceError
-from flashpack.kernels.interface import Kernels, RecordView, StoredMatrix
+from flashpack.kernels.interface import Activation, Kernels, RecordView, StoredMatrix
 
-__all__ = ["Kernels", "RecordView", "StoredMatrix", "check_device", "get_kernels"]
+__all__ = ["Activation", "Kernels", "RecordView", "StoredMatrix", "check_device", "get_kernels"]
 
 DEVICES = ("cpu",)
 
@@ -17,8 +17,14 @@ def check_device(device: str) -> None:
 
 
 def get_kernels(device: str, threads: int = 1) -> Kernels:
-    """The kernels of ``device``, on ``threads`` threads; raises ``DeviceError`` if it has none yet."""
+    """The fastest kernels of ``device``, on ``threads`` threads; raises ``DeviceError`` if it has none yet."""
     check_device(device)
-    from flashpack.kernels.cpu.reference import ReferenceKernels
+    from flashpack.kernels.cpu.native import compute
 
-    return ReferenceKernels(threads)
+    if isinstance(compute.library(), str):
+        from flashpack.kernels.cpu.reference import ReferenceKernels
+
+        return ReferenceKernels(threads)
+    from flashpack.kernels.cpu.compiled import NativeKernels
+
+    return NativeKernels(threads)

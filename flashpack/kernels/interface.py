@@ -5,7 +5,7 @@ Arrays are torch tensors on the device. Block layouts are those of ``flashpack.f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,8 +14,24 @@ if TYPE_CHECKING:
 
     from flashpack.formats.records import Encoding, RecordKind
 
-Activation = Callable[["torch.Tensor"], "torch.Tensor"]
-"""[tokens, 2I] (gate rows first) -> [tokens, I] for gated experts; [tokens, I] -> [tokens, I] without a gate."""
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swiglu_oai")
+"""Functions that kernels may have built in: of the gate, times up; ``swiglu_oai`` is GPT-OSS's, clamped at a limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """What stands between an expert's matrices: [tokens, 2I] (gate rows first) -> [tokens, I] for gated experts;
+    [tokens, I] -> [tokens, I] without a gate.
+
+    ``name``: which of ``ACTIVATIONS`` the function is, None if none of them.
+    """
+
+    function: Callable[[torch.Tensor], torch.Tensor]
+    name: str | None = None
+    limit: float = 0.0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +89,22 @@ class Kernels(Protocol):
         Biases are added in float32, before the activation and after ``down``.
         A row of the result does not depend on how many threads computed it.
         """
+        ...
+
+    def experts(
+        self,
+        x: torch.Tensor,
+        records: Sequence[RecordView],
+        rows: Sequence[Sequence[int]],
+        activation: Activation,
+    ) -> torch.Tensor:
+        """``expert`` for several: the first gets the rows rows[0] of x [tokens, hidden], and so on ->
+        [sum of the lengths of rows, hidden], in this order."""
+        ...
+
+    def combine(self, outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The sums over k, in order, of float32 outputs [tokens * top_k, hidden] times weights [tokens, top_k] ->
+        float32 [tokens, hidden]."""
         ...
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor | StoredMatrix) -> torch.Tensor:

@@ -7,16 +7,17 @@ of its top-k choice, whatever order they were computed in.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from flashpack.kernels import Kernels
+from flashpack.kernels import Activation, Kernels
+from flashpack.kernels.activations import recognize
 from flashpack.runtime.budget import PROMPT_CHUNK
 
 if TYPE_CHECKING:
-    from flashpack.kernels.interface import Activation
     from flashpack.runtime.store import ExpertStore
     from flashpack.skeleton import ExpertsModule
 
@@ -33,7 +34,7 @@ class RoutedExperts:
         self._layer = site.layer
         self._num_experts = site.num_experts
         self._activation = _activation(site)
-        self._norm: Activation | None = module.post_expert_norm if module.has_post_expert_norm else None
+        self._norm: Callable[[Tensor], Tensor] | None = module.post_expert_norm if module.has_post_expert_norm else None
 
     def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """x [tokens, hidden], index and weights [tokens, top_k] -> [tokens, hidden], in x's type."""
@@ -50,29 +51,26 @@ class RoutedExperts:
             if expert < self._num_experts:
                 pairs.setdefault(expert, []).append(pair)
         outputs = torch.zeros(tokens * top_k, x.shape[-1], dtype=torch.float32)
-        for expert, record in self._store.stream(self._layer, sorted(pairs)):
-            rows = torch.tensor(pairs[expert])
-            states = x[rows // top_k] if tokens > 1 else x
-            output = self._kernels.expert(states, record, self._activation)
-            outputs[rows] = (output if self._norm is None else self._norm(output)).float()
-        outputs *= weights.reshape(-1, 1)
-        by_choice = outputs.view(tokens, top_k, -1)
-        total = by_choice[:, 0].clone()
-        for k in range(1, top_k):
-            total += by_choice[:, k]
-        return total.to(x.dtype)
+        for batch in self._store.batches(self._layer, sorted(pairs)):
+            records = [record for _, record in batch]
+            rows = [[pair // top_k for pair in pairs[expert]] for expert, _ in batch]
+            places = torch.tensor([pair for expert, _ in batch for pair in pairs[expert]])
+            output = self._kernels.experts(x, records, rows, self._activation)
+            outputs[places] = (output if self._norm is None else self._norm(output)).float()
+        return self._kernels.combine(outputs, weights).to(x.dtype)
 
 
 def _activation(site: ExpertsModule) -> Activation:
     """The module's own activation, for gate rows that come before the rows of up."""
     module: Any = site.module
-    if not site.has_gate:
-        alone: Activation = module.act_fn
-        return alone
-    gated: Activation = module._apply_gate
+    function = module._apply_gate if site.has_gate else module.act_fn
     if site.is_concatenated:
-        return gated
-    return lambda x: gated(torch.stack(x.chunk(2, dim=-1), dim=-1).flatten(-2))
+        return recognize(function, site.has_gate, getattr(module, "limit", None))
+    return recognize(
+        lambda x: function(torch.stack(x.chunk(2, dim=-1), dim=-1).flatten(-2)),
+        site.has_gate,
+        getattr(module, "limit", None),
+    )
 
 
 def forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

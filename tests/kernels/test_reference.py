@@ -17,9 +17,9 @@ from flashpack.formats.encodings import decode
 from flashpack.formats.records import MXFP4, fp8, nvfp4
 from flashpack.formats.writer import RecordBuffer
 from flashpack.kernels import StoredMatrix, get_kernels
-from flashpack.kernels.cpu.reference import BLOCK_VALUES
+from flashpack.kernels.cpu.reference import BLOCK_VALUES, ReferenceKernels
 
-KERNELS = get_kernels("cpu")
+KERNELS = ReferenceKernels(1)
 FLOATS = [
     MXFP4, *map(nvfp4, C.GLOBAL_SCALES), fp8("F32", (0, 0)), fp8("BF16", (1, 0)), fp8("F16", (0, 1)),
     fp8("E8M0", (1, 32)), fp8("F32", (128, 128)), fp8("BF16", (5, 7)), fp8("E8M0", (48, 0)),

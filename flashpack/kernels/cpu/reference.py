@@ -10,6 +10,7 @@ choose its code by where an operand lies.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -62,12 +63,31 @@ class ReferenceKernels:
         with one_thread():  # the activation's, too
             wide = x.float()
             pairs = zip(record.first, record.first_bias, strict=True)
-            parts = [self._matmul(wide, matrix, bias) for matrix, bias in pairs]
+            parts = [self.matmul(wide, matrix, bias) for matrix, bias in pairs]
             hidden = activation(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
-            return self._matmul(hidden, record.down, record.down_bias).to(x.dtype)
+            return self.matmul(hidden, record.down, record.down_bias).to(x.dtype)
+
+    def experts(
+        self, x: Tensor, records: Sequence[RecordView], rows: Sequence[Sequence[int]], activation: Activation
+    ) -> Tensor:
+        alone = len(x) == 1
+        return torch.cat(
+            [
+                self.expert(x if alone else x[torch.tensor(some)], record, activation)
+                for record, some in zip(records, rows, strict=True)
+            ]
+        )
+
+    def combine(self, outputs: Tensor, weights: Tensor) -> Tensor:
+        tokens, top_k = weights.shape
+        weighted = (outputs * weights.reshape(-1, 1)).view(tokens, top_k, -1)
+        total = weighted[:, 0].clone()
+        for k in range(1, top_k):
+            total += weighted[:, k]
+        return total
 
     def linear(self, x: Tensor, weight: Tensor | StoredMatrix) -> Tensor:
-        return self._matmul(x.float(), weight).to(x.dtype)
+        return self.matmul(x.float(), weight).to(x.dtype)
 
     def embedding(self, ids: Tensor, weight: Tensor | StoredMatrix, dtype: torch.dtype) -> Tensor:
         if isinstance(weight, Tensor):
@@ -80,7 +100,7 @@ class ReferenceKernels:
                 widen(part, out)
         return wide.to(dtype).view(*ids.shape, wide.shape[1])
 
-    def _matmul(self, x: Tensor, weight: Tensor | StoredMatrix, bias: Tensor | None = None) -> Tensor:
+    def matmul(self, x: Tensor, weight: Tensor | StoredMatrix, bias: Tensor | None = None) -> Tensor:
         """float32 x [..., in] @ weight.T + bias, the weight widened block by block."""
         rows, width = weight.shape
         flat = aligned(x.reshape(-1, width))

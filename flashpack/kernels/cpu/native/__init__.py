@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.machinery
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashpack.formats.dtypes import ITEMSIZE, NUMPY
+from flashpack.kernels.cpu.native.library import load
 
 ABI = 1
 """What `flashpack_abi` in quantize.c must answer: a library left by another version is not used."""
@@ -28,14 +27,9 @@ class _Library:
     """The loaded library. ``OSError`` says why there is none."""
 
     def __init__(self) -> None:
-        folder = Path(__file__).parent
-        paths = [folder / f"_quantize{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-        path = next((p for p in paths if p.is_file()), None)
-        if path is None:
-            raise OSError("not built; install a C compiler, then flashpack again")
-        library = ctypes.CDLL(str(path))
+        library = load("_quantize")
         if library.flashpack_abi() != ABI:
-            raise OSError(f"{path.name} was built from another version; install flashpack again")
+            raise OSError("_quantize was built from another version; install flashpack again")
         self.level: int = library.flashpack_level()
         self.quantize = library.flashpack_quantize
         number, pointer = ctypes.c_int, ctypes.c_void_p

@@ -1,0 +1,130 @@
+"""The compute kernels in C++ (kernels.cpp), called with addresses of arrays; calls let other threads run meanwhile."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+
+from flashpack.kernels.cpu.native.library import load
+
+ABI = 1
+"""What `flashpack_kernels_abi` must answer: a library left by another version is not used."""
+
+LEVELS = ("portable", "avx2", "avx512-vnni")
+"""Instruction sets of x86-64, by the number that the library gives them."""
+
+KINDS = {"BF16": 0, "F16": 1, "F32": 2, "affine": 3, "mxfp4": 4}
+FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swiglu_oai", "none")
+"""Activation functions between an expert's matrices, by their numbers in kernels.h."""
+
+
+class Matrix(ctypes.Structure):
+    """``fp_matrix`` of kernels.h."""
+
+    _fields_ = [
+        ("weight", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("biases", ctypes.c_void_p),
+        ("add", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("kind", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("scale_type", ctypes.c_int32),
+        ("add_type", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+    ]
+
+
+class Expert(ctypes.Structure):
+    """``fp_expert`` of kernels.h."""
+
+    _fields_ = [("first", Matrix), ("second", Matrix), ("down", Matrix), ("gated", ctypes.c_int64)]
+
+
+def address(expert: Expert) -> int:
+    """Where an expert's description lies; it must be kept."""
+    return ctypes.addressof(expert)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    try:
+        found = load("_kernels")
+        if found.flashpack_kernels_abi() != ABI:
+            raise OSError("_kernels was built from another version; install flashpack again")
+        pointer, number, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+        found.flashpack_workers.restype = pointer
+        found.flashpack_workers.argtypes = [number, number]
+        found.flashpack_linear.argtypes = [pointer, pointer, wide, pointer, number, pointer]
+        found.flashpack_experts.argtypes = [
+            pointer, pointer, wide, pointer, pointer, number, pointer, number, ctypes.c_float, pointer,
+        ]  # fmt: skip
+        found.flashpack_combine.argtypes = [pointer, pointer, pointer, wide, wide, wide, pointer]
+        found.flashpack_combine.restype = None
+    except (OSError, AttributeError) as e:
+        return str(e)
+    return found
+
+
+def best_level() -> int | None:
+    """The number of the best instruction set that the processor has; None without the library."""
+    found = library()
+    return None if isinstance(found, str) else int(found.flashpack_kernels_level())
+
+
+class Workers:
+    """Threads with working memory. Arguments are addresses (``data_ptr()``) of contiguous float32 and int32 arrays.
+
+    ``level``: a number of ``LEVELS`` that the processor has, by default the best. Only to be made if there is a
+    ``library``. Kept for the life of the process.
+    """
+
+    def __init__(self, threads: int, level: int | None = None) -> None:
+        found = library()
+        if isinstance(found, str):
+            raise RuntimeError(found)
+        self._library = found
+        self.level = found.flashpack_kernels_level() if level is None else level
+        self._workers = found.flashpack_workers(threads, self.level)
+        if self._workers is None:
+            raise RuntimeError(f"no threads, or no instruction set {self.level}")
+
+    def linear(self, x: int, tokens: int, matrix: Matrix, out: int) -> None:
+        """x [tokens, width] times the transpose of ``matrix`` -> out [tokens, rows]."""
+        self._check(
+            self._library.flashpack_linear(
+                self._workers, x, tokens, ctypes.byref(matrix), 1, ctypes.byref(ctypes.c_void_p(out))
+            )
+        )
+
+    def experts(
+        self, x: int, tokens: int, experts: Sequence[int], counts: int, rows: int, function: int, limit: float, out: int
+    ) -> None:
+        """Networks of ``experts`` (addresses of ``Expert``): the first gets the rows of x [tokens, width] that the
+        first counts[0] entries of ``rows`` name, and so on. out [sum of counts, width]."""
+        addresses = (ctypes.c_void_p * len(experts))(*experts)
+        self._check(
+            self._library.flashpack_experts(
+                self._workers, x, tokens, addresses, counts, len(experts), rows, function, limit, out
+            )
+        )
+
+    def combine(self, outputs: int, weights: int, tokens: int, top_k: int, width: int, out: int) -> None:
+        """Sums over k, in order, of outputs [tokens, top_k, width] times weights [tokens, top_k] -> out."""
+        self._library.flashpack_combine(self._workers, outputs, weights, tokens, top_k, width, out)
+
+    def _check(self, status: int) -> None:
+        if status == -2:
+            raise MemoryError("no memory for the kernels' working space")
+        if status:
+            raise ValueError("the kernels do not know such a matrix")
+
+
+@functools.cache
+def workers(threads: int) -> Workers:
+    """The process's ``threads`` threads on the best instruction set."""
+    return Workers(threads)

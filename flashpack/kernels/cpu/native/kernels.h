@@ -1,0 +1,41 @@
+/* The plain C interface of the compute kernels (kernels.cpp); what arrays hold is SPEC.md's.
+ *
+ * Activations are float32. For a product with stored codes, the activations of a token are rounded to 16-bit integers
+ * (by at most 1/65534 of the largest), so that products and their sums over 64 values are exact integer arithmetic; the
+ * rest is float32, in a fixed order. With n values the error is at most sqrt(n) / 113,000 of the norms' product: closer
+ * than bfloat16 activations would be.
+ */
+#ifndef FLASHPACK_KERNELS_H
+#define FLASHPACK_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum { FP_BF16 = 0, FP_F16 = 1, FP_F32 = 2, FP_AFFINE = 3, FP_MXFP4 = 4 };
+enum { FP_SILU = 0, FP_GELU = 1, FP_GELU_TANH = 2, FP_RELU2 = 3, FP_SWIGLU_OAI = 4, FP_NONE = 5 };
+
+/* A stored matrix [rows, width]: `kind` one of the enum above; scales and biases [rows, width / group]. */
+typedef struct {
+    const uint8_t *weight;
+    const uint8_t *scales;
+    const uint8_t *biases;
+    const uint8_t *add; /* [rows], numbers of `add_type` added to the product; or null */
+    int64_t rows;
+    int64_t width;
+    int32_t kind;
+    int32_t bits;
+    int32_t group;
+    int32_t scale_type; /* FP_BF16, FP_F16 or FP_F32; of affine matrices */
+    int32_t add_type;
+    int32_t unused;
+} fp_matrix;
+
+/* An expert's network: rows of gate first, then of up, in `first` ([2I, H]), or in `first` and `second`. */
+typedef struct {
+    fp_matrix first;
+    fp_matrix second;
+    fp_matrix down;
+    int64_t gated; /* 0: one matrix before the activation; 1: gate and up in `first`; 2: in `first` and `second` */
+} fp_expert;
+
+#endif

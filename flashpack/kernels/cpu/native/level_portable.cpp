@@ -1,0 +1,173 @@
+/* The kernels in plain C++: correct on any processor. */
+#include "level.h"
+
+namespace {
+
+struct Codes {
+    int16_t part[64];
+};
+
+struct Sums {
+    int32_t half[2];
+};
+
+struct Lanes {
+    float half[2];
+};
+
+struct Floats {
+    float lane[8];
+};
+
+inline void prefetch(const void *address)
+{
+#if defined(__GNUC__)
+    __builtin_prefetch(address);
+#endif
+}
+
+inline float round_even(float x)
+{
+    return rintf(x);
+}
+
+template <int FORMAT> inline Codes unpack(const uint8_t *unit)
+{
+    static const int8_t twice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    Codes codes;
+    for (int half = 0; half < 2; half++)
+        for (int i = 0; i < 32; i++) {
+            const int bits = FORMAT == MXFP4 ? 4 : FORMAT, at = (32 * half + i) * bits;
+            uint32_t word = unit[at / 8];
+            if (at % 8 + bits > 8)
+                word |= (uint32_t)unit[at / 8 + 1] << 8;
+            word = word >> at % 8 & ((1u << bits) - 1);
+            codes.part[16 * (i / 8) + 8 * half + i % 8] = (int16_t)(FORMAT == MXFP4 ? twice[word & 15] : (int)word);
+        }
+    return codes;
+}
+
+inline void store_codes(int16_t *out, const Codes &codes)
+{
+    memcpy(out, codes.part, sizeof codes.part);
+}
+
+inline Sums products(const int16_t *a, const int16_t *b)
+{
+    Sums sums = {{0, 0}};
+    for (int j = 0; j < 4; j++)
+        for (int half = 0; half < 2; half++)
+            for (int k = 0; k < 8; k++)
+                sums.half[half] += (int32_t)a[16 * j + 8 * half + k] * b[16 * j + 8 * half + k];
+    return sums;
+}
+
+inline Lanes converted(Sums sums)
+{
+    return {{(float)sums.half[0], (float)sums.half[1]}};
+}
+
+inline Lanes dot(const Codes &codes, const int16_t *activations)
+{
+    return converted(products(codes.part, activations));
+}
+
+template <int R, int T>
+inline void dots(
+    const int16_t (*codes)[64 * SEGMENT], const Activations *tokens, int64_t own, int64_t unit, Sums (*sums)[T])
+{
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++)
+            sums[r][t] = products(codes[r] + 64 * own, tokens[t].codes + 64 * unit);
+}
+
+inline Lanes none()
+{
+    return {{0, 0}};
+}
+
+inline Lanes mul_add(Lanes sum, Lanes a, Lanes b)
+{
+    return {{sum.half[0] + a.half[0] * b.half[0], sum.half[1] + a.half[1] * b.half[1]}};
+}
+
+template <bool SPLIT> inline Lanes factor(const float *factors, int64_t unit)
+{
+    if (SPLIT)
+        return {{factors[2 * unit], factors[2 * unit + 1]}};
+    return {{factors[unit], factors[unit]}};
+}
+
+inline float total(Lanes sum)
+{
+    return sum.half[0] + sum.half[1];
+}
+
+inline Floats none8()
+{
+    return {{0}};
+}
+
+inline Floats load8(const float *source)
+{
+    Floats out;
+    memcpy(out.lane, source, sizeof out.lane);
+    return out;
+}
+
+inline Floats add8(Floats a, Floats b)
+{
+    for (int i = 0; i < 8; i++)
+        a.lane[i] += b.lane[i];
+    return a;
+}
+
+inline Floats mul_add8(Floats sum, Floats a, Floats b)
+{
+    for (int i = 0; i < 8; i++)
+        sum.lane[i] += a.lane[i] * b.lane[i];
+    return sum;
+}
+
+inline float total8(Floats sum)
+{
+    float four[4];
+    for (int i = 0; i < 4; i++)
+        four[i] = sum.lane[i] + sum.lane[i + 4];
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+inline float largest64(const float *values, bool *finite)
+{
+    float largest = 0, poison = 0; /* NaN where a value is infinite or NaN */
+    for (int i = 0; i < 64; i++) {
+        const float size = fabsf(values[i]);
+        largest = size > largest ? size : largest;
+        poison += values[i] * 0.0f;
+    }
+    *finite = poison == 0;
+    return largest;
+}
+
+inline void round64(const float *values, float factor, int16_t *out, int32_t *half_sums)
+{
+    for (int half = 0; half < 2; half++) {
+        half_sums[half] = 0;
+        for (int i = 32 * half; i < 32 * half + 32; i++) {
+            out[i] = (int16_t)rintf(values[i] * factor);
+            half_sums[half] += out[i];
+        }
+    }
+}
+
+/* Straight: unpacking goes code by code anyway. */
+inline void reorder(int, const int16_t *in, int16_t *out)
+{
+    for (int i = 0; i < 64; i++)
+        out[16 * (i % 32 / 8) + 8 * (i / 32) + i % 8] = in[i];
+}
+
+} // namespace
+#include "body.h"
+
+const Level level_portable = {"portable", prepare, product, activate};

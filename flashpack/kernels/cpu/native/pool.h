@@ -1,0 +1,120 @@
+/* Threads that share a job's pieces. Which thread computes a piece never reaches a result.
+ *
+ * Helpers wait for the next job by looking for it for some microseconds and then sleeping, so that the steps of a
+ * token follow each other quickly and an idle process costs nothing. A helper that is not scheduled takes no piece.
+ */
+#ifndef FLASHPACK_POOL_H
+#define FLASHPACK_POOL_H
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define FP_RELAX() _mm_pause()
+#elif defined(__aarch64__)
+#define FP_RELAX() __asm__ __volatile__("yield")
+#else
+#define FP_RELAX() ((void)0)
+#endif
+
+class Pool {
+  public:
+    explicit Pool(int threads)
+    {
+        for (int i = 1; i < threads; i++)
+            helpers_.emplace_back([this] { help(); });
+    }
+
+    ~Pool()
+    {
+        {
+            std::lock_guard<std::mutex> hold(sleeping_);
+            leaving_.store(true);
+        }
+        wake_.notify_all();
+        for (auto &helper : helpers_)
+            helper.join();
+    }
+
+    /* Calls work(i) once for each i below `count`; returns when all are done. One job at a time. */
+    template <class Work> void run(int64_t count, const Work &work)
+    {
+        if (helpers_.empty() || count < 2) {
+            for (int64_t i = 0; i < count; i++)
+                work(i);
+            return;
+        }
+        call_ = [](const void *job, int64_t i) { (*static_cast<const Work *>(job))(i); };
+        job_ = &work;
+        count_ = count;
+        next_.store(0, std::memory_order_relaxed);
+        open_.store(true);
+        number_.fetch_add(1);
+        if (sleepers_.load() > 0) {
+            std::lock_guard<std::mutex> hold(sleeping_);
+            wake_.notify_all();
+        }
+        drain();
+        open_.store(false);
+        for (int spins = 0; inside_.load() != 0; spins++) {
+            FP_RELAX();
+            if (spins > SPINS)
+                std::this_thread::yield();
+        }
+    }
+
+    /* Held while a caller gives jobs: several threads may share the pool. */
+    std::mutex callers;
+
+  private:
+    static constexpr int SPINS = 4000;
+
+    void drain()
+    {
+        for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;)
+            call_(job_, i);
+    }
+
+    void help()
+    {
+        uint64_t seen = 0;
+        while (!leaving_.load()) {
+            bool found = false;
+            for (int spins = 0; spins < SPINS && !(found = number_.load() != seen); spins++)
+                FP_RELAX();
+            if (!found) {
+                std::unique_lock<std::mutex> hold(sleeping_);
+                sleepers_.fetch_add(1);
+                wake_.wait(hold, [&] { return leaving_.load() || number_.load() != seen; });
+                sleepers_.fetch_sub(1);
+                continue;
+            }
+            seen = number_.load();
+            // The job does not change while somebody is inside and it was open then.
+            inside_.fetch_add(1);
+            if (open_.load())
+                drain();
+            inside_.fetch_sub(1);
+        }
+    }
+
+    std::vector<std::thread> helpers_;
+    std::mutex sleeping_;
+    std::condition_variable wake_;
+    void (*call_)(const void *, int64_t) = nullptr;
+    const void *job_ = nullptr;
+    int64_t count_ = 0;
+    alignas(64) std::atomic<int64_t> next_{0};
+    alignas(64) std::atomic<uint64_t> number_{0};
+    std::atomic<int> sleepers_{0};
+    std::atomic<bool> leaving_{false};
+    alignas(64) std::atomic<bool> open_{false};
+    std::atomic<int> inside_{0};
+};
+
+#endif
