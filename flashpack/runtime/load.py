@@ -82,7 +82,8 @@ def load(
     from flashpack.runtime import budget as budgets
     from flashpack.runtime import dense, experts
     from flashpack.runtime.kv import cache_class, kv_bytes
-    from flashpack.runtime.store import ExpertStore, scratch_bytes
+    from flashpack.runtime.records import scratch_bytes
+    from flashpack.runtime.store import ExpertStore
     from flashpack.runtime.threads import confine
 
     dtype = dtype or torch.float32

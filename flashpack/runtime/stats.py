@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
 @dataclass
 class LayerStats:
-    """One layer's experts: requests found in the arena, requests read, bytes read, seconds waited for reads."""
+    """One layer's experts.
+
+    ``hits``: requests found in the arena; ``misses``: requests that were read, or being read. ``bytes_read``: all that
+    was read, ``ahead_bytes`` of it before the layer asked. ``guesses``: records read ahead for the layer's next
+    request, ``right_guesses`` those that it then asked for.
+
+    Seconds: ``wait_seconds`` nothing could be done but wait for reads, ``hit_seconds`` the caller used records that
+    were found, ``miss_seconds`` records that were read, ``own_seconds`` the store took for itself.
+    """
 
     hits: int = 0
     misses: int = 0
     bytes_read: int = 0
+    ahead_bytes: int = 0
+    guesses: int = 0
+    right_guesses: int = 0
     wait_seconds: float = 0.0
+    hit_seconds: float = 0.0
+    miss_seconds: float = 0.0
+    own_seconds: float = 0.0
 
 
 @dataclass
 class StoreStats:
-    """All layers' counters; ``io`` says how files are read: direct (past the page cache) or buffered."""
+    """All layers' counters; ``io`` says how files are read: direct (past the page cache) or buffered, ``why`` why.
+
+    ``steps``: how often the first layer that asks has asked: tokens, or chunks of a prompt.
+    """
 
     io: str
+    why: str
     layers: dict[int, LayerStats] = field(default_factory=dict)
+    steps: int = 0
 
     def total(self) -> LayerStats:
         """The sum over all layers."""
-        total = LayerStats()
-        for one in self.layers.values():
-            total.hits += one.hits
-            total.misses += one.misses
-            total.bytes_read += one.bytes_read
-            total.wait_seconds += one.wait_seconds
-        return total
+        names = [f.name for f in fields(LayerStats)]
+        return LayerStats(**{n: sum(getattr(one, n) for one in self.layers.values()) for n in names})
 
     @property
     def hit_rate(self) -> float:
@@ -43,10 +57,13 @@ class StoreStats:
     def reset(self) -> None:
         """Count from zero; what the arena holds stays."""
         self.layers = {index: LayerStats() for index in self.layers}
+        self.steps = 0
 
     def to_json(self) -> dict[str, Any]:
         return {
             "io": self.io,
+            "io_why": self.why,
+            "steps": self.steps,
             "hit_rate": self.hit_rate,
             "total": asdict(self.total()),
             "layers": {str(i): asdict(s) for i, s in sorted(self.layers.items())},

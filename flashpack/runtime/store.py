@@ -10,34 +10,25 @@ the thread that asks, which hears of complete reads through ``ReadPool.landed``.
 
 from __future__ import annotations
 
-import mmap
-import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from queue import Empty
 
-from flashpack.errors import IntegrityError
 from flashpack.formats import Pack
-from flashpack.formats.files import pread_into
 from flashpack.kernels import Kernels, RecordView
 from flashpack.runtime.arena import Arena
-from flashpack.runtime.cache import Key, LruCache
-from flashpack.runtime.drive import open_for_reading
-from flashpack.runtime.reads import READ_THREADS, Read, ReadPool, parts
+from flashpack.runtime.cache import ExpertCache, Key
+from flashpack.runtime.memory import available
+from flashpack.runtime.prefetch import Guesses
+from flashpack.runtime.reads import Read, ReadPool
+from flashpack.runtime.records import Records
 from flashpack.runtime.stats import LayerStats, StoreStats
 
 _MAX_GUESSES = 4
 """Records that may be on their way for a layer that has not asked yet."""
-
-
-def scratch_bytes(pack: Pack) -> int:
-    """Memory the readers of a compressed pack need for stored records before they are decoded."""
-    layers = pack.manifest.layers
-    strides = [pack.manifest.record_kinds[k].stride for x in layers if x.codec != "raw" for k, _ in x.kinds]
-    return READ_THREADS * max(strides, default=0)
 
 
 @dataclass(slots=True)
@@ -62,25 +53,22 @@ class ExpertStore:
     def __init__(
         self, pack: Pack, kernels: Kernels, slots: dict[int, int], check: str = "first", prefetch: bool = False
     ) -> None:
-        self._pack = pack
         self._kernels = kernels
-        self._check = check
-        self._prefetch = prefetch
-        self._checked: set[Key] = set()
-        self._scratch = threading.local()
-        self._shards = {layer.index: pack.open_shard(layer) for layer in pack.manifest.layers}
-        size = sum(stride * count for stride, count in slots.items())
-        self._arena = Arena(size)
-        self._caches: dict[int, LruCache] = {}
+        room = available()
+        self._arena = Arena(sum(stride * count for stride, count in slots.items()))
+        self._records = Records(pack, check, self._arena.bytes, room)
+        self._caches: dict[int, ExpertCache] = {}
         self._free = dict(slots)
         start = 0
         for stride, count in slots.items():
-            self._caches[stride] = LruCache([start + i * stride for i in range(count)])
+            self._caches[stride] = ExpertCache([start + i * stride for i in range(count)])
             start += stride * count
         self._views: dict[tuple[int, int], RecordView] = {}
         self._reading: dict[Key, Read] = {}
-        self._drive = open_for_reading(pack, size)
-        self.stats = StoreStats(self._drive.io, {layer: LayerStats() for layer in self._shards})
+        self._guesses = Guesses() if prefetch else None
+        self._last_layer, self._step_begun = -1, time.perf_counter()
+        layers = {layer.index: LayerStats() for layer in pack.manifest.layers}
+        self.stats = StoreStats(self._records.drive.io, self._records.drive.why, layers)
         self._pool = ReadPool()
         weakref.finalize(self, self._pool.close)
 
@@ -90,7 +78,93 @@ class ExpertStore:
 
         The records of a batch are valid until the next batch is asked for. Where slots are few, there are more batches.
         """
+        begun = time.perf_counter()
+        if layer <= self._last_layer or not self.stats.steps:
+            self._step(begun)
+        self._last_layer = layer
         stats = self.stats.layers[layer]
+        request = self._request(layer, experts)
+        stats.hits += len(request.here)
+        stats.misses += len(experts) - len(request.here)
+        found, waited, used = bool(request.here), stats.wait_seconds, 0.0
+        try:
+            self._start(request)
+            while request.here or request.reading or request.missing:
+                if not request.here:
+                    self._wait(request, stats)
+                batch = [(e, self._view((layer, e), slot)) for e, slot in request.here]
+                handed = time.perf_counter()
+                yield batch
+                seconds = time.perf_counter() - handed
+                used += seconds
+                if found:
+                    stats.hit_seconds += seconds
+                else:
+                    stats.miss_seconds += seconds
+                found = False
+                self._release(request)
+                self._start(request)
+        finally:
+            # Reached early only by an error or an abandoned loop: leave no pin behind. What is being read goes on
+            # as if it had been read ahead.
+            self._release(request)
+            for read in request.reading.values():
+                if read.ahead:
+                    self._cache(read.key).release(read.key)
+                read.wanted, read.ahead = False, True
+            stats.own_seconds += time.perf_counter() - begun - used - (stats.wait_seconds - waited)
+
+    def prefetch(self, layer: int, experts: Iterable[int]) -> None:
+        """Begin to read those of ``experts``, likeliest first, that are not here: ``layer`` is going to ask for them.
+
+        They are read only while the drive has nothing to do that somebody waits for, and few at a time. Whether at all,
+        ``Gate`` decides.
+        """
+        if self._guesses is None or not self._guesses.gate.on:
+            return
+        self._settle()
+        for e in experts:
+            if sum(not read.wanted for read in self._reading.values()) >= _MAX_GUESSES:
+                return
+            if self._start_ahead((layer, e), urgent=True):
+                self._guesses.add((layer, e))
+
+    def warm(self, scores: Mapping[Key, float]) -> None:
+        """Begin with what is known of earlier runs: the chance of experts to be asked for, hottest first.
+
+        As many as there are free slots are read, when nobody waits for the drive.
+        """
+        for stride, cache in self._caches.items():
+            cache.seed({key: score for key, score in scores.items() if self._stride(key) == stride})
+        for key in scores:
+            if self._free[self._stride(key)]:
+                self._start_ahead(key, urgent=False)
+
+    def ranking(self) -> list[tuple[Key, float]]:
+        """Experts with their chance to be asked for at the next step, as ``warm`` wants them; empty if none was."""
+        ranked = [one for cache in self._caches.values() for one in cache.ranking()]
+        return sorted(ranked, key=lambda one: (-one[1], one[0])) if self.stats.steps else []
+
+    def close(self) -> None:
+        """Stop reading and close the files; harmless if repeated."""
+        self._pool.close()
+        self._records.close()
+
+    def _step(self, now: float) -> None:
+        """The first layer asks again: a token, or a chunk of a prompt, is done."""
+        if self._guesses is not None and self.stats.steps:
+            self._guesses.gate.step(now - self._step_begun)
+        self.stats.steps += 1
+        self._step_begun = now
+
+    def _stride(self, key: Key) -> int:
+        return self._records.kind(key).stride
+
+    def _cache(self, key: Key) -> ExpertCache:
+        return self._caches[self._stride(key)]
+
+    def _request(self, layer: int, experts: list[int]) -> _Request:
+        """What is here, pinned; what is on its way already; and what is missing."""
         request = _Request(layer)
         self._settle()
         for e in experts:
@@ -102,98 +176,53 @@ class ExpertStore:
                 self._adopt(request, self._reading[key])
             else:
                 request.here.append((e, slot))
-        stats.hits += len(request.here)
-        stats.misses += len(experts) - len(request.here)
-        try:
-            self._start(request)
-            while request.here or request.reading or request.missing:
-                if not request.here:
-                    self._wait(request, stats)
-                yield [(e, self._view((layer, e), slot)) for e, slot in request.here]
-                self._release(request)
-                self._start(request)
-        finally:
-            # Reached early only by an error or an abandoned loop: leave no pin behind. What is being read goes on
-            # as if it had been read ahead.
-            self._release(request)
-            for read in request.reading.values():
-                if read.ahead:
-                    self._cache(read.key).release(read.key)
-                read.wanted, read.ahead = False, True
-
-    def prefetch(self, layer: int, experts: Iterable[int]) -> None:
-        """Begin to read those of ``experts``, likeliest first, that are not here, as far as the drive is idle.
-
-        ``layer`` has not asked for them yet. They never take the drive from what a layer waits for, and at most
-        ``_MAX_GUESSES`` are on their way at once.
-        """
-        if not self._prefetch:
-            return
-        self._settle()
-        for e in experts:
-            if sum(not read.wanted for read in self._reading.values()) >= _MAX_GUESSES:
-                return
-            self._start_ahead((layer, e))
-
-    def close(self) -> None:
-        """Stop reading and close the files; harmless if repeated."""
-        self._pool.close()
-        for shard in self._shards.values():
-            shard.close()
-        self._drive.close()
-        self._shards = {}
-
-    def _stride(self, key: Key) -> int:
-        return self._shards[key[0]].kind(key[1]).stride
-
-    def _cache(self, key: Key) -> LruCache:
-        return self._caches[self._stride(key)]
-
-    def _claim(self, key: Key) -> int | None:
-        """A slot for ``key``, pinned: without a record, or with one that the cache gives up; None if all are in use."""
-        slot = self._cache(key).claim(key)
-        if slot is not None and self._free[self._stride(key)]:
-            self._free[self._stride(key)] -= 1
-        return slot
-
-    def _forget(self, key: Key) -> None:
-        """The slot of ``key``, pinned once, has no record after all."""
-        self._cache(key).forget(key)
-        self._free[self._stride(key)] += 1
+        if self._guesses is not None:
+            right, wrong = self._guesses.judge(layer, experts)
+            self.stats.layers[layer].guesses += len(right) + len(wrong)
+            self.stats.layers[layer].right_guesses += len(right)
+            self._let_go(right | wrong)
+        return request
 
     def _start(self, request: _Request) -> None:
         """Start as many reads as there are slots that nobody uses."""
-        started = []
         while request.missing:
             key = request.layer, request.missing[0]
-            # A guess that has not begun gives way before a record that is here does.
-            while not self._free[self._stride(key)] and (guess := self._pool.take_back()) is not None:
-                del self._reading[guess.key]
-                self._forget(guess.key)
             slot = self._claim(key)
             if slot is None:
-                break
+                return
             request.missing.popleft()
-            started.append(self._read(key, slot, wanted=True))
-            request.reading[key] = started[-1]
-        for read in started:
-            self._begin(read, len(started))
+            request.reading[key] = self._read(key, slot, wanted=True)
+            self._pool.start(request.reading[key], self._fill)
 
-    def _begin(self, read: Read, together: int) -> None:
-        compressed = self._shards[read.key[0]].compressed
-        pieces = [(0, read.size)] if compressed else parts(read.size, together)
-        self._pool.start(read, pieces, self._fill, self._finish)
+    def _claim(self, key: Key) -> int | None:
+        """A slot for ``key``, pinned: without a record, or with one that the cache gives up; None if all are in use.
 
-    def _start_ahead(self, key: Key) -> bool:
+        What was to be read ahead and has not begun gives way before a record that is here does.
+        """
+        stride, cache = self._stride(key), self._cache(key)
+        while not self._free[stride] and (guess := self._pool.take_back()) is not None:
+            self._drop(guess)
+        slot = cache.claim(key)
+        if slot is None and self._guesses is not None:
+            self._let_go(self._guesses.clear())
+            slot = cache.claim(key)
+        if slot is not None and self._free[stride]:
+            self._free[stride] -= 1
+        return slot
+
+    def _start_ahead(self, key: Key, urgent: bool) -> bool:
         """Have a record read that nobody asked for, if it is not here and a slot can be had."""
-        slot = None if self._cache(key).contains(key) else self._claim(key)
+        stride, cache = self._stride(key), self._cache(key)
+        slot = None if cache.contains(key) else cache.claim(key, urgent)
         if slot is None:
             return False
-        self._pool.start_ahead(self._read(key, slot, wanted=False), self._fill, self._finish)
+        if self._free[stride]:
+            self._free[stride] -= 1
+        self._pool.start_ahead(self._read(key, slot, wanted=False), self._fill)
         return True
 
     def _read(self, key: Key, slot: int, wanted: bool) -> Read:
-        read = Read(key, slot, self._shards[key[0]].extent(key[1])[1], wanted, not wanted)
+        read = Read(key, slot, self._records.size(key), wanted, not wanted)
         self._reading[key] = read
         return read
 
@@ -204,7 +233,7 @@ class ExpertStore:
         if self._pool.take_back(read) is not None:
             read.ahead = False
             self._cache(read.key).release(read.key)
-            self._begin(read, 1)
+            self._pool.start(read, self._fill)
 
     def _wait(self, request: _Request, stats: LayerStats) -> None:
         """Wait until something of the request has been read; all that has been is in ``here`` then."""
@@ -240,14 +269,36 @@ class ExpertStore:
             return
 
     def _land(self, read: Read) -> None:
-        del self._reading[read.key]
-        cache, stats = self._cache(read.key), self.stats.layers[read.key[0]]
-        if read.error is None:
-            stats.bytes_read += read.size
-        if read.ahead and (read.wanted or read.error is None):
-            cache.release(read.key)
+        key, stats = read.key, self.stats.layers[read.key[0]]
+        del self._reading[key]
         if read.error is not None:
-            self._forget(read.key)
+            if read.ahead and read.wanted:
+                self._cache(key).release(key)
+            self._forget(key)
+            return
+        stats.bytes_read += read.size
+        if read.ahead:
+            stats.ahead_bytes += read.size
+            if self._guesses is None or key not in self._guesses:  # a guess stays until its layer asks
+                self._cache(key).release(key)
+
+    def _drop(self, read: Read) -> None:
+        """Forget a read that was taken back."""
+        del self._reading[read.key]
+        self._forget(read.key)
+
+    def _forget(self, key: Key) -> None:
+        """The slot of ``key``, pinned once, has no record after all."""
+        if self._guesses is not None:
+            self._guesses.discard(key)
+        self._cache(key).forget(key)
+        self._free[self._stride(key)] += 1
+
+    def _let_go(self, guesses: Iterable[Key]) -> None:
+        """Those that have been read are pinned no more; those on their way will be let go when they land."""
+        for key in guesses:
+            if key not in self._reading:
+                self._cache(key).release(key)
 
     def _release(self, request: _Request) -> None:
         for e, _ in request.here:
@@ -255,47 +306,12 @@ class ExpertStore:
             self._cache(key).release(key)
         request.here.clear()
 
-    # What follows runs in reading threads.
-
-    def _fill(self, read: Read, start: int, end: int) -> None:
-        layer, expert = read.key
-        shard = self._shards[layer]
-        offset = shard.extent(expert)[0] + start
-        try:
-            pread_into(self._drive.fds[layer], self._stored(read)[start:end], offset, str(shard.path))
-        except OSError as e:
-            raise self._damaged(read.key, f"reading at byte {offset} failed: {e.strerror}") from e
-
-    def _finish(self, read: Read) -> None:
-        layer, expert = read.key
-        shard = self._shards[layer]
-        stored = self._stored(read)
-        if self._check == "always" or (self._check == "first" and read.key not in self._checked):
-            if not shard.intact(expert, stored):
-                raise self._damaged(read.key, f"the record at byte {shard.extent(expert)[0]} is damaged")
-            self._checked.add(read.key)
-        if shard.compressed:
-            shard.decode(expert, stored, self._arena.bytes[read.slot : read.slot + self._stride(read.key)])
-
-    def _stored(self, read: Read) -> memoryview:
-        """Where the bytes of the file go: into the slot, or, to be decoded, into page-aligned memory of the thread."""
-        if not self._shards[read.key[0]].compressed:
-            return self._arena.bytes[read.slot : read.slot + read.size]
-        if not hasattr(self._scratch, "buffer"):
-            self._scratch.buffer = memoryview(mmap.mmap(-1, scratch_bytes(self._pack) // READ_THREADS))
-        buffer: memoryview = self._scratch.buffer
-        return buffer[: read.size]
-
-    def _damaged(self, key: Key, what: str) -> IntegrityError:
-        layer, expert = key
-        folder = self._pack.folder
-        return IntegrityError(
-            f"{self._shards[layer].path}: layer {layer}, expert {expert}: {what}; "
-            f"repair it with 'flashpack repair {folder} --from COPY_OR_SOURCE'"
-        )
+    def _fill(self, read: Read) -> None:
+        """In a reading thread: the record into its slot."""
+        self._records.read_into(read.key, self._arena.bytes[read.slot : read.slot + self._stride(read.key)])
 
     def _view(self, key: Key, slot: int) -> RecordView:
-        kind = self._shards[key[0]].kind(key[1])
+        kind = self._records.kind(key)
         place = (slot, id(kind))
         view = self._views.get(place)
         if view is None:

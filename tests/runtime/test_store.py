@@ -13,7 +13,6 @@ from flashpack.formats import Pack
 from flashpack.kernels import get_kernels
 from flashpack.kernels.interface import RecordView, StoredMatrix
 from flashpack.runtime.budget import stride_counts
-from flashpack.runtime.cache import LruCache
 from flashpack.runtime.store import ExpertStore
 from tests.conftest import PackOf
 from tests.formats.test_verify import flip
@@ -100,23 +99,6 @@ def test_an_abandoned_stream_releases_its_slots(pack_of: PackOf) -> None:
         for _expert, _record in stream(store, 0, [0, 1, 2, 3]):
             break
     assert sorted(e for e, _ in stream(store, 0, [4, 5, 6, 7])) == [4, 5, 6, 7]
-
-
-def test_lru_evicts_the_least_recently_used_but_never_a_pinned_expert() -> None:
-    cache = LruCache([0, 100])
-    assert cache.claim((0, 1)) == 0
-    assert cache.claim((0, 2)) == 100
-    assert cache.claim((0, 3)) is None
-    cache.release((0, 2))
-    assert cache.claim((0, 3)) == 100
-    cache.release((0, 1))
-    cache.release((0, 3))
-    assert cache.get((0, 1)) == 0
-    cache.release((0, 1))
-    assert cache.claim((0, 4)) == 100
-    cache.forget((0, 4))
-    assert cache.get((0, 4)) is None
-    assert cache.claim((0, 5)) == 100
 
 
 def test_a_damaged_expert_stops_the_run_and_is_named_with_the_command_that_mends_it(
