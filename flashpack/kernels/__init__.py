@@ -16,12 +16,12 @@ def check_device(device: str) -> None:
         raise DeviceError(f"device {device!r} has no kernels yet; choose from {', '.join(DEVICES)}")
 
 
-def get_kernels(device: str, threads: int = 1) -> Kernels:
-    """The fastest kernels of ``device``, on ``threads`` threads; raises ``DeviceError`` if it has none yet."""
+def get_kernels(device: str, threads: int = 1, reference: bool = False) -> Kernels:
+    """The fastest kernels of ``device``, on ``threads`` threads, or the plain ones; ``DeviceError`` if it has none."""
     check_device(device)
     from flashpack.kernels.cpu.native import compute
 
-    if isinstance(compute.library(), str):
+    if reference or isinstance(compute.library(), str):
         from flashpack.kernels.cpu.reference import ReferenceKernels
 
         return ReferenceKernels(threads)

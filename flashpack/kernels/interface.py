@@ -97,14 +97,15 @@ class Kernels(Protocol):
         records: Sequence[RecordView],
         rows: Sequence[Sequence[int]],
         activation: Activation,
-    ) -> torch.Tensor:
-        """``expert`` for several: the first gets the rows rows[0] of x [tokens, hidden], and so on ->
+        out: torch.Tensor,
+    ) -> None:
+        """``expert`` for several: the first gets the rows rows[0] of x [tokens, hidden], and so on; float32 out
         [sum of the lengths of rows, hidden], in this order."""
         ...
 
-    def combine(self, outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The sums over k, in order, of float32 outputs [tokens * top_k, hidden] times weights [tokens, top_k] ->
-        float32 [tokens, hidden]."""
+    def combine(self, outputs: torch.Tensor, places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The sums over k, in order, of rows places [tokens, top_k] of float32 outputs [.., hidden] times weights
+        [tokens, top_k] -> float32 [tokens, hidden]. A negative place, int32, stands for zeros."""
         ...
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor | StoredMatrix) -> torch.Tensor:

@@ -29,12 +29,17 @@ class RoutedExperts:
 
     def __init__(self, store: ExpertStore, kernels: Kernels, site: ExpertsModule) -> None:
         module: Any = site.module
-        self._store = store
+        self.store = store
         self._kernels = kernels
-        self._layer = site.layer
-        self._num_experts = site.num_experts
-        self._activation = _activation(site)
+        self.layer = site.layer
+        self.num_experts = site.num_experts
+        self.activation = _activation(site)
         self._norm: Callable[[Tensor], Tensor] | None = module.post_expert_norm if module.has_post_expert_norm else None
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether the experts' outputs are normalized before they are weighted."""
+        return self._norm is not None
 
     def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """x [tokens, hidden], index and weights [tokens, top_k] -> [tokens, hidden], in x's type."""
@@ -48,16 +53,24 @@ class RoutedExperts:
         pairs: dict[int, list[int]] = {}
         for pair, expert in enumerate(index.reshape(-1).tolist()):
             # Indices past the last expert mean "no expert" (masked tokens).
-            if expert < self._num_experts:
+            if expert < self.num_experts:
                 pairs.setdefault(expert, []).append(pair)
-        outputs = torch.zeros(tokens * top_k, x.shape[-1], dtype=torch.float32)
-        for batch in self._store.batches(self._layer, sorted(pairs)):
-            records = [record for _, record in batch]
+        outputs = torch.empty(tokens * top_k, x.shape[-1], dtype=torch.float32)
+        places = [-1] * (tokens * top_k)
+        end = 0
+        for batch in self.store.batches(self.layer, sorted(pairs)):
+            begin = end
+            for expert, _ in batch:
+                for pair in pairs[expert]:
+                    places[pair] = end
+                    end += 1
             rows = [[pair // top_k for pair in pairs[expert]] for expert, _ in batch]
-            places = torch.tensor([pair for expert, _ in batch for pair in pairs[expert]])
-            output = self._kernels.experts(x, records, rows, self._activation)
-            outputs[places] = (output if self._norm is None else self._norm(output)).float()
-        return self._kernels.combine(outputs, weights).to(x.dtype)
+            out = outputs[begin:end]
+            self._kernels.experts(x, [record for _, record in batch], rows, self.activation, out)
+            if self._norm is not None:
+                out.copy_(self._norm(out.to(x.dtype)))
+        where = torch.tensor(places, dtype=torch.int32).view(tokens, top_k)
+        return self._kernels.combine(outputs, where, weights).to(x.dtype)
 
 
 def _activation(site: ExpertsModule) -> Activation:

@@ -36,8 +36,8 @@ class NativeKernels(ReferenceKernels):
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
-        self._workers = compute.workers(threads)
-        self.name = f"native, {compute.LEVELS[self._workers.level]}"
+        self.workers = compute.workers(threads)
+        self.name = f"native, {compute.LEVELS[self.workers.level]}"
         self._matrices: dict[int, tuple[object, compute.Matrix | None]] = {}
 
     def view_record(self, record: Tensor, kind: RecordKind) -> RecordView:
@@ -47,36 +47,42 @@ class NativeKernels(ReferenceKernels):
         return NativeRecord(view.first, view.down, view.first_bias, view.down_bias, native, address)
 
     def experts(
-        self, x: Tensor, records: Sequence[RecordView], rows: Sequence[Sequence[int]], activation: Activation
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        records: Sequence[RecordView],
+        rows: Sequence[Sequence[int]],
+        activation: Activation,
+        out: Tensor,
+    ) -> None:
         addresses = [r.address for r in records if isinstance(r, NativeRecord) and r.native]
         if activation.name is None or len(addresses) < len(records):
-            return super().experts(x, records, rows, activation)
+            super().experts(x, records, rows, activation, out)
+            return
         wide = x.float().contiguous()
         counts = torch.tensor([len(r) for r in rows], dtype=torch.int32)
         flat = torch.tensor([i for some in rows for i in some], dtype=torch.int32)
-        out = torch.empty(len(flat), x.shape[1])
-        self._workers.experts(
+        self.workers.experts(
             wide.data_ptr(), len(wide), addresses, counts.data_ptr(), flat.data_ptr(),
             compute.FUNCTIONS.index(activation.name), activation.limit, out.data_ptr(),
         )  # fmt: skip
-        return out.to(x.dtype)
 
-    def combine(self, outputs: Tensor, weights: Tensor) -> Tensor:
+    def combine(self, outputs: Tensor, places: Tensor, weights: Tensor) -> Tensor:
         tokens, top_k = weights.shape
-        outputs, weights = outputs.contiguous(), weights.float().contiguous()
-        out = torch.empty(tokens, outputs.shape[-1])
-        self._workers.combine(outputs.data_ptr(), weights.data_ptr(), tokens, top_k, out.shape[1], out.data_ptr())
+        weights = weights.float().contiguous()
+        out = torch.empty(tokens, outputs.shape[1])
+        self.workers.combine(
+            outputs.data_ptr(), places.data_ptr(), weights.data_ptr(), tokens, top_k, out.shape[1], out.data_ptr()
+        )
         return out
 
     def linear(self, x: Tensor, weight: Tensor | StoredMatrix) -> Tensor:
         known = self._matrices.get(id(weight))
         if known is None or known[0] is not weight:
-            known = self._matrices[id(weight)] = (weight, _matrix(weight))  # callers keep their matrices
+            known = self._matrices[id(weight)] = (weight, matrix_of(weight))  # callers keep their matrices
         return self._product(x.float(), weight, known[1], None).to(x.dtype)
 
     def matmul(self, x: Tensor, weight: Tensor | StoredMatrix, bias: Tensor | None = None) -> Tensor:
-        return self._product(x, weight, _matrix(weight, bias), bias)
+        return self._product(x, weight, matrix_of(weight, bias), bias)
 
     def _product(
         self, x: Tensor, weight: Tensor | StoredMatrix, matrix: compute.Matrix | None, bias: Tensor | None
@@ -87,14 +93,14 @@ class NativeKernels(ReferenceKernels):
             return super().matmul(x, weight, bias)
         x = x.contiguous()
         out = torch.empty(*x.shape[:-1], rows)
-        self._workers.linear(x.data_ptr(), tokens, matrix, out.data_ptr())
+        self.workers.linear(x.data_ptr(), tokens, matrix, out.data_ptr())
         return out
 
 
 def _expert(view: RecordView) -> compute.Expert | None:
     """The library's view of a record; None if there is something in it that the library does not know."""
     biases = (*view.first_bias, view.down_bias)
-    matrices = [_matrix(m, b) for m, b in zip((*view.first, view.down), biases, strict=True)]
+    matrices = [matrix_of(m, b) for m, b in zip((*view.first, view.down), biases, strict=True)]
     if any(m is None for m in matrices):
         return None
     inner = view.down.shape[1]
@@ -102,7 +108,8 @@ def _expert(view: RecordView) -> compute.Expert | None:
     return compute.Expert(matrices[0], matrices[1] if gated == 2 else compute.Matrix(), matrices[-1], gated)
 
 
-def _matrix(weight: Tensor | StoredMatrix, add: Tensor | None = None) -> compute.Matrix | None:
+def matrix_of(weight: Tensor | StoredMatrix, add: Tensor | None = None) -> compute.Matrix | None:
+    """The library's view of a matrix, with a bias ``add`` [out]; None if it does not know such a one."""
     extra = None if add is None else add.data_ptr()
     extra_type = 0 if add is None else compute.KINDS[_NUMBERS[add.dtype]]
     if isinstance(weight, Tensor):

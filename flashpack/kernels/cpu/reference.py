@@ -68,22 +68,25 @@ class ReferenceKernels:
             return self.matmul(hidden, record.down, record.down_bias).to(x.dtype)
 
     def experts(
-        self, x: Tensor, records: Sequence[RecordView], rows: Sequence[Sequence[int]], activation: Activation
-    ) -> Tensor:
-        alone = len(x) == 1
-        return torch.cat(
-            [
-                self.expert(x if alone else x[torch.tensor(some)], record, activation)
-                for record, some in zip(records, rows, strict=True)
-            ]
-        )
+        self,
+        x: Tensor,
+        records: Sequence[RecordView],
+        rows: Sequence[Sequence[int]],
+        activation: Activation,
+        out: Tensor,
+    ) -> None:
+        alone, start = len(x) == 1, 0
+        for record, some in zip(records, rows, strict=True):
+            states = x if alone else x[torch.tensor(some)]
+            out[start : start + len(some)] = self.expert(states, record, activation)
+            start += len(some)
 
-    def combine(self, outputs: Tensor, weights: Tensor) -> Tensor:
+    def combine(self, outputs: Tensor, places: Tensor, weights: Tensor) -> Tensor:
         tokens, top_k = weights.shape
-        weighted = (outputs * weights.reshape(-1, 1)).view(tokens, top_k, -1)
-        total = weighted[:, 0].clone()
-        for k in range(1, top_k):
-            total += weighted[:, k]
+        total = outputs.new_zeros(tokens, outputs.shape[1])
+        for k in range(top_k):
+            rows = outputs[places[:, k].clamp(min=0)] * weights[:, k : k + 1]
+            total += rows.masked_fill_((places[:, k] < 0).unsqueeze(-1), 0)
         return total
 
     def linear(self, x: Tensor, weight: Tensor | StoredMatrix) -> Tensor:

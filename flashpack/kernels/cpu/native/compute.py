@@ -63,8 +63,13 @@ def library() -> ctypes.CDLL | str:
         found.flashpack_experts.argtypes = [
             pointer, pointer, wide, pointer, pointer, number, pointer, number, ctypes.c_float, pointer,
         ]  # fmt: skip
-        found.flashpack_combine.argtypes = [pointer, pointer, pointer, wide, wide, wide, pointer]
+        found.flashpack_combine.argtypes = [pointer, pointer, pointer, pointer, wide, wide, wide, pointer]
         found.flashpack_combine.restype = None
+        real = ctypes.c_float
+        found.flashpack_add_norm.argtypes = [pointer, pointer, pointer, pointer, real, wide, pointer]
+        found.flashpack_add_norm.restype = None
+        found.flashpack_attend.argtypes = [*[pointer] * 5, wide, pointer, pointer, pointer]
+        found.flashpack_route.argtypes = [pointer, pointer, number, number, number, number, real, pointer, pointer]
     except (OSError, AttributeError) as e:
         return str(e)
     return found
@@ -87,17 +92,17 @@ class Workers:
         found = library()
         if isinstance(found, str):
             raise RuntimeError(found)
-        self._library = found
+        self.library = found
         self.level = found.flashpack_kernels_level() if level is None else level
-        self._workers = found.flashpack_workers(threads, self.level)
-        if self._workers is None:
+        self.handle = found.flashpack_workers(threads, self.level)
+        if self.handle is None:
             raise RuntimeError(f"no threads, or no instruction set {self.level}")
 
     def linear(self, x: int, tokens: int, matrix: Matrix, out: int) -> None:
         """x [tokens, width] times the transpose of ``matrix`` -> out [tokens, rows]."""
         self._check(
-            self._library.flashpack_linear(
-                self._workers, x, tokens, ctypes.byref(matrix), 1, ctypes.byref(ctypes.c_void_p(out))
+            self.library.flashpack_linear(
+                self.handle, x, tokens, ctypes.byref(matrix), 1, ctypes.byref(ctypes.c_void_p(out))
             )
         )
 
@@ -108,14 +113,14 @@ class Workers:
         first counts[0] entries of ``rows`` name, and so on. out [sum of counts, width]."""
         addresses = (ctypes.c_void_p * len(experts))(*experts)
         self._check(
-            self._library.flashpack_experts(
-                self._workers, x, tokens, addresses, counts, len(experts), rows, function, limit, out
+            self.library.flashpack_experts(
+                self.handle, x, tokens, addresses, counts, len(experts), rows, function, limit, out
             )
         )
 
-    def combine(self, outputs: int, weights: int, tokens: int, top_k: int, width: int, out: int) -> None:
-        """Sums over k, in order, of outputs [tokens, top_k, width] times weights [tokens, top_k] -> out."""
-        self._library.flashpack_combine(self._workers, outputs, weights, tokens, top_k, width, out)
+    def combine(self, outputs: int, places: int, weights: int, tokens: int, top_k: int, width: int, out: int) -> None:
+        """Sums over k, in order, of rows places [tokens, top_k] of outputs times weights [tokens, top_k] -> out."""
+        self.library.flashpack_combine(self.handle, outputs, places, weights, tokens, top_k, width, out)
 
     def _check(self, status: int) -> None:
         if status == -2:

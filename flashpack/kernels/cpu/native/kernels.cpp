@@ -385,19 +385,100 @@ FP_EXPORT int flashpack_experts(
     return 0;
 }
 
-/* out [tokens, width] = sums over k, in order, of outputs [tokens * top_k, width] times weights [tokens, top_k]. */
+/* out [tokens, width] = sums over k, in order, of rows of `outputs` times weights [tokens, top_k]; places [tokens, top_k]
+ * says which row, a negative one none. */
 FP_EXPORT void flashpack_combine(
-    void *workers, const float *outputs, const float *weights, int64_t tokens, int64_t top_k, int64_t width, float *out)
+    void *workers, const float *outputs, const int32_t *places, const float *weights, int64_t tokens, int64_t top_k,
+    int64_t width, float *out)
 {
     Workers &w = *static_cast<Workers *>(workers);
     std::lock_guard<std::mutex> hold(w.pool.callers);
     w.pool.run(tokens, [&](int64_t t) {
-        const float *const own = outputs + t * top_k * width;
         float *const to = out + t * width;
-        for (int64_t i = 0; i < width; i++)
-            to[i] = own[i] * weights[t * top_k];
-        for (int64_t k = 1; k < top_k; k++)
-            for (int64_t i = 0; i < width; i++)
-                to[i] += own[k * width + i] * weights[t * top_k + k];
+        memset(to, 0, width * sizeof(float));
+        for (int64_t k = 0; k < top_k; k++) {
+            const int32_t place = places[t * top_k + k];
+            const float weight = weights[t * top_k + k];
+            const float *const own = outputs + place * width;
+            for (int64_t i = 0; place >= 0 && i < width; i++)
+                to[i] += own[i] * weight;
+        }
     });
+}
+
+/* x [width] += y (null: nothing), then out = x normalized (normalize in decode.h). */
+FP_EXPORT void flashpack_add_norm(
+    void *workers, float *x, const float *y, const float *weight, float epsilon, int64_t width, float *out)
+{
+    for (int64_t i = 0; y && i < width; i++)
+        x[i] += y[i];
+    static_cast<Workers *>(workers)->level->normalize(x, weight, epsilon, width, out);
+}
+
+/* One token's attention: query [heads, query_stride], key and value [kv_heads, width], cosine and sine [rotary] of its
+ * position -> out [heads, width]; its key and value are kept. Returns as flashpack_linear. */
+FP_EXPORT int flashpack_attend(
+    void *workers, const fp_attention *attention, const float *query, const float *key, const float *value,
+    int64_t position, const float *cosine, const float *sine, float *out)
+{
+    Workers &w = *static_cast<Workers *>(workers);
+    const fp_attention &a = *attention;
+    if (position < 0 || position >= a.capacity || a.width % 8 || a.width < 8 || a.width > FP_MAX_HEAD || a.rotary % 2 ||
+        a.rotary > a.width || a.kv_heads < 1 || a.heads % a.kv_heads)
+        return -1;
+    std::lock_guard<std::mutex> hold(w.pool.callers);
+    try {
+        w.scratch.reset();
+        float *scores = w.scratch.take<float>(a.heads * (position + 1));
+        const int64_t own = a.heads / a.kv_heads * (position + 1);
+        w.pool.run(a.kv_heads, [&](int64_t i) {
+            w.level->attend(a, (int)i, query, key, value, position, cosine, sine, scores + i * own, out);
+        });
+    } catch (const std::bad_alloc &) {
+        return -2;
+    }
+    return 0;
+}
+
+/* The `top_k` largest of a router's logits [experts], largest first (the first of equals first), with their weights.
+ *
+ * FP_SOFTMAX_TOP: softmax over all, divided by the sum of the chosen if `divide`. FP_TOP_SOFTMAX: softmax over the
+ * chosen. FP_SIGMOID_TOP: chosen by sigmoid plus `bias` (null: 0), weights without it, divided if `divide`. All times
+ * `factor`. */
+FP_EXPORT int flashpack_route(
+    const float *logits, const float *bias, int experts, int top_k, int mode, int divide, float factor, int32_t *chosen,
+    float *weights)
+{
+    enum { MOST = 4096 };
+    if (experts < 1 || experts > MOST || top_k < 1 || top_k > experts)
+        return -1;
+    float scores[MOST], values[MOST];
+    float most = logits[0], sum = 0;
+    for (int e = 1; e < experts; e++)
+        most = logits[e] > most ? logits[e] : most;
+    for (int e = 0; e < experts; e++) {
+        values[e] = mode == FP_SIGMOID_TOP ? 1.0f / (1.0f + expf(-logits[e])) : expf(logits[e] - most);
+        sum += values[e];
+        scores[e] = mode == FP_SIGMOID_TOP ? values[e] + (bias ? bias[e] : 0.0f) : logits[e];
+    }
+    for (int k = 0; k < top_k; k++) {
+        int best = -1;
+        for (int e = 0; e < experts; e++)
+            if (scores[e] == scores[e] && scores[e] > -INFINITY && (best < 0 || scores[e] > scores[best]))
+                best = e;
+        if (best < 0)
+            return -1;
+        chosen[k] = best;
+        weights[k] = values[best];
+        scores[best] = -INFINITY;
+    }
+    if (mode == FP_SIGMOID_TOP || divide || mode == FP_TOP_SOFTMAX) {
+        float total = 0;
+        for (int k = 0; k < top_k; k++)
+            total += weights[k];
+        sum = mode == FP_SIGMOID_TOP ? (divide ? total + 1e-20f : 1.0f) : total;
+    }
+    for (int k = 0; k < top_k; k++)
+        weights[k] = weights[k] / sum * factor;
+    return 0;
 }

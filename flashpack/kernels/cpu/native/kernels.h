@@ -38,4 +38,30 @@ typedef struct {
     int64_t gated; /* 0: one matrix before the activation; 1: gate and up in `first`; 2: in `first` and `second` */
 } fp_expert;
 
+/* One layer's attention of one new token, with keys and values of [kv_heads, capacity, width] before and with it.
+ *
+ * Queries and keys may be normalized (weights [width], or null) and are turned (rotary, by halves, the first `rotary` of
+ * their values). `query_stride`: values from one head's query to the next; `gate`: where in them a gate for the head's
+ * result begins, 0 for none. */
+typedef struct {
+    float *keys;
+    float *values;
+    const float *query_norm;
+    const float *key_norm;
+    int64_t capacity;
+    int32_t heads;
+    int32_t kv_heads;
+    int32_t width; /* a multiple of 8, at most FP_MAX_HEAD */
+    int32_t rotary;
+    int32_t query_stride;
+    int32_t gate;
+    float epsilon;
+    float scale;
+} fp_attention;
+
+enum { FP_MAX_HEAD = 512 };
+
+/* How a router's logits become weights. */
+enum { FP_SOFTMAX_TOP = 0, FP_TOP_SOFTMAX = 1, FP_SIGMOID_TOP = 2 };
+
 #endif

@@ -40,6 +40,10 @@ struct Level {
         const fp_matrix &matrix, const Shape &shape, int64_t first, int64_t last, const Activations *tokens,
         int64_t count, float *out, int64_t stride);
     void (*activate)(int function, float limit, const float *gate, const float *up, float *out, int64_t count);
+    void (*normalize)(const float *x, const float *weight, float epsilon, int64_t width, float *out);
+    void (*attend)(
+        const fp_attention &attention, int kv_head, const float *query, const float *key, const float *value,
+        int64_t position, const float *cosine, const float *sine, float *scores, float *out);
 };
 
 extern const Level level_portable;

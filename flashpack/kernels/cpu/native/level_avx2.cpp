@@ -13,8 +13,9 @@ namespace {
 #include "level_avx2.inc"
 }
 #include "body.h"
+#include "decode.h"
 
-const Level level_avx2 = {"avx2", prepare, product, activate};
+const Level level_avx2 = {"avx2", prepare, product, activate, normalize, attend};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -169,5 +169,6 @@ inline void reorder(int, const int16_t *in, int16_t *out)
 
 } // namespace
 #include "body.h"
+#include "decode.h"
 
-const Level level_portable = {"portable", prepare, product, activate};
+const Level level_portable = {"portable", prepare, product, activate, normalize, attend};

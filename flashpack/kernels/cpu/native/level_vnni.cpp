@@ -14,8 +14,9 @@ namespace {
 #include "level_avx2.inc"
 }
 #include "body.h"
+#include "decode.h"
 
-const Level level_vnni = {"avx512-vnni", prepare, product, activate};
+const Level level_vnni = {"avx512-vnni", prepare, product, activate, normalize, attend};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,0 +1,212 @@
+"""Decoding one token at a time without the library's overhead, where a model's parts are known.
+
+``install`` replaces a model's ``forward`` by one that takes single tokens of one sequence through steps of the kernels
+and leaves everything else to the library. It does so only after it has taken the same tokens both ways: layers that
+differ stay the library's own, and if the logits differ, so does the whole model. The library's way is the oracle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from flashpack.kernels import Kernels
+from flashpack.runtime.lean.cache import RoomyLayer
+from flashpack.runtime.lean.layers import Board, Experts, LeanLayer, NotLean, PlainLayer, Token, norm_of
+from flashpack.skeleton import ExpertsModule
+
+TOLERANCE = 1e-3
+"""Largest difference of a layer's result, or of the logits, relative to the largest value."""
+
+_PROBES = 3
+"""Tokens that are taken both ways."""
+
+
+class LeanDecoder:
+    """Steps of a model's layers; ``NotLean`` if there are none. ``lean_layers`` of ``layers`` are not the library's."""
+
+    def __init__(self, model: PreTrainedModel, kernels: Kernels, context: int) -> None:
+        from flashpack.kernels.cpu.compiled import NativeKernels
+        from flashpack.kernels.cpu.steps import Steps
+
+        if not isinstance(kernels, NativeKernels):
+            raise NotLean("the native kernels are not there")
+        if model.dtype != torch.float32:
+            raise NotLean("activations are not float32")
+        self._model: Any = model
+        self._decoder: Any = self._model.get_decoder()
+        self._context = context
+        parts = ("layers", "norm", "rotary_emb", "embed_tokens")
+        if not all(hasattr(self._decoder, part) for part in parts):
+            raise NotLean(f"{type(self._decoder).__name__} has not all of {', '.join(parts)}")
+        hidden = self._model.config.get_text_config(decoder=True).hidden_size
+        self.board = Board(Steps(kernels), hidden)
+        with library_calls("rotary positions"):
+            cosine, _ = self._decoder.rotary_emb(torch.zeros(1, 1, hidden), torch.zeros(1, 1, dtype=torch.long))
+        self.layers: list[LeanLayer | PlainLayer] = []
+        for layer in self._decoder.layers:
+            try:
+                with library_calls(type(layer).__name__):
+                    self.layers.append(LeanLayer(self.board, layer, cosine.shape[-1]))
+            except NotLean:
+                self.layers.append(PlainLayer(self.board, layer))
+        self._norm = self.board.steps.add_norm(
+            self.board.x, self.board.y, *norm_of(self._decoder.norm, hidden), self.board.normed
+        )
+
+    @property
+    def lean_layers(self) -> int:
+        return sum(isinstance(layer, LeanLayer) for layer in self.layers)
+
+    def takes(self, cache: object) -> bool:
+        """Whether a cache is of the kind that the steps can go on with."""
+        if type(cache) is not DynamicCache or len(cache.layers) != len(self.layers) or not cache.get_seq_length():
+            return False
+        ours: list[Any] = [c for c, x in zip(cache.layers, self.layers, strict=True) if isinstance(x, LeanLayer)]
+        return all(type(c) in (DynamicLayer, RoomyLayer) and c.keys is not None and len(c.keys) == 1 for c in ours)
+
+    def step(self, ids: Tensor, cache: Any) -> Tensor:
+        """ids [1, 1], after what ``cache`` holds -> the hidden state [1, 1, hidden] for the head."""
+        position = cache.get_seq_length()
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, LeanLayer) and type(cache.layers[i]) is not RoomyLayer:
+                cache.layers[i] = RoomyLayer.of(cache.layers[i], self._context)
+        embedded = self._decoder.embed_tokens(ids)
+        positions = torch.tensor([[position]])
+        cosine, sine = self._decoder.rotary_emb(embedded, positions)
+        plain = {
+            "attention_mask": None,
+            "position_ids": positions,
+            "use_cache": True,
+            "position_embeddings": (cosine, sine),
+        }
+        token = Token(position, cosine.reshape(-1).contiguous(), sine.reshape(-1).contiguous(), cache, plain)
+        self.board.x.copy_(embedded.view(-1))
+        self.board.y.zero_()
+        for layer in self.layers:
+            layer(token)
+        self._norm()
+        return self.board.normed.view(1, 1, -1)
+
+    def logits(self, ids: Tensor, cache: Any) -> Tensor:
+        """``step`` and the head: [1, 1, vocabulary]."""
+        logits: Tensor = self._model.get_output_embeddings()(self.step(ids, cache))
+        return logits
+
+
+@contextlib.contextmanager
+def library_calls(what: str) -> Iterator[None]:
+    """A module that cannot be called in the usual way is not of a known kind."""
+    try:
+        yield
+    except NotLean:
+        raise
+    except Exception as e:
+        raise NotLean(f"{what}: {type(e).__name__}: {e}") from e
+
+
+def install(model: PreTrainedModel, kernels: Kernels, sites: list[ExpertsModule], context: int) -> str:
+    """Make single tokens of ``model`` go through steps where that gives the same; returns what was done in a line."""
+    try:
+        with torch.inference_mode():
+            decoder = LeanDecoder(model, kernels, context)
+            if not decoder.lean_layers:
+                raise NotLean("no layer is made of known parts")
+            with library_calls(type(model).__name__):
+                _match(model, decoder, sites)
+    except NotLean as e:
+        return f"the library's: {e}"
+    whole: Any = model
+    library_forward = whole.forward
+
+    def forward(
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **others: Any,
+    ) -> Any:
+        single = input_ids is not None and input_ids.shape == (1, 1) and not torch.is_grad_enabled()
+        usual = single and all(v is None or v is False for k, v in others.items() if k != "cache_position")
+        if (
+            not usual
+            or use_cache is False
+            or return_dict is False
+            or not decoder.takes(past_key_values)
+            or (attention_mask is not None and (attention_mask.ndim != 2 or not bool(attention_mask.all())))
+            or (position_ids is not None and position_ids.tolist() != [[past_key_values.get_seq_length()]])
+        ):
+            return library_forward(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                past_key_values=past_key_values, use_cache=use_cache, logits_to_keep=logits_to_keep,
+                return_dict=return_dict, **others,
+            )  # fmt: skip
+        assert input_ids is not None
+        return CausalLMOutputWithPast(
+            logits=decoder.logits(input_ids, past_key_values), past_key_values=past_key_values
+        )
+
+    whole.forward = forward
+    return f"lean: {decoder.lean_layers} of {len(decoder.layers)} layers"
+
+
+def _match(model: PreTrainedModel, decoder: LeanDecoder, sites: list[ExpertsModule]) -> None:
+    """Take tokens both ways, with stand-ins for the experts, which are the same both ways; ``NotLean`` if they differ.
+
+    No expert is read.
+    """
+    whole: Any = model
+    vocabulary = whole.get_input_embeddings().num_embeddings
+    ids = torch.randint(vocabulary, (1, 1 + _PROBES), generator=torch.Generator().manual_seed(2))
+    modules: list[Any] = [site.module for site in sites]
+    real = [module.flashpack for module in modules]
+    lean_experts = [x.block for x in decoder.layers if isinstance(x, LeanLayer) and isinstance(x.block, Experts)]
+    try:
+        for module, site in zip(modules, sites, strict=True):
+            module.flashpack = _StandIn(site.num_experts)
+        for block in lean_experts:
+            block.routed = _stand_in(block, decoder.board)
+        caches = [whole(ids[:, :1], use_cache=True).past_key_values for _ in range(2)]
+        if not decoder.takes(caches[0]):
+            raise NotLean(f"{type(whole).__name__} has a cache of another kind")
+        for i in range(1, 1 + _PROBES):
+            expected = whole(ids[:, i : i + 1], past_key_values=caches[1], use_cache=True).logits
+            found = decoder.logits(ids[:, i : i + 1], caches[0])
+            worst = float((found - expected).abs().max() / expected.abs().max())
+            if not worst <= TOLERANCE:
+                raise NotLean(f"its logits differ by {worst:.1e} from the library's")
+    finally:
+        for module, routed in zip(modules, real, strict=True):
+            module.flashpack = routed
+        for block in lean_experts:
+            del block.routed
+            block.routed = block._routed
+
+
+class _StandIn:
+    """In place of routed experts: x times a number of each chosen expert."""
+
+    def __init__(self, experts: int) -> None:
+        self.numbers = torch.linspace(-1, 1, experts)
+
+    def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return x * (self.numbers[index] * weights.float()).sum(-1, keepdim=True)
+
+
+def _stand_in(block: Experts, board: Board) -> Any:
+    def routed() -> None:
+        stand_in = _StandIn(block.experts_count)
+        chosen, weights = block.router.chosen.long().unsqueeze(0), block.router.weights.unsqueeze(0)
+        board.y.copy_(stand_in(board.normed.unsqueeze(0), chosen, weights)[0])
+
+    return routed
