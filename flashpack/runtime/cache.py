@@ -13,7 +13,8 @@ Decisions depend on the sequence of calls alone. Measurements: docs/experiments/
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import insort
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 import numpy as np
@@ -32,8 +33,10 @@ LEAST_CHANCE = 1e-6
 """An expert that was never used waits 1 / this, not for ever."""
 USUAL_STEP = 1.01
 """How fast the usual number of experts of a layer's request follows what is asked for: 1 % a request, up or down."""
-BATCH_LEAST, BATCH_SHARE = 8, 64
-"""Victims are looked up so many at a time, or one in so many slots if that is more."""
+LISTED = 16
+"""Of each layer the longest waits are listed, so many; a layer of which all these are evicted is listed whole."""
+_REST: Key = (-1, -1)
+"""Stands in a list for the experts of the layer that are not listed: none of them waits longer."""
 
 
 class ExpertCache:
@@ -47,35 +50,41 @@ class ExpertCache:
         self._free = slots[::-1]
         self._slots: dict[Key, int] = {}
         self._pins: dict[Key, int] = {}
-        self._layer = -1
-        self._request: dict[Key, None] = {}  # what was asked for in this layer at this step,
-        self._noted = 0  # the first so many of which are in _uses or in the rates
-        self._uses: list[Key] = []  # uses that the rates do not have yet
-        self._usual = 0.0
-        self._victims: dict[Key, None] = {}  # evicted next, the first first
-        self._batch = max(BATCH_LEAST, len(slots) // BATCH_SHARE)
-        self._decay = 0.5 ** (1 / np.array(HALF_LIVES, np.float64))[:, None]
-        self._mixture = np.array(MIXTURE, np.float64)
-        # Rows are layers in the order in which they were met, columns experts; both grow as keys appear.
+        # What is known up to this step. Rows are layers in the order in which they were met, columns experts; the
+        # arrays are flat and grow as keys appear.
         self._rows: dict[int, int] = {}
         self._width = 0
+        self._decay = 0.5 ** (1 / np.array(HALF_LIVES, np.float64))[:, None]
+        self._mixture = np.array(MIXTURE, np.float64)
+        self._gain = float(self._mixture @ (1 - self._decay[:, 0]))  # what one use adds to p
         self._rates: Floats = np.zeros((len(HALF_LIVES), 0))
-        self._wait: Floats = np.zeros(0)  # 1 / p, in steps
+        self._chance: Floats = np.zeros(0)  # p
         self._absent: Floats = np.zeros(0)  # 0 for experts that have a slot, -inf for others
-        self._turns: Floats = np.zeros((0, 0))  # [row now, row]: the part of a step until that layer is next, 1 for now
+        # This step.
+        self._layer = -1
+        self._request: dict[Key, None] = {}
+        self._usual = 0.0
+        self._bump = 0.0  # what a use in this request adds to p, 0 until all of it is known
+        self._uses: list[Key] = []  # uses in requests before this one that the rates do not have yet
+        self._used: dict[Key, float] = {}  # all of this step, with the wait from then on, 0 while pinned
+        self._first_turns: list[float] = []  # by row: when in a step it is the layer's turn
+        self._turns: list[float] = []  # by row: when, in steps from the first layer of this one, it is next
+        # Who is evicted: by row (wait, key), the longest wait last. Entries may be out of date; made when needed.
+        self._lists: list[list[tuple[float, Key]]] = []
+        self._heads: list[float] = []  # by row: its longest wait + turn
+        self._listed = False
 
     def get(self, key: Key) -> int | None:
         """The slot of ``key``, now pinned; None if it is not here. Either way the key counts as used."""
         if key[0] != self._layer or key in self._request:
             self._begin_request(key[0])
         self._request[key] = None
+        self._used[key] = 0.0
         slot = self._slots.get(key)
-        if slot is None:
-            self._index(key)
-        else:
+        if slot is not None:
             self._pins[key] = self._pins.get(key, 0) + 1
-            if key in self._victims:
-                del self._victims[key]
+        elif key[0] not in self._rows or key[1] >= self._width:
+            self._grow(*key)
         return slot
 
     def contains(self, key: Key) -> bool:
@@ -87,19 +96,21 @@ class ExpertCache:
 
         None if all are pinned. Not ``urgent`` (a guess): None also if no expert here has a longer wait than ``key``.
         """
-        index = self._index(key)
+        if key[0] not in self._rows or key[1] >= self._width:
+            self._grow(*key)
         if self._free:
             slot = self._free.pop()
         else:
             victim = self._victim()
             if victim is None or (not urgent and self._expected(victim) <= self._expected(key)):
                 return None
-            del self._victims[victim]
+            row = self._rows[victim[0]]
+            self._unlist(row)
             slot = self._slots.pop(victim)
-            self._absent[self._index(victim)] = -np.inf
+            self._absent[row * self._width + victim[1]] = -np.inf
         self._slots[key] = slot
         self._pins[key] = 1
-        self._absent[index] = 0.0
+        self._absent[self._rows[key[0]] * self._width + key[1]] = 0.0
         return slot
 
     def release(self, key: Key) -> None:
@@ -107,6 +118,17 @@ class ExpertCache:
         pins = self._pins.pop(key) - 1
         if pins:
             self._pins[key] = pins
+            return
+        row = self._rows[key[0]]
+        chance = self._chance.item(row * self._width + key[1])
+        if key in self._used:
+            wait = self._used[key] = 1 / (chance + (self._bump or self._set_bump()))
+        else:
+            wait = 1 / max(chance, LEAST_CHANCE)
+        if self._listed:
+            entries = self._lists[row]
+            insort(entries, (wait, key))
+            self._heads[row] = entries[-1][0] + self._turns[row]
 
     def forget(self, key: Key) -> None:
         """Drop ``key`` (its read failed); it must be pinned by the caller alone."""
@@ -116,13 +138,16 @@ class ExpertCache:
 
     def ranking(self) -> list[tuple[Key, float]]:
         """Every expert used so far, here or not, with the chance that the next step uses it: hottest first."""
-        self._note_uses()
-        chances = self._chances(self._rates)
+        before = self._rates
+        self._rates = before.copy()
+        self._add([*self._uses, *self._request], 1.0)
+        chances, self._rates = self._chances(), before
+        width = self._width
         found = [
-            ((layer, e), float(chances[row * self._width + e]))
+            ((layer, e), chance)
             for layer, row in self._rows.items()
-            for e in range(self._width)
-            if chances[row * self._width + e] > 0
+            for e, chance in enumerate(chances[row * width : (row + 1) * width].tolist())
+            if chance
         ]
         return sorted(found, key=lambda x: (-x[1], x[0]))
 
@@ -131,90 +156,111 @@ class ExpertCache:
         for key, score in scores.items():
             if not 0 <= score <= 1:
                 raise ValueError(f"layer {key[0]}, expert {key[1]}: the score {score} is not a chance between 0 and 1")
-        self._note_uses()
         for key, score in scores.items():
             index = self._index(key)
             self._rates[:, index] = score
-            self._wait[index] = 1 / max(score, LEAST_CHANCE)
-        self._victims.clear()
+            self._chance[index] = score
+        self._listed = False
 
     def _begin_request(self, layer: int) -> None:
-        count = len(self._request)
-        if count > self._usual:
-            self._usual = min(count, self._usual * USUAL_STEP) if self._usual else count
-        else:
-            self._usual = max(count, self._usual / USUAL_STEP)
-        if count > self._noted:
-            self._note_request()
+        if self._request:
+            count, weight = len(self._request), self._weight()
+            if weight < 1:
+                self._add(self._request, weight)
+            else:
+                self._uses.extend(self._request)
+            if count > self._usual:
+                self._usual = min(count, self._usual * USUAL_STEP) if self._usual else count
+            else:
+                self._usual = max(count, self._usual / USUAL_STEP)
         if layer <= self._layer:
-            self._note_uses()
-            self._rates *= self._decay
-            self._wait = 1 / np.maximum(self._chances(self._rates), LEAST_CHANCE)
-        self._layer = layer
-        self._request = {}
-        self._noted = 0
+            self._begin_step()
+        self._layer, self._request, self._bump = layer, {}, 0.0
+        row = self._rows.get(layer)
+        if row is not None and self._turns[row] < 1:
+            self._turns[row] += 1
+            self._heads[row] += 1
 
-    def _note_request(self) -> None:
-        """Count what was asked for since the last call as used."""
+    def _begin_step(self) -> None:
+        self._add(self._uses, 1.0)
+        self._rates *= self._decay
+        self._chance = self._chances()
+        self._uses, self._used = [], {}
+        self._turns = self._first_turns.copy()
+        self._listed = False
+
+    def _weight(self) -> float:
+        """What a use in this request counts.
+
+        A chunk of a prompt uses most experts, each once. Counted in full, its cold experts would seem as hot as those
+        that decoding keeps using; so a much larger request than usual adds no more in all than the usual one does.
+        """
         count = len(self._request)
-        fresh = list(self._request)[self._noted :] if self._noted else self._request
-        self._noted = count
-        # A chunk of a prompt uses most experts, each once. Counted in full, its cold experts would seem as hot as those
-        # that decoding keeps using; so a request adds no more than the usual one does.
-        if count > 2 * self._usual > 0:
-            self._add(list(fresh), self._usual / count)
-        else:
-            self._uses.extend(fresh)
+        return self._usual / count if count > 2 * self._usual > 0 else 1.0
 
-    def _note_uses(self) -> None:
-        if len(self._request) > self._noted:
-            self._note_request()
-        if self._uses:
-            self._add(self._uses, 1.0)
-            self._uses = []
+    def _set_bump(self) -> float:
+        self._bump = self._gain * self._weight()
+        return self._bump
 
-    def _add(self, keys: list[Key], weight: float) -> None:
+    def _add(self, keys: Iterable[Key], weight: float) -> None:
         rows, width = self._rows, self._width
-        index = np.array([rows[layer] * width + expert for layer, expert in keys])
-        rates = self._rates[:, index] + (1 - self._decay) * weight
-        self._rates[:, index] = rates
-        self._wait[index] = 1 / np.maximum(self._chances(rates), LEAST_CHANCE)
+        index = np.array([rows[layer] * width + expert for layer, expert in keys], np.intp)
+        self._rates[:, index] += (1 - self._decay) * weight
 
-    def _chances(self, rates: Floats) -> Floats:
+    def _chances(self) -> Floats:
         # Not a BLAS product: its threads would wake up for this, and its sums differ between machines.
-        chances: Floats = np.einsum("j,jk->k", self._mixture, rates)
+        chances: Floats = np.einsum("j,jk->k", self._mixture, self._rates)
         return chances
 
     def _victim(self) -> Key | None:
-        """The expert to evict next; None if all are pinned."""
-        for key in self._victims:
-            if key not in self._pins:
+        """The expert to evict next, the last of its list; None if all are pinned."""
+        if not self._listed:
+            self._list(0, len(self._rows), min(LISTED, self._width))
+            self._listed = True
+        heads = self._heads
+        while heads and (head := max(heads)) > -np.inf:
+            row = heads.index(head)
+            wait, key = self._lists[row][-1]
+            if key == _REST:
+                self._list(row, row + 1, self._width)
+            elif key in self._slots and key not in self._pins and self._used.get(key, wait) == wait:
                 return key
-        count = min(self._batch, len(self._slots) - len(self._pins))
-        if count <= 0:
-            return None
-        self._note_uses()
-        width = self._width
-        waits = (self._wait.reshape(-1, width) + self._turn()[:, None]).reshape(-1)
-        waits += self._absent
-        for key in self._pins:
-            waits[self._index(key)] = -np.inf
-        worst = np.argpartition(waits, len(waits) - count)[len(waits) - count :]
-        worst = worst[np.lexsort((worst, -waits[worst]))]
-        layers = list(self._rows)
-        self._victims = {(layers[i // width], i % width): None for i in worst.tolist()}
-        return next(iter(self._victims))
+            else:
+                self._unlist(row)
+        return None
 
-    def _turn(self) -> Floats:
-        """For each row the part of a step until its layer is next."""
-        if self._layer not in self._rows:
-            return np.zeros(len(self._rows))
-        turn: Floats = self._turns[self._rows[self._layer]]
-        return turn
+    def _list(self, first: int, last: int, take: int) -> None:
+        """List the ``take`` longest waits of each of these rows."""
+        width = self._width
+        waits = 1 / np.maximum(self._chance[first * width : last * width], LEAST_CHANCE)
+        waits += self._absent[first * width : last * width]
+        for key, wait in self._used.items():
+            if wait and key in self._slots and first <= (row := self._rows[key[0]]) < last:
+                waits[(row - first) * width + key[1]] = wait
+        grid = waits.reshape(-1, width)
+        where = np.argpartition(grid, width - take, axis=1)[:, width - take :] if take < width else None
+        found = grid if where is None else np.take_along_axis(grid, where, 1)
+        columns = np.broadcast_to(np.arange(width), grid.shape) if where is None else where
+        for layer, row in self._rows.items():
+            if first <= row < last:
+                pairs = zip(found[row - first].tolist(), columns[row - first].tolist(), strict=True)
+                entries = [(wait, (layer, e)) for wait, e in pairs if wait > 0]
+                entries.sort()
+                if len(entries) == take < width:
+                    entries.insert(0, (entries[0][0], _REST))
+                self._lists[row] = entries
+                self._heads[row] = entries[-1][0] + self._turns[row] if entries else -np.inf
+
+    def _unlist(self, row: int) -> None:
+        """Take the last of a list away."""
+        entries = self._lists[row]
+        del entries[-1]
+        self._heads[row] = entries[-1][0] + self._turns[row] if entries else -np.inf
 
     def _expected(self, key: Key) -> float:
-        """Expected wait for the next use of ``key``, in steps."""
-        return float(self._wait[self._index(key)] + self._turn()[self._rows[key[0]]])
+        """When the next use of ``key`` is expected, in steps from the first layer of this one."""
+        wait = self._used.get(key) or 1 / max(self._chance.item(self._index(key)), LEAST_CHANCE)
+        return wait + self._turns[self._rows[key[0]]]
 
     def _index(self, key: Key) -> int:
         """Where ``key`` is in the arrays, which grow to hold it."""
@@ -234,9 +280,13 @@ class ExpertCache:
             return np.pad(old.reshape(rows, width), added, constant_values=fill).reshape(-1)
 
         self._rates = np.stack([grown(rates, 0.0) for rates in self._rates])
-        self._wait = grown(self._wait, 1 / LEAST_CHANCE)
+        self._chance = grown(self._chance, 0.0)
         self._absent = grown(self._absent, -np.inf)
-        layers = np.array(list(self._rows))
-        rank = np.argsort(np.argsort(layers))
-        self._turns = ((rank[None, :] - rank[:, None] - 1) % len(layers) + 1) / len(layers)
+        if len(self._rows) > rows:
+            self._lists.append([])
+            self._heads.append(-np.inf)
+            passed = [turn >= 1 for turn in self._turns] + [layer == self._layer]
+            self._first_turns = [sum(other < x for other in self._rows) / len(self._rows) for x in self._rows]
+            self._turns = [turn + was for turn, was in zip(self._first_turns, passed, strict=True)]
+        self._listed = False
         return row
