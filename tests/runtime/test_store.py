@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -137,3 +138,11 @@ def test_damage_after_the_first_read_is_seen_only_if_every_read_is_checked(
         else:
             with pytest.raises(IntegrityError, match=f"expert {expert}"):
                 list(stream(store, 0, [expert]))
+
+
+def wait_for(store: ExpertStore, records: int) -> None:
+    """Until so many reads that nobody waits for have landed (or failed)."""
+    deadline = time.monotonic() + 30
+    while store._pool.landed.qsize() < records:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
