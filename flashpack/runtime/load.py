@@ -49,6 +49,7 @@ class Runtime:
     budget: Budget
     context: int
     kernels: str
+    decoding: str
 
 
 def load(
@@ -59,14 +60,19 @@ def load(
     context: int | None = None,
     check: str = "first",
     expect: str | None = None,
+    reference: bool = False,
+    warm: bool | None = None,
 ) -> PreTrainedModel:
     """Open a pack as a transformers causal language model; its ``generate`` works.
 
     ``memory``: bytes the whole process may use, also as "2GB", "2GiB" or "smallest"; default: from what is
     available. ``dtype``: type of activations, float32 by default on CPU; stored weights stay mapped and are widened
     per operation. ``context``: tokens of KV cache to reserve. ``check``: when an expert is compared with its digest:
-    ``"first"`` time it is read, ``"always"`` or ``"never"``. ``expect``: the identity the pack must have. The model
-    carries its ``Runtime`` as ``.flashpack``.
+    ``"first"`` time it is read, ``"always"`` or ``"never"``. ``expect``: the identity the pack must have.
+    ``reference``: computed by torch and transformers alone, slowly: what everything faster is compared with.
+    ``warm``: whether to begin with the experts that earlier runs used most, and to remember those of this one (in the
+    user's cache folder); default: unless the environment variable FLASHPACK_WARM is 0. The model carries its
+    ``Runtime`` as ``.flashpack``.
 
     Raises ``FormatError``, ``IntegrityError``, ``IdentityError``, ``MemoryBudgetError``, ``DeviceError`` or
     ``UsageError``.
@@ -80,7 +86,8 @@ def load(
     import torch
 
     from flashpack.runtime import budget as budgets
-    from flashpack.runtime import dense, experts
+    from flashpack.runtime import dense, experts, lean
+    from flashpack.runtime import warm as history
     from flashpack.runtime.kv import cache_class, kv_bytes
     from flashpack.runtime.records import scratch_bytes
     from flashpack.runtime.store import ExpertStore
@@ -89,7 +96,7 @@ def load(
     dtype = dtype or torch.float32
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UsageError(f"dtype {dtype} is not float32, bfloat16 or float16")
-    kernels = get_kernels(device, torch.get_num_threads())
+    kernels = get_kernels(device, torch.get_num_threads(), reference)
     experts.register()
     parameters = len(opened.manifest.tensors) + 2 * len(opened.manifest.layers)
     try:
@@ -118,6 +125,9 @@ def load(
     total = parse_size(memory) if memory not in (None, "smallest") else memory
     budget = budgets.divide(opened, usage().anonymous, cache, work, total, available())
     store = ExpertStore(opened, kernels, budget.slots, check)
+    remembered = opened if history.wanted(warm) else None
+    if remembered:
+        store.warm(history.read(opened))
     for site in sites:
         module: Any = site.module
         module.flashpack = experts.RoutedExperts(store, kernels, site)
@@ -125,10 +135,20 @@ def load(
     if own_cache is not None:
         _give_cache(model, own_cache)
     confine(model, torch.get_num_threads())
-    runtime: Any = Runtime(opened, store, budget, context, kernels.name)
+    decoding = "the library's: asked for" if reference else lean.install(model, kernels, sites, context)
+    runtime: Any = Runtime(opened, store, budget, context, kernels.name, decoding)
     model.flashpack = runtime
-    weakref.finalize(model, store.close)
+    weakref.finalize(model, _finish, store, remembered)
     return model
+
+
+def _finish(store: ExpertStore, remembered: Pack | None) -> None:
+    """The model is not used any more."""
+    if remembered:
+        from flashpack.runtime import warm as history
+
+        history.write(remembered, store.ranking())
+    store.close()
 
 
 def _check_layers(pack: Pack, sites: list[ExpertsModule]) -> None:
