@@ -259,7 +259,10 @@ class ExpertCache:
 
     def _expected(self, key: Key) -> float:
         """When the next use of ``key`` is expected, in steps from the first layer of this one."""
-        wait = self._used.get(key) or 1 / max(self._chance.item(self._index(key)), LEAST_CHANCE)
+        wait = self._used.get(key, 0.0)
+        if not wait:
+            chance = self._chance.item(self._index(key)) + (self._gain * self._weight() if key in self._used else 0.0)
+            wait = 1 / max(chance, LEAST_CHANCE)
         return wait + self._turns[self._rows[key[0]]]
 
     def _index(self, key: Key) -> int:
