@@ -28,13 +28,19 @@ def logits_of(model: torch.nn.Module, prompt: np.ndarray) -> np.ndarray:
     return logits
 
 
-@pytest.mark.parametrize("memory", ["smallest", None])
+@pytest.mark.parametrize(("memory", "plain"), [("smallest", False), (None, True), (None, False)])
 @pytest.mark.parametrize("name", PLAIN + FREE + MLX)
-def test_logits_and_greedy_tokens_equal_the_reference(pack_of: PackOf, name: str, memory: str | None) -> None:
-    """Tolerances of float32 sums in another order: 1e-4 plain, 2e-3 where the reference decoded MLX weights."""
+def test_logits_and_greedy_tokens_equal_the_reference(
+    pack_of: PackOf, name: str, memory: str | None, plain: bool
+) -> None:
+    """Tolerances of float32 sums in another order: 1e-4 plain, 2e-3 where the reference decoded MLX weights.
+
+    The native kernels round activations for products with codes: 3e-5 of a product, which tiny random models with
+    recurrent layers make 400 times as much (as much as noise of that size does).
+    """
     reference = np.load(CHECKPOINTS / f"{name}.npz")
-    model = flashpack.load(pack_of(name, "source", "source"), memory=memory)
-    tolerance = 2e-3 if name in MLX else 1e-4
+    model = flashpack.load(pack_of(name, "source", "source"), memory=memory, reference=plain)
+    tolerance = (2e-3 if plain else 2e-2) if name in MLX else 1e-4
     found = logits_of(model, reference["prompt"])
     assert np.abs(found - reference["logits"]).max() <= tolerance
     prompt = torch.from_numpy(reference["prompt"])[None]

@@ -16,7 +16,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._buffers: dict[str, Tensor | None] = {"keys": None, "values": None}
-        self.length = 0
+        self._used = {"keys": 0, "values": 0}
         super().__init__()  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -30,11 +30,16 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def _get(self, name: str) -> Tensor | None:
         buffer = self._buffers[name]
-        return None if buffer is None or buffer.ndim != 4 else buffer[:, :, : self.length]
+        return None if buffer is None or buffer.ndim != 4 else buffer[:, :, : self._used[name]]
 
     def _set(self, name: str, value: Tensor | None) -> None:
         self._buffers[name] = value
-        self.length = value.shape[2] if value is not None and value.ndim == 4 else 0
+        self._used[name] = value.shape[2] if value is not None and value.ndim == 4 else 0
+
+    @property
+    def length(self) -> int:
+        """Tokens that are kept."""
+        return self._used["keys"]
 
     keys: Any = property(lambda self: self._get("keys"), lambda self, value: self._set("keys", value))
     values: Any = property(lambda self: self._get("values"), lambda self, value: self._set("values", value))
@@ -55,7 +60,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def grow(self) -> None:
         """A token's key and value have been written behind the others."""
-        self.length += 1
+        self._used = {name: used + 1 for name, used in self._used.items()}
 
     def get_seq_length(self) -> int:
         return self.length

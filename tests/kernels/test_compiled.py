@@ -1,0 +1,218 @@
+"""The kernels in C++ against float64, and against themselves: rows, tokens and threads computed together or alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flashpack.formats import Encoding, Projection, RecordKind
+from flashpack.formats.dtypes import from_float32
+from flashpack.formats.records import MXFP4
+from flashpack.formats.writer import RecordBuffer
+from flashpack.kernels import Activation, StoredMatrix
+from flashpack.kernels.activations import recognize
+from flashpack.kernels.cpu.compiled import NativeKernels, matrix_of
+from flashpack.kernels.cpu.native import compute
+from flashpack.kernels.cpu.reference import ReferenceKernels
+from flashpack.kernels.interface import ACTIVATIONS
+from tests.kernels.test_reference import random_matrix, stored_matrix
+
+pytestmark = pytest.mark.skipif(isinstance(compute.library(), str), reason=f"no native kernels: {compute.library()}")
+
+LEVELS = range((compute.best_level() or 0) + 1)
+AFFINE = [
+    Encoding("affine", dtype, bits, group)
+    for bits in (2, 3, 4, 5, 6, 8)
+    for group in (32, 64, 128)
+    for dtype in ("BF16", "F16", "F32")
+]
+
+
+def product(
+    x: Tensor, weight: Tensor | StoredMatrix, level: int, threads: int = 1, bias: Tensor | None = None
+) -> Tensor:
+    matrix = matrix_of(weight, bias)
+    assert matrix is not None
+    out = torch.full((len(x), weight.shape[0]), float("nan"))
+    compute.Workers(threads, level).linear(x.data_ptr(), len(x), matrix, out.data_ptr())
+    return out
+
+
+def normal(tokens: int, width: int, seed: int = 0) -> Tensor:
+    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
+
+
+def states(tokens: int, width: int, seed: int = 0) -> Tensor:
+    """Random activations; the last token has one that is far larger than the others."""
+    x = normal(tokens, width, seed)
+    x[-1, width // 3] *= 300
+    return x
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("encoding", [*AFFINE, MXFP4], ids=str)
+def test_products_with_codes_are_close_and_do_not_depend_on_company(encoding: Encoding, level: int) -> None:
+    """Widths of whole and half units of 64, of less and more than a segment; rows and tokens beside multiples."""
+    for rows, units in ((37, 1), (6, 3), (3, 37)):
+        width = encoding.group_size * units
+        parts, decoded = random_matrix(rows, width, encoding, seed=rows)
+        weight = stored_matrix(parts, encoding, (rows, width))
+        x = states(70, width)
+        bound = np.linalg.norm(decoded, axis=1)[None] * np.linalg.norm(x.numpy(), axis=1)[:, None]
+        together = product(x, weight, level, threads=3)
+        error = np.abs(together.numpy() - x.numpy().astype(np.float64) @ decoded.T.astype(np.float64))
+        # Rounding to 16 bits, and float32 sums of products whose biases cancel.
+        assert (error <= (np.sqrt(width) / 113_000 + 3e-6) * bound).all()
+        for count in (1, 2, 3, 4, 5):
+            assert torch.equal(product(x[-count:], weight, level), together[-count:])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("width", [1, 7, 64, 1100])
+def test_products_with_numbers_and_biases(dtype: torch.dtype, width: int, level: int) -> None:
+    weight = states(13, width, seed=1).to(dtype)
+    bias = states(1, 13, seed=2)[0]
+    x = states(5, width)
+    expected = x.double() @ weight.double().T + bias
+    together = product(x, weight, level, 2, bias)
+    assert (together - expected).abs().max() <= 1e-6 * max(1, width**0.5) * expected.abs().max()
+    assert torch.equal(product(x[2:3], weight, level, 1, bias), together[2:3])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_not_hidden(value: float, level: int) -> None:
+    encoding = Encoding("affine", "BF16", 4, 64)
+    parts, _ = random_matrix(5, 128, encoding, seed=3)
+    x = states(3, 128)
+    x[1, 70] = value
+    found = product(x, stored_matrix(parts, encoding, (5, 128)), level)
+    assert not found[1].isfinite().any()
+    assert found[[0, 2]].isfinite().all()
+    for tiny in (0.0, 1e-45, -0.0):
+        assert (
+            product(torch.full((1, 128), tiny), stored_matrix(parts, encoding, (5, 128)), level).abs() <= 1e-40
+        ).all()
+
+
+FORMULAS = {
+    "silu": lambda gate, up: F.silu(gate) * up,
+    "gelu": lambda gate, up: F.gelu(gate) * up,
+    "gelu_tanh": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+    "relu2": lambda gate, up: F.relu(gate).square() * up,
+    "swiglu_oai": lambda gate, up: gate.clamp(max=2) * torch.sigmoid(1.702 * gate.clamp(max=2)) * (up.clamp(-2, 2) + 1),
+}
+
+
+def gated(name: str) -> Activation:
+    return Activation(lambda x: FORMULAS[name](*x.chunk(2, dim=-1)), name, 2.0)
+
+
+def random_record(kernels: ReferenceKernels, projections: list[Projection], seed: int = 0) -> object:
+    kind = RecordKind(tuple(projections))
+    buffer = RecordBuffer(kind)
+    for i, p in enumerate(projections):
+        parts, _ = random_matrix(*p.shape, p.encoding, seed + i)
+        if p.bias:
+            values = np.random.default_rng(seed + i).standard_normal((p.shape[0], 1)).astype(np.float32)
+            parts = parts | {"bias": from_float32(values, p.bias)}
+        for part, array in parts.items():
+            section = buffer.sections[f"{p.name}.{part}"]
+            section[:] = array.view(section.dtype)
+    return kernels.view_record(torch.from_numpy(buffer.data), kind)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("bias", ["", "BF16", "F32"])
+@pytest.mark.parametrize("second", [Encoding("affine", "BF16", 4, 64), Encoding("affine", "F16", 3, 32)], ids=str)
+def test_experts_equal_the_reference(name: str, bias: str, second: Encoding) -> None:
+    """Of one and of two matrices before the activation, several at once, with tokens of their own."""
+    native, reference = NativeKernels(2), ReferenceKernels(1)
+    first = Encoding("affine", "BF16", 4, 64)
+    projections = [
+        Projection("gate", (64, 128), first, bias),
+        Projection("up", (64, 128), second, bias),
+        Projection("down", (128, 64), Encoding("affine", "BF16", 6, 64), bias),
+    ]
+    x, rows = normal(9, 128), [[0], [8, 2, 3], [4, 4, 5, 6, 7, 1, 0]]
+    results = []
+    for kernels in (native, reference):
+        records = [random_record(kernels, projections, seed) for seed in range(3)]
+        out = torch.full((11, 128), float("nan"))
+        kernels.experts(x, records, rows, gated(name), out)
+        results.append(out)
+    assert (results[0] - results[1]).abs().max() <= 2e-4 * results[1].abs().max()
+    record = random_record(native, projections, 2)
+    alone = torch.empty(1, 128)
+    native.experts(x, [record], [[6]], gated(name), alone)
+    assert torch.equal(alone, results[0][7:8])
+
+
+def test_an_expert_without_gate() -> None:
+    native, reference = NativeKernels(2), ReferenceKernels(1)
+    e = Encoding("affine", "BF16", 4, 64)
+    activation = Activation(lambda h: F.relu(h).square(), "relu2")
+    results = []
+    for kernels in (native, reference):
+        record = random_record(kernels, [Projection("up", (64, 128), e), Projection("down", (128, 64), e)])
+        out = torch.empty(2, 128)
+        kernels.experts(normal(3, 128), [record], [[0, 2]], activation, out)
+        results.append(out)
+    assert (results[0] - results[1]).abs().max() <= 2e-4 * results[1].abs().max()
+
+
+def test_an_activation_or_encoding_the_library_does_not_know_is_torchs() -> None:
+    native, reference = NativeKernels(2), ReferenceKernels(1)
+    e = Encoding("affine", "BF16", 4, 64)
+    for encoding, activation in (
+        (e, Activation(lambda h: torch.tanh(h[:, :64]))),
+        (Encoding("raw", "BF16"), gated("silu")),
+    ):
+        results = []
+        for kernels in (native, reference):
+            record = random_record(kernels, [Projection(n, s, encoding) for n, s in (
+                ("gate", (64, 128)), ("up", (64, 128)), ("down", (128, 64)))])  # fmt: skip
+            out = torch.empty(2, 128)
+            kernels.experts(normal(3, 128), [record], [[0, 2]], activation, out)
+            results.append(out)
+        assert (results[0] - results[1]).abs().max() <= 2e-4 * results[1].abs().max()
+
+
+def test_weighted_sums_skip_what_has_no_place() -> None:
+    outputs, weights = states(7, 65), torch.rand(3, 2, generator=torch.Generator().manual_seed(1))
+    places = torch.tensor([[6, 0], [-1, 3], [2, -1]], dtype=torch.int32)
+    expected = torch.stack([
+        outputs[6] * weights[0, 0] + outputs[0] * weights[0, 1], outputs[3] * weights[1, 1], outputs[2] * weights[2, 0],
+    ])  # fmt: skip
+    for kernels in (NativeKernels(2), ReferenceKernels(1)):
+        assert torch.allclose(kernels.combine(outputs, places, weights), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_known_by_what_they_compute(name: str) -> None:
+    found = recognize(gated(name).function, gated=True, limit=2.0)
+    assert (found.name, found.limit) == (name, 2.0 if name == "swiglu_oai" else 0.0)
+    for other in (
+        lambda x: F.silu(x[:, : x.shape[1] // 2].clamp(max=25)) * x[:, x.shape[1] // 2 :],  # a limit of its own
+        lambda x: F.silu(x[:, x.shape[1] // 2 :]) * x[:, : x.shape[1] // 2],  # up first
+        lambda x: F.silu(x[:, ::2]) * x[:, 1::2],  # in turns
+    ):
+        assert recognize(other, gated=True).name is None
+    assert recognize(F.gelu, gated=False).name == "gelu"
+
+
+def test_a_matrix_out_of_bounds_is_refused() -> None:
+    encoding = Encoding("affine", "BF16", 4, 64)
+    parts, _ = random_matrix(4, 64, encoding, seed=0)
+    workers = compute.Workers(1)
+    x, out = states(1, 64), torch.empty(1, 4)
+    for field, value in (("bits", 7), ("group", 48), ("width", 100), ("kind", 9), ("biases", None)):
+        matrix = matrix_of(stored_matrix(parts, encoding, (4, 64)))
+        assert matrix is not None
+        setattr(matrix, field, value)
+        with pytest.raises(ValueError, match="do not know"):
+            workers.linear(x.data_ptr(), 1, matrix, out.data_ptr())

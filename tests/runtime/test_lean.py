@@ -1,0 +1,143 @@
+"""The lean path for single tokens: the library's logits, its caches, and its place where parts are not known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+import flashpack
+from flashpack.kernels.cpu.native import compute
+from flashpack.runtime import lean
+from flashpack.runtime.lean.cache import RoomyLayer
+from tests.conftest import PackOf
+
+pytestmark = pytest.mark.skipif(isinstance(compute.library(), str), reason=f"no native kernels: {compute.library()}")
+
+LEAN = {"qwen3_moe": 3, "qwen3_moe_dense_first_tied": 3, "trained": 2, "qwen2_moe": 2, "mixtral": 2}
+"""Packs of the tests and how many of their layers have known parts."""
+
+
+def decode(model: PreTrainedModel, ids: Tensor, prompt: int, cache: Any = None) -> tuple[Tensor, Any]:
+    """Logits [tokens - prompt, vocabulary] of the tokens after the prompt, one by one, and the cache."""
+    whole: Any = model
+    with torch.inference_mode():
+        cache = whole(ids[:, :prompt], use_cache=True, past_key_values=cache).past_key_values
+        found = [
+            whole(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits[0, -1]
+            for i in range(prompt, ids.shape[1])
+        ]
+    return torch.stack(found), cache
+
+
+def some_ids(count: int, vocabulary: int = 200) -> Tensor:
+    """Tokens for which no router of the tests' random models has to choose between almost equal experts."""
+    return torch.randint(0, vocabulary, (1, count), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("name", LEAN)
+@pytest.mark.parametrize("stored", ["source", "q4"])
+def test_tokens_have_the_librarys_logits(pack_of: PackOf, name: str, stored: str) -> None:
+    pack = pack_of(name, stored, stored)
+    model, reference = flashpack.load(pack), flashpack.load(pack, reference=True)
+    assert model.flashpack.decoding.startswith(f"lean: {LEAN[name]} of ")
+    assert reference.flashpack.decoding == "the library's: asked for"
+    ids = some_ids(24)
+    found, cache = decode(model, ids, 9)
+    expected, plain = decode(reference, ids, 9)
+    assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
+    assert cache.get_seq_length() == plain.get_seq_length() == 24
+    assert any(type(layer) is RoomyLayer for layer in cache.layers)
+    for mine, theirs in zip(cache.layers, plain.layers, strict=True):
+        if type(mine) is RoomyLayer:
+            assert torch.allclose(mine.keys, theirs.keys, rtol=1e-3, atol=1e-3)
+            assert torch.allclose(mine.values, theirs.values, rtol=1e-3, atol=1e-3)
+
+
+def test_the_library_goes_on_where_the_lean_path_stopped_and_the_other_way_round(pack_of: PackOf) -> None:
+    """Several tokens at once, a shortened and a copied cache, more tokens than there was room for."""
+    model = flashpack.load(pack_of("qwen3_moe", "q4", "q4"), context=16)
+    ids = some_ids(40)
+    expected, _ = decode(model, ids, 39)
+    _, cache = decode(model, ids[:, :20], 3)
+    with torch.inference_mode():
+        model(ids[:, 20:31], past_key_values=cache, use_cache=True)
+        found, cache = decode(model, ids[:, 31:], 5, cache)
+        assert torch.allclose(found[-1], expected[-1], rtol=1e-3, atol=1e-3)
+        cache.crop(-10)
+        assert cache.get_seq_length() == 30
+        found, _ = decode(model, ids[:, 30:], 1, cache)
+    assert torch.allclose(found[-1], expected[-1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"output_hidden_states": True}, {"output_attentions": False, "output_router_logits": True},
+        {"attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}, {"position_ids": torch.tensor([[7]])},
+        {"use_cache": False}, {"return_dict": False},
+    ],
+    ids=lambda c: next(iter(c)),
+)  # fmt: skip
+def test_what_is_unusual_is_left_to_the_library(
+    pack_of: PackOf, changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = flashpack.load(pack_of("qwen3_moe", "q4", "q4"))
+    assert model.flashpack.decoding.startswith("lean")
+    taken: list[int] = []
+    monkeypatch.setattr(lean.LeanDecoder, "step", lambda *_: taken.append(1))
+    with torch.inference_mode():
+        cache = model(some_ids(4), use_cache=True).past_key_values
+        model(some_ids(1), **({"past_key_values": cache, "use_cache": True} | changed))
+    model(some_ids(1), past_key_values=cache)  # with gradients
+    with torch.inference_mode():
+        two = model(some_ids(4).expand(2, 4), use_cache=True).past_key_values
+        model(some_ids(1).expand(2, 1), past_key_values=two)
+        model(some_ids(1), past_key_values=DynamicCache())
+    assert not taken
+
+
+def break_norm(decoder: lean.LeanDecoder) -> None:
+    decoder.board.steps.add_norm(decoder.board.x, None, None, 1.0, decoder.board.x)  # works, and is not what is wanted
+    decoder._norm = lambda: decoder.board.normed.copy_(decoder.board.x)  # type: ignore[assignment,return-value]
+
+
+def break_attention(decoder: lean.LeanDecoder) -> None:
+    layer: Any = decoder.layers[0]
+    layer.attention._output = decoder.board.y.zero_
+
+
+@pytest.mark.parametrize("damage", [break_norm, break_attention])
+def test_a_model_whose_logits_differ_stays_the_librarys(
+    pack_of: PackOf, damage: Callable[[lean.LeanDecoder], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = lean._match
+
+    def damaged(model: Any, decoder: lean.LeanDecoder, sites: Any) -> None:
+        damage(decoder)
+        real(model, decoder, sites)
+
+    pack = pack_of("qwen3_moe", "q4", "q4")
+    monkeypatch.setattr(lean, "_match", damaged)
+    model = flashpack.load(pack)
+    assert "logits differ" in model.flashpack.decoding
+    ids = some_ids(8)
+    expected, _ = decode(flashpack.load(pack, reference=True), ids, 5)
+    found, _ = decode(model, ids, 5)
+    assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_moe", "deepseek_v3", "granitemoe", "olmoe", "glm4_moe"])
+def test_other_models_say_why_or_keep_some_layers(pack_of: PackOf, name: str) -> None:
+    """Recurrent layers, latent attention, multipliers, norms over all heads: taken both ways, the same."""
+    pack = pack_of(name, "source", "source")
+    model, reference = flashpack.load(pack), flashpack.load(pack, reference=True)
+    assert model.flashpack.decoding.startswith(("lean: ", "the library's: "))
+    ids = some_ids(14)
+    expected, _ = decode(reference, ids, 9)
+    found, _ = decode(model, ids, 9)
+    assert (found - expected).abs().max() <= 2e-3 * expected.abs().max()
