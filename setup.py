@@ -3,6 +3,7 @@
 from setuptools import Extension, setup
 
 NATIVE = "flashpack/kernels/cpu/native"
+LEVELS = ("portable", "avx2", "vnni", "neon")
 FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi", "-pthread"]
 
 setup(
@@ -17,8 +18,11 @@ setup(
         ),
         Extension(
             "flashpack.kernels.cpu.native._kernels",
-            [f"{NATIVE}/{name}.cpp" for name in ("kernels", "level_portable", "level_avx2", "level_vnni")],
-            depends=[f"{NATIVE}/{name}" for name in ("kernels.h", "level.h", "body.h", "level_avx2.inc", "pool.h")],
+            [f"{NATIVE}/{name}.cpp" for name in ("kernels", *(f"level_{level}" for level in LEVELS))],
+            depends=[
+                f"{NATIVE}/{name}"
+                for name in ("kernels.h", "level.h", "body.h", "decode.h", "level_avx2.inc", "pool.h")
+            ],
             extra_compile_args=[*FLAGS, "-std=c++17"],
             extra_link_args=["-pthread"],
             language="c++",

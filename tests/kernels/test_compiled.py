@@ -85,17 +85,18 @@ def test_products_with_numbers_and_biases(dtype: torch.dtype, width: int, level:
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_is_not_hidden(value: float, level: int) -> None:
+@pytest.mark.parametrize("place", [3, 70, 200])
+def test_what_is_not_finite_is_not_hidden(value: float, level: int, place: int) -> None:
     encoding = Encoding("affine", "BF16", 4, 64)
-    parts, _ = random_matrix(5, 128, encoding, seed=3)
-    x = states(3, 128)
-    x[1, 70] = value
-    found = product(x, stored_matrix(parts, encoding, (5, 128)), level)
+    parts, _ = random_matrix(5, 256, encoding, seed=3)
+    x = states(3, 256)
+    x[1, place] = value
+    found = product(x, stored_matrix(parts, encoding, (5, 256)), level)
     assert not found[1].isfinite().any()
     assert found[[0, 2]].isfinite().all()
     for tiny in (0.0, 1e-45, -0.0):
         assert (
-            product(torch.full((1, 128), tiny), stored_matrix(parts, encoding, (5, 128)), level).abs() <= 1e-40
+            product(torch.full((1, 256), tiny), stored_matrix(parts, encoding, (5, 256)), level).abs() <= 1e-40
         ).all()
 
 

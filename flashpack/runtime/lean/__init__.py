@@ -41,7 +41,7 @@ class LeanDecoder:
         if model.dtype != torch.float32:
             raise NotLean("activations are not float32")
         self._model: Any = model
-        self._decoder: Any = self._model.get_decoder()
+        self._decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
         self._context = context
         parts = ("layers", "norm", "rotary_emb", "embed_tokens")
         if not all(hasattr(self._decoder, part) for part in parts):

@@ -145,7 +145,7 @@ inline float largest64(const float *values, bool *finite)
         largest = size > largest ? size : largest;
         poison += values[i] * 0.0f;
     }
-    *finite = poison == 0;
+    *finite = *finite && poison == 0;
     return largest;
 }
 
