@@ -138,10 +138,13 @@ def least_stale(trace: Trace, slots: int, shape: Shape) -> int:
         last[request] = at
         spare = count + len(missing) - slots
         if spare > 0:
-            costs = np.where((layer_of <= layer) & (last < token * shape.layers), last - 2 * trace.size, last)
-            costs[~here] = trace.size + 1
-            costs[request] = trace.size
-            here[np.argpartition(costs, spare - 1)[:spare]] = False
+            held = request[here[request]]
+            here[held] = False
+            loose = np.flatnonzero(here)
+            here[held] = True
+            stale = (layer_of[loose] <= layer) & (last[loose] < token * shape.layers)
+            costs = last[loose] - 2 * trace.size * stale
+            here[loose[np.argpartition(costs, spare - 1)[:spare]]] = False
             count -= spare
         here[missing] = True
         count += len(missing)
@@ -270,13 +273,13 @@ class Scored:
                     continue
                 spare = count + len(missing) - slots
                 if spare > 0:
-                    costs = np.where(here, score, np.inf)
                     held = request[here[request]]
-                    costs[held] = np.inf
-                    loose = count - len(held)
-                    spare = min(spare, loose)
+                    here[held] = False
+                    loose = np.flatnonzero(here)
+                    here[held] = True
+                    spare = min(spare, len(loose))
                     if spare:
-                        here[np.argpartition(costs, spare - 1)[:spare]] = False
+                        here[loose[np.argpartition(score[loose], spare - 1)[:spare]]] = False
                     count -= spare
                 missing = missing[: slots - count]
                 here[missing] = True
@@ -390,7 +393,7 @@ def table(
             best = 100 * belady(trace, slots, shape) / trace.size
             cells = []
             for policy in policies.values():
-                rate = 100 * policy(trace, slots, shape) / trace.size
+                rate = best if policy is belady else 100 * policy(trace, slots, shape) / trace.size
                 cells.append(
                     f"{rate:.1f} ({100 * rate / best:.0f})" if share and policy is not belady else f"{rate:.1f}"
                 )
