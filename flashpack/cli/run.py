@@ -30,6 +30,7 @@ def run(
     threads: int | None = typer.Option(None, min=1, help="Compute threads. Default: one per processor."),
     device: str = typer.Option("cpu", help="cpu."),
     check: str = typer.Option("first", help="Compare experts with their checksums: first (read), always or never."),
+    reference: bool = typer.Option(False, help="Compute with torch and transformers alone: slow, to compare with."),
     expect: str | None = typer.Option(None, help="Identity that the pack must have; any other pack is refused."),
     json: bool = typer.Option(False, "--json", help="Print text and statistics as one JSON object."),
 ) -> None:
@@ -37,6 +38,7 @@ def run(
     if thinking not in (None, "on", "off"):
         raise UsageError(f"--thinking {thinking}: on or off")
     quiet_libraries()
+    from flashpack.kernels import missing_kernels
     from flashpack.runtime import load, template
 
     if not raw:
@@ -46,7 +48,11 @@ def run(
         import torch
 
         torch.set_num_threads(threads)
-    model = load(pack, device=device, memory=memory, context=context, check=check, expect=expect)
+    model = load(
+        pack, device=device, memory=memory, context=context, check=check, expect=expect, reference=reference
+    )
+    if not reference and (missing := missing_kernels()):
+        note(missing)
 
     from flashpack.runtime.generate import Sampling, encode_prompt, generate, load_tokenizer
 
@@ -73,5 +79,5 @@ def _statistics(r: Result) -> str:
     return (
         f"[prompt {r.prompt_tokens} tokens, {r.prompt_rate:.1f}/s; generated {r.generated_tokens}, "
         f"{r.generate_rate:.1f}/s; experts {r.store['hit_rate']:.1%} hits, {gb(total['bytes_read'])} read "
-        f"({r.store['io']}); peak memory {gb(r.peak.anonymous)} + {gb(r.peak.file)} mapped]"
+        f"({r.store['io']}); {r.kernels}; peak memory {gb(r.peak.anonymous)} + {gb(r.peak.file)} mapped]"
     )

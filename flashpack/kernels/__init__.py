@@ -5,7 +5,7 @@ from __future__ import annotations
 from flashpack.errors import DeviceError
 from flashpack.kernels.interface import Activation, Kernels, RecordView, StoredMatrix
 
-__all__ = ["Activation", "Kernels", "RecordView", "StoredMatrix", "check_device", "get_kernels"]
+__all__ = ["Activation", "Kernels", "RecordView", "StoredMatrix", "check_device", "get_kernels", "missing_kernels"]
 
 DEVICES = ("cpu",)
 
@@ -28,3 +28,10 @@ def get_kernels(device: str, threads: int = 1, reference: bool = False) -> Kerne
     from flashpack.kernels.cpu.compiled import NativeKernels
 
     return NativeKernels(threads)
+
+
+def missing_kernels() -> str | None:
+    """One line about kernels that are not there although they could be; None if nothing is missing."""
+    from flashpack.kernels.cpu.native import compute
+
+    return compute.status() if isinstance(compute.library(), str) else None

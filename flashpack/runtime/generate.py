@@ -44,6 +44,8 @@ class Result:
     peak: Usage
     budget: dict[str, int]
     store: dict[str, Any]
+    kernels: str
+    decoding: str
 
     @property
     def prompt_rate(self) -> float:
@@ -65,6 +67,8 @@ class Result:
             "peak_anonymous_bytes": self.peak.anonymous,
             "peak_file_bytes": self.peak.file,
             "memory": self.budget,
+            "kernels": self.kernels,
+            "decoding": self.decoding,
             "experts": self.store,
         }
 
@@ -173,6 +177,8 @@ def generate(
         peak=stream.peak,
         budget=runtime.budget.to_json(),
         store=runtime.store.stats.to_json(),
+        kernels=runtime.kernels,
+        decoding=runtime.decoding,
     )
 
 

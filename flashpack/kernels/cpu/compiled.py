@@ -37,7 +37,7 @@ class NativeKernels(ReferenceKernels):
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
         self.workers = compute.workers(threads)
-        self.name = f"native, {compute.LEVELS[self.workers.level]}"
+        self.name = f"native, {self.workers.name}"
         self._matrices: dict[int, tuple[object, compute.Matrix | None]] = {}
 
     def view_record(self, record: Tensor, kind: RecordKind) -> RecordView:

@@ -11,9 +11,6 @@ from flashpack.kernels.cpu.native.library import load
 ABI = 1
 """What `flashpack_kernels_abi` must answer: a library left by another version is not used."""
 
-LEVELS = ("portable", "avx2", "avx512-vnni")
-"""Instruction sets of x86-64, by the number that the library gives them."""
-
 KINDS = {"BF16": 0, "F16": 1, "F32": 2, "affine": 3, "mxfp4": 4}
 FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swiglu_oai", "none")
 """Activation functions between an expert's matrices, by their numbers in kernels.h."""
@@ -57,6 +54,7 @@ def library() -> ctypes.CDLL | str:
         if found.flashpack_kernels_abi() != ABI:
             raise OSError("_kernels was built from another version; install flashpack again")
         pointer, number, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+        found.flashpack_kernels_level_name.restype = ctypes.c_char_p
         found.flashpack_workers.restype = pointer
         found.flashpack_workers.argtypes = [number, number]
         found.flashpack_linear.argtypes = [pointer, pointer, wide, pointer, number, pointer]
@@ -81,10 +79,18 @@ def best_level() -> int | None:
     return None if isinstance(found, str) else int(found.flashpack_kernels_level())
 
 
+def status() -> str:
+    """One line: which instruction set is used, or why the native kernels are missing."""
+    found = library()
+    if isinstance(found, str):
+        return f"native kernels: {found}; torch is used, which is several times slower"
+    return f"native kernels: {found.flashpack_kernels_level_name(best_level()).decode()}"
+
+
 class Workers:
     """Threads with working memory. Arguments are addresses (``data_ptr()``) of contiguous float32 and int32 arrays.
 
-    ``level``: a number of ``LEVELS`` that the processor has, by default the best. Only to be made if there is a
+    ``level``: a number up to ``best_level()``, 0 for plain C++; by default the best. Only to be made if there is a
     ``library``. Kept for the life of the process.
     """
 
@@ -93,10 +99,11 @@ class Workers:
         if isinstance(found, str):
             raise RuntimeError(found)
         self.library = found
-        self.level = found.flashpack_kernels_level() if level is None else level
-        self.handle = found.flashpack_workers(threads, self.level)
+        level = found.flashpack_kernels_level() if level is None else level
+        self.name: str = found.flashpack_kernels_level_name(level).decode()
+        self.handle = found.flashpack_workers(threads, level)
         if self.handle is None:
-            raise RuntimeError(f"no threads, or no instruction set {self.level}")
+            raise RuntimeError(f"no threads, or no instruction set {level}")
 
     def linear(self, x: int, tokens: int, matrix: Matrix, out: int) -> None:
         """x [tokens, width] times the transpose of ``matrix`` -> out [tokens, rows]."""

@@ -290,6 +290,11 @@ FP_EXPORT int flashpack_kernels_level(void)
     return best_level();
 }
 
+FP_EXPORT const char *flashpack_kernels_level_name(int level)
+{
+    return level < 0 || level > best_level() ? "" : levels[level]->name;
+}
+
 /* `threads` threads for the calls below, the caller's among them; null if the system gives none. Never freed. */
 FP_EXPORT void *flashpack_workers(int threads, int level)
 {
