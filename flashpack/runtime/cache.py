@@ -2,11 +2,11 @@
 
 The policy. For every expert the cache keeps the share of steps (tokens, or chunks of a prompt) that used it, as
 averages with several half-lives, and mixes them into p, the chance that the next step uses it: short half-lives
-follow the text, long ones keep what is always hot, and the mixture did as well on every text tried as the best single
-half-life, or better. With chance p an expert waits 1/p steps on average; to this comes the part of a step until its
-layer is next. The expert with the longest expected wait is evicted. Among equally hot ones it is of the layer just
-done, so that an arena smaller than one step's demand keeps some experts until they are asked for again; least recently
-used keeps none of them.
+follow the text, long ones keep what is always hot. The mixture is fitted as the text goes (least squares: what would
+have forecast the uses of the last steps best), for texts differ in what is worth remembering. With chance p an expert
+waits 1/p steps on average; to this comes the part of a step until its layer is next. The expert with the longest
+expected wait is evicted. Among equally hot ones it is of the layer just done, so that an arena smaller than one step's
+demand keeps some experts until they are asked for again; least recently used keeps none of them.
 
 Decisions depend on the sequence of calls alone. Measurements: docs/experiments/cache.md.
 """
@@ -28,9 +28,12 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 HALF_LIVES = (2, 8, 32, 128, 512)
 """In steps."""
 MIXTURE = (0.05, 0.1, 0.2, 0.25, 0.4)
-"""Weights of the averages in p, chosen on half of the traces. They sum to 1, so that p stays a chance."""
-LEAST_CHANCE = 1e-6
-"""An expert that was never used waits 1 / this, not for ever."""
+"""Weights of the averages in p until they are fitted, chosen on half of the traces. Their sum is 1: p is a chance."""
+FIT_EVERY, FIT_AFTER, FIT_HALF_LIFE, RIDGE = 4, 64, 512, 1e-3
+"""Steps between fits, before the first one, and in which what a fit is made of loses half its weight; the ridge keeps
+averages that say the same from getting huge weights of opposite sign."""
+LEAST_CHANCE = 1e-4
+"""No expert waits longer than 1 / this, used or not."""
 USUAL_STEP = 1.01
 """How fast the usual number of experts of a layer's request follows what is asked for: 1 % a request, up or down."""
 LISTED = 16
@@ -57,8 +60,12 @@ class ExpertCache:
         self._decay = 0.5 ** (1 / np.array(HALF_LIVES, np.float64))[:, None]
         self._mixture = np.array(MIXTURE, np.float64)
         self._gain = float(self._mixture @ (1 - self._decay[:, 0]))  # what one use adds to p
+        self._products: Floats = np.zeros((len(HALF_LIVES), len(HALF_LIVES)))  # of rates, over experts and steps
+        self._targets: Floats = np.zeros(len(HALF_LIVES))  # of rates and uses
+        self._steps = 0
+        self._chunk = False  # this step is one of a prompt
         self._rates: Floats = np.zeros((len(HALF_LIVES), 0))
-        self._chance: Floats = np.zeros(0)  # p
+        self._chance: Floats = np.zeros(0)  # p, at least LEAST_CHANCE
         self._absent: Floats = np.zeros(0)  # 0 for experts that have a slot, -inf for others
         # This step.
         self._layer = -1
@@ -124,7 +131,7 @@ class ExpertCache:
         if key in self._used:
             wait = self._used[key] = 1 / (chance + (self._bump or self._set_bump()))
         else:
-            wait = 1 / max(chance, LEAST_CHANCE)
+            wait = 1 / chance
         if self._listed:
             entries = self._lists[row]
             insort(entries, (wait, key))
@@ -141,13 +148,13 @@ class ExpertCache:
         before = self._rates
         self._rates = before.copy()
         self._add([*self._uses, *self._request], 1.0)
-        chances, self._rates = self._chances(), before
-        width = self._width
+        chances, known = self._chances().tolist(), (self._rates[-1] > 0).tolist()
+        self._rates, width = before, self._width
         found = [
-            ((layer, e), chance)
+            ((layer, e), chances[row * width + e])
             for layer, row in self._rows.items()
-            for e, chance in enumerate(chances[row * width : (row + 1) * width].tolist())
-            if chance
+            for e in range(width)
+            if known[row * width + e]
         ]
         return sorted(found, key=lambda x: (-x[1], x[0]))
 
@@ -159,13 +166,14 @@ class ExpertCache:
         for key, score in scores.items():
             index = self._index(key)
             self._rates[:, index] = score
-            self._chance[index] = score
+            self._chance[index] = max(score, LEAST_CHANCE)
         self._listed = False
 
     def _begin_request(self, layer: int) -> None:
         if self._request:
             count, weight = len(self._request), self._weight()
             if weight < 1:
+                self._chunk = True
                 self._add(self._request, weight)
             else:
                 self._uses.extend(self._request)
@@ -182,12 +190,27 @@ class ExpertCache:
             self._heads[row] += 1
 
     def _begin_step(self) -> None:
+        if not self._chunk:
+            self._fit()
+        self._chunk = False
         self._add(self._uses, 1.0)
         self._rates *= self._decay
         self._chance = self._chances()
         self._uses, self._used = [], {}
         self._turns = self._first_turns.copy()
         self._listed = False
+
+    def _fit(self) -> None:
+        self._steps += 1
+        if self._steps % FIT_EVERY:
+            return
+        rates, keep = self._rates, 0.5 ** (FIT_EVERY / FIT_HALF_LIFE)
+        self._products = self._products * keep + np.einsum("ik,jk->ij", rates, rates)
+        self._targets = self._targets * keep + rates[:, self._indices(self._uses)].sum(1)
+        if self._steps >= FIT_AFTER:
+            ridge = RIDGE * np.diag(np.diag(self._products))
+            self._mixture = np.linalg.solve(self._products + ridge, self._targets).astype(np.float64)
+            self._gain = max(0.0, float(self._mixture @ (1 - self._decay[:, 0])))
 
     def _weight(self) -> float:
         """What a use in this request counts.
@@ -203,14 +226,16 @@ class ExpertCache:
         return self._bump
 
     def _add(self, keys: Iterable[Key], weight: float) -> None:
+        self._rates[:, self._indices(keys)] += (1 - self._decay) * weight
+
+    def _indices(self, keys: Iterable[Key]) -> npt.NDArray[np.intp]:
         rows, width = self._rows, self._width
-        index = np.array([rows[layer] * width + expert for layer, expert in keys], np.intp)
-        self._rates[:, index] += (1 - self._decay) * weight
+        return np.array([rows[layer] * width + expert for layer, expert in keys], np.intp)
 
     def _chances(self) -> Floats:
         # Not a BLAS product: its threads would wake up for this, and its sums differ between machines.
         chances: Floats = np.einsum("j,jk->k", self._mixture, self._rates)
-        return chances
+        return np.clip(chances, LEAST_CHANCE, 1.0)
 
     def _victim(self) -> Key | None:
         """The expert to evict next, the last of its list; None if all are pinned."""
@@ -232,7 +257,7 @@ class ExpertCache:
     def _list(self, first: int, last: int, take: int) -> None:
         """List the ``take`` longest waits of each of these rows."""
         width = self._width
-        waits = 1 / np.maximum(self._chance[first * width : last * width], LEAST_CHANCE)
+        waits = 1 / self._chance[first * width : last * width]
         waits += self._absent[first * width : last * width]
         for key, wait in self._used.items():
             if wait and key in self._slots and first <= (row := self._rows[key[0]]) < last:
@@ -262,7 +287,7 @@ class ExpertCache:
         wait = self._used.get(key, 0.0)
         if not wait:
             chance = self._chance.item(self._index(key)) + (self._gain * self._weight() if key in self._used else 0.0)
-            wait = 1 / max(chance, LEAST_CHANCE)
+            wait = 1 / chance
         return wait + self._turns[self._rows[key[0]]]
 
     def _index(self, key: Key) -> int:
@@ -283,7 +308,7 @@ class ExpertCache:
             return np.pad(old.reshape(rows, width), added, constant_values=fill).reshape(-1)
 
         self._rates = np.stack([grown(rates, 0.0) for rates in self._rates])
-        self._chance = grown(self._chance, 0.0)
+        self._chance = grown(self._chance, LEAST_CHANCE)
         self._absent = grown(self._absent, -np.inf)
         if len(self._rows) > rows:
             self._lists.append([])
