@@ -326,16 +326,17 @@ def follow_best(shadows: list[Scored]) -> Policy:
     return policy
 
 
-def expert_cache(half_lives: tuple[float, ...] | None = None, mixture: tuple[float, ...] | None = None) -> Policy:
-    """The runtime's own cache, by default as it is."""
+def expert_cache(half_lives: tuple[float, ...], mixture: tuple[float, ...], fitted: bool) -> Policy:
+    """The runtime's own cache with this mixture, fitted as it goes or for good."""
 
     def policy(trace: Trace, slots: int, shape: Shape) -> int:
         with (
-            mock.patch.object(runtime_cache, "HALF_LIVES", half_lives or runtime_cache.HALF_LIVES),
-            mock.patch.object(runtime_cache, "MIXTURE", mixture or runtime_cache.MIXTURE),
+            mock.patch.object(runtime_cache, "HALF_LIVES", half_lives),
+            mock.patch.object(runtime_cache, "MIXTURE", mixture),
+            mock.patch.object(runtime_cache, "FIT_AFTER", runtime_cache.FIT_AFTER if fitted else len(trace) + 1),
         ):
             cache = ExpertCache(list(range(slots)))
-        return sum(serve(cache, keys) for keys in by_layer(trace, shape))
+            return sum(serve(cache, keys) for keys in by_layer(trace, shape))
 
     return policy
 
@@ -426,11 +427,16 @@ def main() -> None:
     shape = next(iter(streams.values()))[1]
     if any((s.layers, s.experts) != (shape.layers, shape.experts) for _, s in streams.values()):
         parser.error(f"{args.traces}: the streams are of different models")
+    for kind, (trace, _) in streams.items():
+        if len(trace) < 1024:
+            parser.error(
+                f"{args.traces}: {kind} has {len(trace)} tokens; a prompt and an answer in each half need 1024"
+            )
     first = {kind: trace[: len(trace) // 2] for kind, (trace, _) in streams.items()}
     second = {kind: trace[len(trace) // 2 :] for kind, (trace, _) in streams.items()}
     lfu = {f"LFU {h}": Scored((h,), (1.0,)) for h in HALF_LIVES}
     if args.choose:
-        mixtures = {name: expert_cache(*mixture) for name, mixture in MIXTURES.items()}
+        mixtures = {name: expert_cache(*mixture, fitted=False) for name, mixture in MIXTURES.items()}
         table("Choosing (first half)", first, shape, [5, 30, 50], {"LRU": lru, **lfu, **mixtures}, share=False)
         return
     policies: dict[str, Policy] = {
@@ -444,7 +450,8 @@ def main() -> None:
         "best LFU so far": follow_best(list(lfu.values())),
         "fitted mixture": Fitted(runtime_cache.HALF_LIVES, runtime_cache.MIXTURE),
         "mixture": Scored(runtime_cache.HALF_LIVES, runtime_cache.MIXTURE),
-        "ExpertCache": expert_cache(),
+        "mixture and turn": expert_cache(runtime_cache.HALF_LIVES, runtime_cache.MIXTURE, fitted=False),
+        "ExpertCache": expert_cache(runtime_cache.HALF_LIVES, runtime_cache.MIXTURE, fitted=True),
         "Belady": belady,
     }
     table("Judging (second half): hit rate % (share of Belady's %)", second, shape, args.sizes, policies, share=True)
