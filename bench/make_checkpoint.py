@@ -113,7 +113,7 @@ def nbytes(name: str, shape: tuple[int, ...]) -> int:
 def values(name: str, shape: tuple[int, ...], pool: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """Values of a tensor, 16 bits at a time, in pieces: norms are 1, the rest from the pool (deviation 0.02).
 
-    Embeddings have deviation 1, so that they outweigh what the layers add and tokens are routed differently.
+    Embeddings have deviation 10, so that they outweigh what the layers add, and every layer routes tokens differently.
     """
     count = nbytes(name, shape) // 2
     if "norm" in name:
@@ -122,7 +122,7 @@ def values(name: str, shape: tuple[int, ...], pool: np.ndarray, rng: np.random.G
     while count:
         start = int(rng.integers(0, len(pool) // 2))
         piece = pool[start : start + min(count, len(pool) // 2)]
-        yield piece + np.uint16(6 << 7) if "embed_tokens" in name else piece  # exponent + 6: times 64
+        yield piece + np.uint16(9 << 7) if "embed_tokens" in name else piece  # exponent + 9: times 512
         count -= len(piece)
 
 

@@ -1,0 +1,272 @@
+"""What the bench scripts measure, each function in a process of its own: ``common.part`` runs it and reads its answer.
+
+    python bench/parts.py speed '{"pack": "PACK", "memory": 2500000000}'
+
+Tokens are random, so routing is nearly uniform and no cache policy can do better than chance; with a trace
+(``routing.Trace``) it is that of a trained model.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common import drop_cache
+
+if TYPE_CHECKING:
+    from flashpack.runtime.load import Runtime
+
+WARM_TOKENS = 4
+"""Decoded before anything is timed."""
+
+
+class Session:
+    """A loaded model that is fed random tokens; ``trace``: a file of recorded routing to follow."""
+
+    def __init__(self, pack: str, memory: int | None, context: int, trace: str | None = None) -> None:
+        import torch
+        from replay import ReadLog
+
+        import flashpack
+
+        self.pack = Path(pack)
+        self.log = ReadLog()
+        model: Any = flashpack.load(self.pack, memory=memory, context=context)
+        self.model = model
+        runtime: Runtime = model.flashpack
+        self.runtime = runtime
+        self.store = runtime.store
+        self.trace = None
+        if trace is not None:
+            from routing import Trace
+
+            self.trace = Trace(trace, model)
+        self._torch = torch
+        self._generator = torch.Generator().manual_seed(0)
+        self._context = context
+        self._cache: Any = None
+
+    def feed(self, tokens: int) -> float:
+        """Seconds for the next ``tokens`` random tokens at once; a full context is begun anew."""
+        torch = self._torch
+        ids = torch.randint(0, self.model.config.vocab_size, (1, tokens), generator=self._generator)
+        if self._cache is not None and self._cache.get_seq_length() + tokens > self._context:
+            self._cache = None
+        begun = time.perf_counter()
+        with torch.inference_mode():
+            answer = self.model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        seconds = time.perf_counter() - begun
+        self._cache = answer.past_key_values
+        if self.trace is not None:
+            self.trace.position += tokens
+        return seconds
+
+    def restart(self) -> None:
+        """Begin with an empty context."""
+        self._cache = None
+
+    def about(self) -> dict[str, Any]:
+        runtime = self.runtime
+        return {
+            "kernels": runtime.kernels,
+            "decoding": runtime.decoding,
+            "budget": runtime.budget.to_json(),
+            "experts": runtime.pack.expert_bytes,
+            "io": f"{self.store.stats.io} ({self.store.stats.why})",
+        }
+
+
+def speed(
+    pack: str,
+    memory: int | None = None,
+    prompt: int = 256,
+    tokens: int = 64,
+    rounds: int = 1,
+    warm: int = WARM_TOKENS,
+    replay: bool = False,
+    trace: str | None = None,
+    at: int = 1,
+) -> dict[str, Any]:
+    """A prompt of ``prompt`` tokens, and ``rounds`` of decoding ``tokens`` tokens after ``at`` others, in seconds.
+
+    An equal prompt comes before the one that is timed, and ``warm`` tokens before the first round. With ``replay``, the
+    reads of every round, and of the prompt, are then repeated without computing.
+    """
+    from replay import Replay, replay_bytes
+
+    if memory is not None and replay:
+        memory -= replay_bytes(Path(pack))
+    session = Session(pack, memory, max(prompt, at + warm + rounds * tokens), trace)
+    stats = session.store.stats
+    again = Replay(session.pack, stats.io == "direct") if replay else None
+    answer = session.about()
+    session.feed(prompt)
+    session.restart()
+    session.log.take()
+    seconds = session.feed(prompt)
+    bursts = session.log.take()
+    keys = [key for burst in bursts for key in burst]
+    answer["prompt"] = {
+        "seconds": seconds,
+        "records": len(keys),
+        "most_reads": max(map(keys.count, set(keys)), default=0),
+        "replay": again.run(bursts) if again and bursts else None,
+    }
+    session.restart()
+    session.feed(at)
+    for _ in range(warm):
+        session.feed(1)
+    answer["rounds"] = []
+    for _ in range(rounds):
+        session.log.take()
+        stats.reset()
+        times = [session.feed(1) for _ in range(tokens)]
+        total, bursts = stats.total(), session.log.take()
+        answer["rounds"].append(
+            {
+                "seconds": sum(times) / tokens,
+                "median": sorted(times)[tokens // 2],
+                "hits": stats.hit_rate,
+                "read": total.bytes_read / tokens,
+                "misses": total.misses / tokens,
+                "wait": total.wait_seconds / tokens,
+                "replay": again.run(bursts) / tokens if again and bursts else None,
+            }
+        )
+    return answer
+
+
+def start(pack: str, memory: int | None = None, prompt: int = 8) -> dict[str, Any]:
+    """From imports done to the first token of a short prompt, with a cold page cache; then the same reads alone."""
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+    from replay import ReadLog, Replay, replay_bytes
+
+    import flashpack
+    from flashpack.runtime import budget, dense, experts, kv, lean, store, threads  # noqa: F401
+    from flashpack.runtime.generate import generate, load_tokenizer
+
+    folder = Path(pack)
+    log = ReadLog()
+    drop_cache(folder)
+    begun = time.perf_counter()
+    model: Any = flashpack.load(folder, memory=memory and memory - replay_bytes(folder), context=512)
+    loaded = time.perf_counter()
+    generate(model, load_tokenizer(folder), list(range(10, 10 + prompt)), max_tokens=1)
+    seconds = time.perf_counter() - begun
+    bursts = log.take()
+    again = Replay(folder, model.flashpack.store.stats.io == "direct")
+    return {
+        "seconds": seconds,
+        "load": loaded - begun,
+        "dense": model.flashpack.pack.dense_bytes,
+        "first": again.size(bursts),
+        "replay": again.run(bursts),
+    }
+
+
+def split(pack: str, memory: int | None = None, tokens: int = 48, context: int = 512) -> dict[str, float]:
+    """Seconds per token of sampled text, by what they went to."""
+    import flashpack
+    from flashpack.kernels.cpu.native import compute
+    from flashpack.runtime.generate import Sampling, generate, load_tokenizer
+    from flashpack.runtime.lean import LeanDecoder
+    from flashpack.runtime.lean.layers import Attention, Router
+
+    spent = dict.fromkeys(("attention", "router", "decoder", "kernels"), 0.0)
+
+    def timed(name: str, function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            begun = time.perf_counter()
+            try:
+                return function(*args)
+            finally:
+                spent[name] += time.perf_counter() - begun
+
+        return call
+
+    library: Any = compute.library()
+    for name in ("linear", "experts", "combine", "add_norm", "attend", "route"):
+        setattr(library, f"flashpack_{name}", timed("kernels", getattr(library, f"flashpack_{name}")))
+    methods: list[tuple[str, Any]] = [("attention", Attention), ("router", Router)]
+    for name, kind in methods:
+        kind.__call__ = timed(name, kind.__call__)
+    decoder: Any = LeanDecoder
+    decoder.logits = timed("decoder", decoder.logits)
+    folder = Path(pack)
+    model: Any = flashpack.load(folder, memory=memory, context=context)
+    if not model.flashpack.decoding.startswith("lean"):
+        sys.exit(f"time per token is split for the lean way of decoding only; this is {model.flashpack.decoding}")
+    tokenizer = load_tokenizer(folder)
+    prompt = [10 + i for i in range(256)]
+    generate(model, tokenizer, prompt, max_tokens=8, sampling=Sampling(1.0))
+    stats = model.flashpack.store.stats
+    at_first_token: dict[str, float] = {}
+
+    def begin(text: str) -> None:
+        if not at_first_token:
+            stats.reset()
+            spent.update(dict.fromkeys(spent, 0.0))
+            at_first_token["time"] = time.perf_counter()
+
+    step = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is not None and ids.shape[1] == 1:
+            begin("")
+        return step(*args, **kwargs)
+
+    model.forward = forward
+    result = generate(model, tokenizer, prompt[:32], max_tokens=tokens, sampling=Sampling(1.0, seed=1))
+    whole = time.perf_counter() - at_first_token["time"]
+    count = result.generated_tokens - 1
+    total = stats.total()
+    parts = {
+        "attention": spent["attention"],
+        "router": spent["router"],
+        "experts that were there": total.hit_seconds,
+        "experts that were read": total.miss_seconds,
+        "waiting for reads": total.wait_seconds,
+        "the store itself": total.own_seconds,
+    }
+    parts["norms, embedding, head and Python"] = spent["decoder"] - sum(parts.values())
+    parts["sampling and the library's loop"] = whole - spent["decoder"]
+    outside = whole - spent["kernels"] - total.wait_seconds
+    return {name: value / count for name, value in parts.items()} | {
+        "all": whole / count,
+        "outside kernels and waiting": outside / count,
+        "hits": stats.hit_rate,
+    }
+
+
+def bandwidth(threads: int, size: int = 2**30, rounds: int = 9) -> dict[str, Any]:
+    """Bytes per second of plainly reading ``size`` bytes of memory by ``threads`` threads: the best and the median."""
+    import numpy as np
+
+    data = np.ones(size // 8, dtype=np.int64)
+    pieces = np.array_split(data, threads)
+    rates = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(rounds):
+            begun = time.perf_counter()
+            for _ in pool.map(np.bitwise_or.reduce, pieces):
+                pass
+            rates.append(data.nbytes / (time.perf_counter() - begun))
+    return {"best": max(rates), "median": sorted(rates)[rounds // 2]}
+
+
+PARTS = {f.__name__: f for f in (speed, start, split, bandwidth)}
+
+
+def main() -> None:
+    name, arguments = sys.argv[1:]
+    print(json.dumps(PARTS[name](**json.loads(arguments))))
+
+
+if __name__ == "__main__":
+    main()

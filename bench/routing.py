@@ -1,0 +1,67 @@
+"""Making a model use the experts of a recorded trace instead of those its router chooses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from flashpack.runtime.experts import RoutedExperts
+from flashpack.runtime.lean.layers import Experts, Token
+
+EVEN_TOKENS = 1024
+"""Rows of even routing."""
+
+
+class Trace:
+    """Routing for every model of this process: that of the file ``path`` (``experts`` and ``weights`` [tokens, layers,
+    top_k]), or "even", drawn at random.
+
+    ``position`` is the row of the next token; rows wrap around. To be made after the model: loading compares its two
+    ways of decoding by its own router. Raises ``ValueError`` for a trace of another shape.
+    """
+
+    def __init__(self, path: str, model: PreTrainedModel) -> None:
+        whole: Any = model
+        layers = whole.flashpack.pack.manifest.layers
+        wanted = len(layers), whole.config.num_experts_per_tok
+        if path == "even":
+            draws = torch.rand(EVEN_TOKENS, len(layers), layers[0].experts, generator=torch.Generator().manual_seed(3))
+            self._experts = draws.topk(wanted[1]).indices.int()
+            self._weights = torch.full(self._experts.shape, 1 / wanted[1])
+        else:
+            with np.load(path) as file:
+                self._experts = torch.from_numpy(file["experts"].astype(np.int32))
+                self._weights = torch.from_numpy(file["weights"].astype(np.float32))
+        _, count, top_k = self._experts.shape
+        if (count, top_k) != wanted or int(self._experts.max()) >= min(x.experts for x in layers):
+            raise ValueError(f"{path}: {count} layers and {top_k} experts per token; the model has {wanted}")
+        self._row_of_layer = {layer.index: i for i, layer in enumerate(layers)}
+        self.position = 0
+        self._install()
+
+    def _rows(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Experts (int32) and weights [tokens, top_k] of the tokens from ``position`` on."""
+        rows = torch.arange(self.position, self.position + tokens) % len(self._experts)
+        place = self._row_of_layer[layer]
+        return self._experts[rows, place], self._weights[rows, place]
+
+    def _install(self) -> None:
+        library_way = RoutedExperts.__call__
+
+        def routed(routed: RoutedExperts, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            chosen, shares = self._rows(routed.layer, len(x))
+            return library_way(routed, x, chosen.to(index.dtype), shares.to(weights.dtype))
+
+        def lean(block: Experts, token: Token) -> None:
+            block.router()
+            chosen, shares = self._rows(block._experts.layer, 1)
+            block.router.chosen.copy_(chosen[0])
+            block.router.weights.copy_(shares[0])
+            block.routed()
+
+        RoutedExperts.__call__ = routed  # type: ignore[method-assign, assignment]
+        Experts.__call__ = lean  # type: ignore[method-assign, assignment]
