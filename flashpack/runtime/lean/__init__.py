@@ -115,7 +115,7 @@ def library_calls(what: str) -> Iterator[None]:
 def install(model: PreTrainedModel, kernels: Kernels, sites: list[ExpertsModule], context: int) -> str:
     """Make single tokens of ``model`` go through steps where that gives the same; returns what was done in a line."""
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(False), torch.no_grad():  # arrays of use in both modes
             decoder = LeanDecoder(model, kernels, context)
             if not decoder.lean_layers:
                 raise NotLean("no layer is made of known parts")

@@ -52,7 +52,8 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             if buffer.shape[2] <= self.length or not buffer.is_contiguous():
                 batch, heads, _, width = buffer.shape
                 capacity = max(self._capacity, self.length + self.length // 2 + 1)
-                larger = buffer.new_empty(batch, heads, capacity, width)
+                with torch.inference_mode(False):  # of use in both modes
+                    larger = torch.empty(batch, heads, capacity, width, dtype=buffer.dtype)
                 larger[:, :, : self.length] = buffer[:, :, : self.length]
                 self._buffers[name] = buffer = larger
             both.append(buffer)
