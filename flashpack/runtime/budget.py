@@ -21,9 +21,6 @@ PROMPT_CHUNK = 512
 _SLACK = 96 * 2**20
 """Allocator and thread overhead that no formula knows (measured: 40-80 MB)."""
 
-_RESERVE = 0.1
-"""Part of the available memory that a default budget leaves alone."""
-
 
 @dataclass(frozen=True)
 class Budget:
@@ -60,10 +57,10 @@ def work_bytes(hidden: int, top_k: int, vocab: int, heads_width: int) -> int:
     return activations + 8 * vocab + _SLACK
 
 
-def divide(pack: Pack, base: int, kv: int, work: int, total: int | str | None, available: int) -> Budget:
-    """Divide ``total`` bytes (None: from what is available; "smallest": as little as works).
+def divide(pack: Pack, base: int, kv: int, work: int, total: int | str | None, spare: int) -> Budget:
+    """Divide ``total`` bytes (None: what may be taken unasked; "smallest": as little as works).
 
-    ``base`` is the anonymous memory in use before the arena, ``available`` what could still be taken. Raises
+    ``base`` is the anonymous memory in use before the arena, ``spare`` what may be taken unasked. Raises
     ``MemoryBudgetError`` with the minimum if the total is too small.
     """
     counts = stride_counts(pack.manifest)
@@ -71,7 +68,7 @@ def divide(pack: Pack, base: int, kv: int, work: int, total: int | str | None, a
     if total == "smallest":
         return minimum
     if total is None:
-        total = base + int(available * (1 - _RESERVE))
+        total = base + spare
         if total < minimum.total:
             raise MemoryBudgetError(
                 f"not enough memory: {minimum.total / 1e9:.2f} GB needed at the least, {total / 1e9:.2f} GB available; "

@@ -12,7 +12,7 @@ from flashpack.errors import FormatError, UnsupportedError, UsageError
 from flashpack.formats import Pack
 from flashpack.formats.header import parse_json
 from flashpack.kernels import check_device, get_kernels
-from flashpack.runtime.memory import available, parse_size, usage
+from flashpack.runtime.memory import parse_size, spare, usage
 from flashpack.skeleton import build, find_experts, library_errors, read_config
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def load(
         _fill_buffers(model, opened.dense_bytes)
     dense.fill(model, opened, sites, kernels, dtype)
     total = parse_size(memory) if memory not in (None, "smallest") else memory
-    budget = budgets.divide(opened, usage().anonymous, cache, work, total, available())
+    budget = budgets.divide(opened, usage().anonymous, cache, work, total, spare())
     store = ExpertStore(opened, kernels, budget.slots, check)
     remembered = opened if history.wanted(warm) else None
     if remembered:

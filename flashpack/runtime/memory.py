@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import resource
@@ -13,6 +14,12 @@ from flashpack.errors import UsageError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+_LISTING = Path("/proc/self/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")
+
+_RESERVE = 0.1
+_RESERVE_SYSTEM = 10**9
 
 
 def parse_size(text: str | int) -> int:
@@ -44,9 +51,18 @@ def usage() -> Usage:
 
 def available() -> int:
     """Bytes this process could still take: of the machine and of its cgroup, whichever is less."""
-    amounts = [_system_available()]
-    amounts += [limit for limit in map(_cgroup_available, _cgroup_folders()) if limit is not None]
-    return max(0, min(amounts))
+    return max(0, int(min(_system_available(), *_cgroups_available())))
+
+
+def spare() -> int:
+    """Bytes this process may take unasked, so that the machine stays usable.
+
+    A tenth is left alone, and of the machine's own memory 1 GB, if that is not more than a quarter: other programs
+    are at work there, while a cgroup is for us.
+    """
+    system = _system_available()
+    left = max(system * _RESERVE, min(_RESERVE_SYSTEM, system / 4))
+    return max(0, int(min(system - left, *(c * (1 - _RESERVE) for c in _cgroups_available()))))
 
 
 def _system_available() -> int:
@@ -61,16 +77,15 @@ def _system_available() -> int:
 
 def _cgroup_folders() -> list[Path]:
     """The process's own memory cgroup and all its ancestors."""
-    listing = Path("/proc/self/cgroup")
-    if not listing.exists():
+    if not _LISTING.exists():
         return []
     folders = []
-    for line in listing.read_text().splitlines():
+    for line in _LISTING.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            root = Path("/sys/fs/cgroup")
+            root = _CGROUPS
         elif "memory" in controllers.split(","):
-            root = Path("/sys/fs/cgroup/memory")
+            root = _CGROUPS / "memory"
         else:
             continue
         own = root / path.lstrip("/")
@@ -78,20 +93,25 @@ def _cgroup_folders() -> list[Path]:
     return folders
 
 
-def _cgroup_available(folder: Path) -> int | None:
-    """Limit minus what is in use and cannot be dropped; None without a limit."""
-    for limit_name, used_name in (
-        ("memory.max", "memory.current"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+def _cgroups_available() -> list[float]:
+    """What the cgroups that this process is in have left; infinity stands for no limit."""
+    return [math.inf, *map(_cgroup_available, _cgroup_folders())]
+
+
+def _cgroup_available(folder: Path) -> float:
+    """The least limit minus what is in use and cannot be dropped; infinity without a limit."""
+    for limit_names, used_name in (
+        # Beyond memory.high nothing is killed, but everything crawls.
+        (("memory.max", "memory.high"), "memory.current"),
+        (("memory.limit_in_bytes",), "memory.usage_in_bytes"),
     ):
         try:
-            limit = (folder / limit_name).read_text().strip()
+            texts = [(folder / name).read_text().strip() for name in limit_names if (folder / name).exists()]
             used = int((folder / used_name).read_text())
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            limits = [int(text) for text in texts if text != "max" and int(text) < 2**60]
         except (OSError, ValueError):
             continue
-        if limit == "max" or int(limit) >= 2**60:
-            return None
         cache = sum(int(stat.get(f"total_{k}", stat.get(k, 0))) for k in ("active_file", "inactive_file"))
-        return int(limit) - max(0, used - cache)
-    return None
+        return min(limits, default=math.inf) - max(0, used - cache)
+    return math.inf

@@ -20,6 +20,9 @@ READ_THREADS = 8
 AHEAD_DEPTH = 2
 """Guesses in flight at once, when there are reads that somebody waits for: so many may be in their way."""
 
+FIRST_DEPTH = 4
+"""Guesses in flight before anybody has waited. Not more: checking them takes processor time from the start."""
+
 
 @dataclass(eq=False, slots=True)
 class Read:
@@ -51,7 +54,7 @@ class ReadPool:
         self._ahead: deque[tuple[Read, Callable[[Read], None]]] = deque()
         self._wanted = 0
         self._guesses = 0
-        self._depth = READ_THREADS
+        self._depth = FIRST_DEPTH
         self._threads = [
             threading.Thread(target=self._serve, name=f"flashpack-read-{i}", daemon=True) for i in range(READ_THREADS)
         ]

@@ -65,6 +65,7 @@ class ExpertStore:
             start += stride * count
         self._views: dict[tuple[int, int], RecordView] = {}
         self._reading: dict[Key, Read] = {}
+        self._arrived: list[Read] = []
         self._guesses = Guesses() if prefetch else None
         self._last_layer, self._step_begun = -1, time.perf_counter()
         layers = {layer.index: LayerStats() for layer in pack.manifest.layers}
@@ -109,9 +110,11 @@ class ExpertStore:
             # as if it had been read ahead.
             self._release(request)
             for read in request.reading.values():
-                if read.ahead:
+                arrived = read in self._arrived
+                if read.error is None if arrived else read.ahead:
                     self._cache(read.key).release(read.key)
                 read.wanted, read.ahead = False, True
+            self._arrived.clear()
             stats.own_seconds += time.perf_counter() - begun - used - (stats.wait_seconds - waited)
 
     def prefetch(self, layer: int, experts: Iterable[int]) -> None:
@@ -252,15 +255,16 @@ class ExpertStore:
             raise error
 
     def _settle(self) -> None:
-        """Take note of reads that have completed with nobody waiting."""
-        for _ in self._landed(wait=False):
-            pass
+        """Take note of reads that have completed; those of the request being served are kept for it."""
+        self._arrived = [read for read in self._landed(wait=False) if read.wanted]
 
     def _landed(self, wait: bool) -> Iterator[Read]:
         """Reads that have completed by now, at least one if ``wait``; wanted ones are pinned by their request."""
+        arrived, self._arrived = self._arrived, []
+        yield from arrived
         landed = self._pool.landed
         try:
-            read = landed.get(block=wait)
+            read = landed.get(block=wait and not arrived)
             while True:
                 self._land(read)
                 yield read

@@ -12,7 +12,7 @@ from flashpack.kernels import get_kernels
 from flashpack.runtime import prefetch
 from flashpack.runtime.budget import stride_counts
 from flashpack.runtime.prefetch import Gate, Guesses
-from flashpack.runtime.reads import AHEAD_DEPTH, READ_THREADS, Read, ReadPool
+from flashpack.runtime.reads import AHEAD_DEPTH, FIRST_DEPTH, Read, ReadPool
 from flashpack.runtime.store import ExpertStore
 from tests.conftest import PackOf
 from tests.runtime.test_store import stream, wait_for
@@ -105,13 +105,13 @@ def test_nothing_is_read_ahead_while_somebody_waits_and_little_afterwards() -> N
     pool.close()
 
 
-def test_before_anybody_has_waited_the_whole_depth_is_used() -> None:
+def test_before_anybody_has_waited_more_is_read_ahead_at_once() -> None:
     pool = ReadPool()
-    all_at_once = threading.Barrier(READ_THREADS)
-    for n in range(READ_THREADS):
+    all_at_once = threading.Barrier(FIRST_DEPTH)
+    for n in range(FIRST_DEPTH):
         pool.start_ahead(read(n, False), lambda _: all_at_once.wait(30) and None)
-    landed = [pool.landed.get(timeout=30) for _ in range(READ_THREADS)]
-    assert [r.error for r in landed] == [None] * READ_THREADS
+    landed = [pool.landed.get(timeout=30) for _ in range(FIRST_DEPTH)]
+    assert [r.error for r in landed] == [None] * FIRST_DEPTH
     pool.close()
 
 
@@ -122,6 +122,8 @@ def guessing(pack_of: PackOf) -> Callable[[int], ExpertStore]:
         store = ExpertStore(pack, get_kernels("cpu"), dict.fromkeys(stride_counts(pack.manifest), slots), prefetch=True)
         assert store._guesses is not None
         store._guesses.gate.on = True
+        store._guesses.gate._decide = lambda pays: None  # type: ignore[method-assign]
+        store._guesses.gate.step = lambda seconds: None  # type: ignore[method-assign]
         return store
 
     return make
@@ -150,6 +152,27 @@ def test_guesses_never_take_the_slots_that_a_layer_needs(guessing: Callable[[int
                 seen.append(e)
                 store.prefetch((layer + 1) % 3, [(e + 1) % 8, (e + 2) % 8, 0])
             assert sorted(seen) == sorted(experts)
+        store.close()
+
+
+def test_a_guess_in_between_does_not_swallow_what_was_asked_for(guessing: Callable[[int], ExpertStore]) -> None:
+    """``prefetch`` takes note of all complete reads; those of the request being served are kept for it."""
+    for abandon in (False, True):
+        store = guessing(12)
+        list(stream(store, 0, [1]))
+        batches = store.batches(0, [1, 2, 3])
+        assert [e for e, _ in next(batches)] == [1]
+        wait_for(store, 2)
+        store.prefetch(1, [5])
+        assert len(store._arrived) == 2
+        if abandon:
+            batches.close()  # type: ignore[attr-defined]
+        else:
+            assert sorted(e for batch in batches for e, _ in batch) == [2, 3]
+        # No pin is left: every slot can be had.
+        list(stream(store, 1, [5]))
+        assert len(list(stream(store, 2, list(range(8))))) == 8
+        assert not any(cache._pins for cache in store._caches.values())
         store.close()
 
 
