@@ -1,0 +1,106 @@
+/* Products of every instruction set of this processor against double precision, without Python: for processors that are
+ * only emulated.
+ *
+ *     cd flashpack/kernels/cpu/native
+ *     aarch64-linux-gnu-g++ -std=c++17 -O2 -ffp-contract=off -static -pthread -I. \
+ *         kernels.cpp level_*.cpp ../../../../tools/check_kernels.cpp -o check_kernels
+ *     qemu-aarch64 ./check_kernels
+ */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <vector>
+
+#include "kernels.h"
+
+extern "C" int flashpack_kernels_level(void);
+extern "C" const char *flashpack_kernels_level_name(int level);
+extern "C" void *flashpack_workers(int threads, int level);
+extern "C" int flashpack_linear(
+    void *workers, const float *x, int64_t tokens, const fp_matrix *matrices, int count, float *const *out);
+
+static uint32_t state = 1;
+
+static uint32_t random_word()
+{
+    state = state * 1664525u + 1013904223u;
+    return state >> 8;
+}
+
+static float widened(uint16_t half)
+{
+    uint32_t word = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &word, 4);
+    return value;
+}
+
+/* Largest error, of the product of norms, and whether it is within what kernels.h promises. `bits` 0: MXFP4. */
+static bool check(void *workers, int bits, int group, int units, int tokens, double *worst)
+{
+    static const double e2m1[16] = {0, .5, 1, 1.5, 2, 3, 4, 6, 0, -.5, -1, -1.5, -2, -3, -4, -6};
+    const int stored = bits ? bits : 4, width = group * units, rows = 13, groups = width / group;
+    std::vector<uint8_t> codes((size_t)rows * width * stored / 8), powers(rows * groups);
+    std::vector<uint16_t> scales(rows * groups), biases(rows * groups);
+    std::vector<float> x(tokens * width), out(tokens * rows, NAN);
+    for (auto &code : codes)
+        code = (uint8_t)random_word();
+    for (int i = 0; i < rows * groups; i++) {
+        scales[i] = (uint16_t)(0x3F00 | (random_word() & 0x7F));
+        biases[i] = (uint16_t)(0xBF00 | (random_word() & 0x7F));
+        powers[i] = (uint8_t)(120 + random_word() % 10);
+    }
+    for (auto &value : x)
+        value = ((float)(random_word() % 2001) - 1000) / 500;
+    const uint8_t *scale = bits ? (const uint8_t *)scales.data() : powers.data();
+    const uint8_t *bias = bits ? (const uint8_t *)biases.data() : nullptr;
+    const fp_matrix m = {codes.data(), scale, bias, nullptr, rows, width, bits ? FP_AFFINE : FP_MXFP4, stored,
+                         group, FP_BF16, 0, 0};
+    float *to = out.data();
+    if (flashpack_linear(workers, x.data(), tokens, &m, 1, &to))
+        return false;
+    bool good = true;
+    for (int t = 0; t < tokens; t++)
+        for (int r = 0; r < rows; r++) {
+            double product = 0, own = 0, other = 0;
+            for (int i = 0; i < width; i++) {
+                const size_t at = ((size_t)r * width + i) * stored;
+                const unsigned pair = codes[at / 8] | (at / 8 + 1 < codes.size() ? codes[at / 8 + 1] << 8 : 0);
+                const unsigned code = pair >> at % 8 & ((1u << stored) - 1);
+                const int g = r * groups + i / group;
+                const double w =
+                    bits ? code * (double)widened(scales[g]) + widened(biases[g]) : e2m1[code] * ldexp(1, powers[g] - 127);
+                product += w * x[t * width + i];
+                own += w * w;
+                other += x[t * width + i] * x[t * width + i];
+            }
+            const double error = fabs(out[t * rows + r] - product) / sqrt(own * other + 1e-30);
+            *worst = error > *worst ? error : *worst;
+            good = good && error < sqrt(width) / 113000 + 4e-6;
+        }
+    return good;
+}
+
+static const char *const names[] = {"mxfp4", "", "2 bits", "3 bits", "4 bits", "5 bits", "6 bits", "", "8 bits"};
+
+int main()
+{
+    int failures = 0;
+    for (int level = 0; level <= flashpack_kernels_level(); level++) {
+        void *workers = flashpack_workers(2, level);
+        for (int bits : {0, 2, 3, 4, 5, 6, 8}) {
+            double worst = 0;
+            bool good = true;
+            for (int group : {32, 64, 128})
+                for (int units : {1, 3, 37})
+                    for (int tokens : {1, 2, 3, 5, 70})
+                        if (bits || group == 32)
+                            good = check(workers, bits, group, units, tokens, &worst) && good;
+            printf("%s, %s: largest error %.1e of the norms' product%s\n", flashpack_kernels_level_name(level),
+                   names[bits], worst, good ? "" : ": WRONG");
+            failures += !good;
+        }
+    }
+    return failures != 0;
+}
