@@ -71,7 +71,9 @@ def token_bytes(folder: Path) -> int:
     pack = Pack(folder)
     config = json.loads((folder / "config.json").read_text())
     kinds = pack.manifest.record_kinds
-    experts = sum(config["num_experts_per_tok"] * kinds[layer.kinds[0][0]].nbytes for layer in pack.manifest.layers)
+    experts: int = sum(
+        config["num_experts_per_tok"] * kinds[layer.kinds[0][0]].nbytes for layer in pack.manifest.layers
+    )
     embedding = sum(t.nbytes for t in pack.manifest.tensors if "embed_tokens" in t.name)
     return experts + pack.dense_bytes - embedding
 
