@@ -24,10 +24,10 @@
 
 class Pool {
   public:
-    explicit Pool(int threads)
+    explicit Pool(int threads) : shares_(threads > 1 ? threads : 1)
     {
         for (int i = 1; i < threads; i++)
-            helpers_.emplace_back([this] { help(); });
+            helpers_.emplace_back([this, i] { help((size_t)i); });
     }
 
     ~Pool()
@@ -51,15 +51,18 @@ class Pool {
         }
         call_ = [](const void *job, int64_t i) { (*static_cast<const Work *>(job))(i); };
         job_ = &work;
-        count_ = count;
-        next_.store(0, std::memory_order_relaxed);
+        const int64_t threads = (int64_t)shares_.size();
+        for (int64_t i = 0; i < threads; i++) {
+            shares_[i].next.store(count * i / threads, std::memory_order_relaxed);
+            shares_[i].end = count * (i + 1) / threads;
+        }
         open_.store(true);
         number_.fetch_add(1);
         if (sleepers_.load() > 0) {
             std::lock_guard<std::mutex> hold(sleeping_);
             wake_.notify_all();
         }
-        drain();
+        drain(0);
         open_.store(false);
         for (int spins = 0; inside_.load() != 0; spins++) {
             FP_RELAX();
@@ -74,13 +77,23 @@ class Pool {
   private:
     static constexpr int SPINS = 4000;
 
-    void drain()
+    /* Pieces that lie together are a thread's own, so that what it asks memory for ahead of time is of use to it. When
+     * it has no more, it takes others'. */
+    struct alignas(64) Share {
+        std::atomic<int64_t> next{0};
+        int64_t end = 0;
+    };
+
+    void drain(size_t own)
     {
-        for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;)
-            call_(job_, i);
+        for (size_t i = 0; i < shares_.size(); i++) {
+            Share &share = shares_[(own + i) % shares_.size()];
+            for (int64_t piece; (piece = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
+                call_(job_, piece);
+        }
     }
 
-    void help()
+    void help(size_t own)
     {
         uint64_t seen = 0;
         while (!leaving_.load()) {
@@ -98,18 +111,17 @@ class Pool {
             // The job does not change while somebody is inside and it was open then.
             inside_.fetch_add(1);
             if (open_.load())
-                drain();
+                drain(own);
             inside_.fetch_sub(1);
         }
     }
 
+    std::vector<Share> shares_;
     std::vector<std::thread> helpers_;
     std::mutex sleeping_;
     std::condition_variable wake_;
     void (*call_)(const void *, int64_t) = nullptr;
     const void *job_ = nullptr;
-    int64_t count_ = 0;
-    alignas(64) std::atomic<int64_t> next_{0};
     alignas(64) std::atomic<uint64_t> number_{0};
     std::atomic<int> sleepers_{0};
     std::atomic<bool> leaving_{false};
