@@ -48,9 +48,7 @@ def run(
         import torch
 
         torch.set_num_threads(threads)
-    model = load(
-        pack, device=device, memory=memory, context=context, check=check, expect=expect, reference=reference
-    )
+    model = load(pack, device=device, memory=memory, context=context, check=check, expect=expect, reference=reference)
     if not reference and (missing := missing_kernels()):
         note(missing)
 
