@@ -128,6 +128,8 @@ def speed(
         stats.reset()
         times = [session.feed(1) for _ in range(tokens)]
         total, bursts = stats.total(), session.log.take()
+        if again and again.size(bursts) != total.bytes_read:
+            sys.exit(f"noted reads of {again.size(bursts)} bytes, the store counted {total.bytes_read}")
         answer["rounds"].append(
             {
                 "seconds": sum(times) / tokens,
