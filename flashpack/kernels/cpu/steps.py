@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from flashpack.kernels.cpu.compiled import NativeKernels, matrix_of
+from flashpack.kernels.cpu.compiled import NativeKernels, NativeRecord, matrix_of
 from flashpack.kernels.cpu.native import compute
 from flashpack.kernels.interface import Activation, RecordView, StoredMatrix
 
@@ -28,9 +28,9 @@ class Steps:
     """Makes steps that run on the threads of ``kernels``."""
 
     def __init__(self, kernels: NativeKernels) -> None:
-        self._workers = kernels.workers
-        self._library = self._workers.library
-        self._handle = self._workers.handle
+        self._kernels = kernels
+        self._library = kernels.workers.library
+        self._handle = kernels.workers.handle
 
     def products(
         self,
@@ -104,6 +104,7 @@ class Steps:
     def experts(self, x: Tensor, activation: Activation, out: Tensor) -> Callable[[Sequence[RecordView], int], None]:
         """A function of records and the first row of ``out`` [.., hidden] that the first one's result goes to."""
         assert activation.name is not None
+        kernels = self._kernels
         function, limit = compute.FUNCTIONS.index(activation.name), activation.limit
         call, handle, address, most = self._library.flashpack_experts, self._handle, x.data_ptr(), len(out)
         ones, zeros = (ctypes.c_int32 * most)(*[1] * most), (ctypes.c_int32 * most)()
@@ -111,7 +112,11 @@ class Steps:
 
         def step(records: Sequence[RecordView], first: int, _keep: object = keep) -> None:
             count = len(records)
-            addresses = (ctypes.c_void_p * count)(*[r.address for r in records])  # type: ignore[attr-defined]
+            known: list[int] = [r.address for r in records if isinstance(r, NativeRecord) and r.native]
+            if len(known) < count:
+                kernels.experts(x.unsqueeze(0), records, [[0]] * count, activation, out[first : first + count])
+                return
+            addresses = (ctypes.c_void_p * count)(*known)
             if call(handle, address, 1, addresses, ones, count, zeros, function, limit, base + first * row):
                 raise ValueError("the kernels refuse a record")
 
