@@ -32,7 +32,7 @@ def test_logits_equal_the_reference(name: str, tmp_path: Path) -> None:
     report = flashpack.convert(tmp_path / "model.gguf", tmp_path / "pack", "source", "source")
     assert not rounded(report)
     reference = np.load(CHECKPOINTS / f"{name}.npz")
-    found = logits_of(flashpack.load(tmp_path / "pack"), reference["prompt"])
+    found = logits_of(flashpack.load(tmp_path / "pack", reference=True), reference["prompt"])
     assert np.abs(found - reference["logits"]).max() <= 1e-4
 
 
@@ -63,7 +63,7 @@ def test_quantized_values_are_carried_exactly(name: str, kind: str, experts: str
     assert {str(m.encoding) for m in manifest.matrices} == ({CARRIED[kind]} if quantized else set())
     reference = AutoModelForCausalLM.from_pretrained(save_weights(tmp_path / "held", weights, name))
     prompt = np.arange(3, 200, 9)
-    found = logits_of(flashpack.load(tmp_path / "pack"), prompt)
+    found = logits_of(flashpack.load(tmp_path / "pack", reference=True), prompt)
     assert np.abs(found - logits_of(reference, prompt)).max() <= 1e-4
 
 

@@ -74,7 +74,7 @@ def test_a_format_that_a_pack_holds_is_carried_over_without_rounding(name: str, 
     assert manifest.recipe["source_format"] == VARIANTS[name].label
     assert (manifest.recipe["experts"], manifest.recipe["dense"]) == ("source", "source")
     assert {str(p.encoding) for k in manifest.record_kinds for p in k.projections} == {VARIANTS[name].encoding}
-    found = logits_of(flashpack.load(tmp_path / "pack"))
+    found = logits_of(flashpack.load(tmp_path / "pack", reference=True))
     assert np.abs(found - reference(values, tmp_path / "plain")).max() <= 1e-4
 
 
@@ -86,7 +86,7 @@ def test_a_format_that_no_encoding_holds_is_rounded_once_and_said(name: str, tmp
     assert any(f"no encoding of a pack holds {label} exactly; decoded and rounded to q4" in n for n in report.notices)
     # Rounded to 4 bits once more; an own grid of 16 values is not far from the source's.
     assert 0 < max(e.largest for e in report.errors) < 0.1
-    found = logits_of(flashpack.load(tmp_path / "pack"))
+    found = logits_of(flashpack.load(tmp_path / "pack", reference=True))
     expected = reference(values, tmp_path / "plain")
     assert np.abs(found - expected).mean() <= 0.2 * np.abs(expected).mean()
 
@@ -95,7 +95,7 @@ def test_an_explicit_width_rounds_decoded_values(tmp_path: Path) -> None:
     source, values = quantized("fp8-ragged", tmp_path / "source")
     report = flashpack.convert(source, tmp_path / "pack", "q8", "q8")
     assert any("a second time" in n for n in report.notices)
-    found = logits_of(flashpack.load(tmp_path / "pack"))
+    found = logits_of(flashpack.load(tmp_path / "pack", reference=True))
     expected = reference(values, tmp_path / "plain")
     assert 1e-4 < np.abs(found - expected).mean() <= 0.05 * np.abs(expected).mean()
 
@@ -106,7 +106,7 @@ PUBLISHED = ["fp8block", "ct_int4", "nvfp4", "gptq", "awq"]
 @pytest.mark.parametrize("name", [*(f"qwen3_moe-{kind}" for kind in PUBLISHED), "gpt_oss-mxfp4"])
 def test_checkpoints_made_by_other_programs_give_their_reference_logits(pack_of: PackOf, name: str) -> None:
     reference = np.load(CHECKPOINTS / f"{name}.npz")
-    model = flashpack.load(pack_of(name))
+    model = flashpack.load(pack_of(name), reference=True)
     prompt = torch.from_numpy(reference["prompt"])[None]
     with torch.inference_mode():
         found = model(prompt).logits[0].numpy()
