@@ -176,6 +176,29 @@ def test_a_guess_in_between_does_not_swallow_what_was_asked_for(guessing: Callab
         store.close()
 
 
+def test_guesses_that_fill_the_arena_give_way(guessing: Callable[[int], ExpertStore]) -> None:
+    store = guessing(2)
+    store.prefetch(1, [4, 5])
+    wait_for(store, 2)
+    assert sorted(e for e, _ in stream(store, 0, [1, 2])) == [1, 2]
+    assert not store._caches[next(iter(store._caches))]._pins
+    store.close()
+
+
+def test_reads_of_an_abandoned_request_are_pinned_only_until_they_land(
+    guessing: Callable[[int], ExpertStore],
+) -> None:
+    store = guessing(12)
+    list(stream(store, 0, [1]))
+    batches = store.batches(0, [1, 2, 3])
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    wait_for(store, 2)
+    list(stream(store, 1, [5]))
+    assert not any(cache._pins for cache in store._caches.values())
+    store.close()
+
+
 def test_without_the_switch_nothing_is_guessed(pack_of: PackOf) -> None:
     pack = Pack(pack_of("qwen3_moe"))
     store = ExpertStore(pack, get_kernels("cpu"), dict.fromkeys(stride_counts(pack.manifest), 12))
