@@ -95,7 +95,7 @@ def over_models(args: argparse.Namespace, what: str, sizes: tuple[int, ...], sha
         pack = make(args.scratch, layers, experts)
         whole = speed(pack, prompt=PROMPT, tokens=TOKENS, rounds=3)
         fixed = whole["budget"]["total"] - whole["budget"]["arena"]
-        half = part("speed", pack=pack, memory=fixed + whole["experts"] // 2, prompt=PROMPT, tokens=TOKENS, rounds=3)
+        half = speed(pack, str(fixed + whole["experts"] // 2), prompt=PROMPT, tokens=TOKENS, rounds=3)
         first = part("start", pack=pack)
         seconds, halved = (median(x["seconds"] for x in r["rounds"]) for r in (whole, half))
         show(
