@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from flashpack.formats.records import Encoding, RecordKind
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swiglu_oai")
-"""Functions that kernels may have built in: of the gate, times up; ``swiglu_oai`` is GPT-OSS's, clamped at a limit."""
+"""Functions that kernels may have built in: of the gate, times up; ``swiglu_oai`` is GPT-OSS's, clamped at a limit.
+Their order is that of their numbers in native kernels."""
 
 
 @dataclass(frozen=True, slots=True)

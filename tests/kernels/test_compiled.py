@@ -20,6 +20,7 @@ from flashpack.kernels.cpu.reference import ReferenceKernels
 from flashpack.kernels.interface import ACTIVATIONS
 from tests.kernels.test_reference import random_matrix, stored_matrix
 
+# Where there is a compiler they must be there, says test_native.py: nothing is skipped unseen.
 pytestmark = pytest.mark.skipif(isinstance(compute.library(), str), reason=f"no native kernels: {compute.library()}")
 
 LEVELS = range((compute.best_level() or 0) + 1)

@@ -15,6 +15,7 @@ from flashpack.formats import affine
 from flashpack.formats.constants import AFFINE_BITS, GROUP_SIZES
 from flashpack.formats.dtypes import from_float32, to_float32
 from flashpack.kernels.cpu import native
+from flashpack.kernels.cpu.native import compute
 from flashpack.kernels.cpu.quantize import quantize
 
 built = pytest.mark.skipif(not native.available(), reason=native.status())
@@ -48,6 +49,9 @@ def test_it_is_built_where_there_is_a_compiler() -> None:
     if shutil.which("cc") is None and not native.available():
         pytest.skip("no compiler")
     assert native.status() in [f"native quantizer: {level}" for level in native.LEVELS]
+    if shutil.which("c++") is None and isinstance(compute.library(), str):
+        pytest.skip("no C++ compiler")
+    assert compute.status() in [f"native kernels: {x}" for x in ("portable", "avx2", "avx512-vnni", "neon")]
 
 
 @built

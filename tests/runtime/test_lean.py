@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -128,6 +129,35 @@ def test_a_model_whose_logits_differ_stays_the_librarys(
     ids = some_ids(8)
     expected, _ = decode(flashpack.load(pack, reference=True), ids, 5)
     found, _ = decode(model, ids, 5)
+    assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("limit", ["sliding_window", "attn_logit_softcapping", "final_logit_softcapping"])
+def test_what_shows_only_in_long_contexts_or_at_large_values_is_left_to_the_library(
+    pack_of: PackOf, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few tokens with small scores would be the same both ways."""
+
+    def build(config: Any, *rest: Any) -> PreTrainedModel:
+        model = real(config, *rest)
+        setattr(model.config, limit, 5000)
+        return model
+
+    load = importlib.import_module("flashpack.runtime.load")
+    real = load.build
+    monkeypatch.setattr(load, "build", build)
+    model = flashpack.load(pack_of("qwen3_moe", "q4", "q4"))
+    assert model.flashpack.decoding == "the library's: no layer is made of known parts"
+
+
+def test_experts_stored_in_ways_the_native_kernels_do_not_know(pack_of: PackOf) -> None:
+    """FP8 experts between layers that are steps."""
+    pack = pack_of("qwen3_moe-fp8block", "source", "q4")
+    model, reference = flashpack.load(pack), flashpack.load(pack, reference=True)
+    assert model.flashpack.decoding == "lean: 3 of 3 layers"
+    ids = some_ids(14)
+    expected, _ = decode(reference, ids, 9)
+    found, _ = decode(model, ids, 9)
     assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from flashpack.formats.records import RecordKind
 from flashpack.kernels.cpu.native import compute
 from flashpack.kernels.cpu.reference import ReferenceKernels
-from flashpack.kernels.interface import Activation, RecordView, StoredMatrix
+from flashpack.kernels.interface import ACTIVATIONS, Activation, RecordView, StoredMatrix
 
 FEW_TOKENS = 4
 """Plain matrices times more tokens than these are torch's: its products of many float32 numbers are faster."""
@@ -63,7 +63,7 @@ class NativeKernels(ReferenceKernels):
         flat = torch.tensor([i for some in rows for i in some], dtype=torch.int32)
         self.workers.experts(
             wide.data_ptr(), len(wide), addresses, counts.data_ptr(), flat.data_ptr(),
-            compute.FUNCTIONS.index(activation.name), activation.limit, out.data_ptr(),
+            ACTIVATIONS.index(activation.name), activation.limit, out.data_ptr(),
         )  # fmt: skip
 
     def combine(self, outputs: Tensor, places: Tensor, weights: Tensor) -> Tensor:

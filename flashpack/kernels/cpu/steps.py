@@ -13,15 +13,9 @@ from torch import Tensor
 
 from flashpack.kernels.cpu.compiled import NativeKernels, NativeRecord, matrix_of
 from flashpack.kernels.cpu.native import compute
-from flashpack.kernels.interface import Activation, RecordView, StoredMatrix
+from flashpack.kernels.interface import ACTIVATIONS, Activation, RecordView, StoredMatrix
 
 Step = Callable[[], None]
-
-MODES = {"softmax-top": 0, "top-softmax": 1, "sigmoid-top": 2}
-"""How a router's logits become weights, by the numbers of kernels.h."""
-
-MOST_WIDTH = 512
-"""Values of an attention head; more are not known to the kernels."""
 
 
 class Steps:
@@ -69,7 +63,7 @@ class Steps:
         return step
 
     def attention(
-        self, shape: AttentionShape, query: Tensor, key: Tensor, value: Tensor, out: Tensor
+        self, shape: compute.Attention, query: Tensor, key: Tensor, value: Tensor, out: Tensor
     ) -> Callable[[Tensor, Tensor, int, Tensor, Tensor], None]:
         """A function of keys and values [KV heads, capacity, width], the token's position, cosine and sine."""
         call, handle = self._library.flashpack_attend, self._handle
@@ -88,10 +82,10 @@ class Steps:
         self, logits: Tensor, bias: Tensor | None, top_k: int, mode: str, divide: bool, factor: float, chosen: Tensor,
         weights: Tensor,
     ) -> Step:  # fmt: skip
-        """The ``top_k`` experts of a token: int32 ``chosen`` and ``weights``. ``mode``: one of ``MODES``."""
+        """The ``top_k`` experts of a token: int32 ``chosen`` and ``weights``. ``mode``: one of ``compute.MODES``."""
         arguments = (
-            logits.data_ptr(), bias.data_ptr() if bias is not None else None, logits.numel(), top_k, MODES[mode],
-            int(divide), factor, chosen.data_ptr(), weights.data_ptr(),
+            logits.data_ptr(), bias.data_ptr() if bias is not None else None, logits.numel(), top_k,
+            compute.MODES[mode], int(divide), factor, chosen.data_ptr(), weights.data_ptr(),
         )  # fmt: skip
         call, keep = self._library.flashpack_route, (logits, bias, chosen, weights)
 
@@ -105,7 +99,7 @@ class Steps:
         """A function of records and the first row of ``out`` [.., hidden] that the first one's result goes to."""
         assert activation.name is not None
         kernels = self._kernels
-        function, limit = compute.FUNCTIONS.index(activation.name), activation.limit
+        function, limit = ACTIVATIONS.index(activation.name), activation.limit
         call, handle, address, most = self._library.flashpack_experts, self._handle, x.data_ptr(), len(out)
         ones, zeros = (ctypes.c_int32 * most)(*[1] * most), (ctypes.c_int32 * most)()
         row, base, keep = 4 * out.shape[1], out.data_ptr(), (x, out)
@@ -134,23 +128,3 @@ class Steps:
             call(*arguments)
 
         return step
-
-
-class AttentionShape(ctypes.Structure):
-    """``fp_attention`` of kernels.h."""
-
-    _fields_ = [
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("query_norm", ctypes.c_void_p),
-        ("key_norm", ctypes.c_void_p),
-        ("capacity", ctypes.c_int64),
-        ("heads", ctypes.c_int32),
-        ("kv_heads", ctypes.c_int32),
-        ("width", ctypes.c_int32),
-        ("rotary", ctypes.c_int32),
-        ("query_stride", ctypes.c_int32),
-        ("gate", ctypes.c_int32),
-        ("epsilon", ctypes.c_float),
-        ("scale", ctypes.c_float),
-    ]

@@ -1,8 +1,8 @@
 """Decoding one token at a time without the library's overhead, where a model's parts are known.
 
 ``install`` replaces a model's ``forward`` by one that takes single tokens of one sequence through steps of the kernels
-and leaves everything else to the library. It does so only after it has taken the same tokens both ways: layers that
-differ stay the library's own, and if the logits differ, so does the whole model. The library's way is the oracle.
+and leaves everything else to the library. Layers with a part that is not known stay the library's own. Then some tokens
+are taken both ways, and if their logits differ, the whole model stays the library's. The library's way is the oracle.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from flashpack.runtime.lean.layers import Board, Experts, LeanLayer, NotLean, Pl
 from flashpack.skeleton import ExpertsModule
 
 TOLERANCE = 1e-3
-"""Largest difference of a layer's result, or of the logits, relative to the largest value."""
+"""Largest difference of the logits, relative to the largest."""
 
 _PROBES = 3
 """Tokens that are taken both ways."""
 
 
 class LeanDecoder:
-    """Steps of a model's layers; ``NotLean`` if there are none. ``lean_layers`` of ``layers`` are not the library's."""
+    """A model's layers, ``lean_layers`` of them as steps; ``NotLean`` if the model is built in another way."""
 
     def __init__(self, model: PreTrainedModel, kernels: Kernels, context: int) -> None:
         from flashpack.kernels.cpu.compiled import NativeKernels

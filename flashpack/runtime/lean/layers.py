@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashpack.kernels.cpu.steps import MODES, MOST_WIDTH, AttentionShape, Step, Steps
+from flashpack.kernels.cpu.native.compute import MODES, MOST_WIDTH
+from flashpack.kernels.cpu.native.compute import Attention as AttentionShape
+from flashpack.kernels.cpu.steps import Step, Steps
 from flashpack.runtime.dense import PackedLinear
 from flashpack.runtime.experts import RoutedExperts
 from flashpack.runtime.lean.cache import RoomyLayer
@@ -61,6 +63,18 @@ def norm_of(module: nn.Module, width: int) -> tuple[Tensor, float]:
     raise NotLean(f"{type(module).__name__} is no RMS norm")
 
 
+def refuse_limits(place: object, what: str) -> None:
+    """Raise ``NotLean`` for what shows only in long contexts or at large values: a comparison of few tokens misses it.
+
+    ``place``: a module or a configuration; 0 and None are no limit.
+    """
+    names = ("sliding_window", "attention_chunk_size", "sinks", "attn_logit_softcapping", "final_logit_softcapping")
+    for name in names:
+        value = getattr(place, name, None)
+        if isinstance(value, Tensor) or value:
+            raise NotLean(f"{what} has {name}")
+
+
 class Attention:
     """Grouped-query attention with rotary positions: projections, norms of queries and keys, a gate if there is one."""
 
@@ -71,8 +85,8 @@ class Attention:
         children = {name for name, _ in part.named_children()}
         if not all(isinstance(p, PackedLinear) for p in found) or children - {*names, "q_norm", "k_norm"}:
             raise NotLean(f"{type(module).__name__} has other parts than q_proj, k_proj, v_proj, o_proj")
-        if getattr(part, "sliding_window", None) is not None or getattr(part, "sinks", None) is not None:
-            raise NotLean(f"{type(module).__name__} has a window or sinks")
+        for place in (part, part.config):
+            refuse_limits(place, type(module).__name__)
         query, key, value, output = (p for p in found if isinstance(p, PackedLinear))
         width = part.head_dim
         heads, kv_heads = output.in_features // width, key.out_features // width

@@ -12,8 +12,13 @@ ABI = 1
 """What `flashpack_kernels_abi` must answer: a library left by another version is not used."""
 
 KINDS = {"BF16": 0, "F16": 1, "F32": 2, "affine": 3, "mxfp4": 4}
-FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swiglu_oai", "none")
-"""Activation functions between an expert's matrices, by their numbers in kernels.h."""
+"""How a matrix is stored, by the numbers of kernels.h."""
+
+MODES = {"softmax-top": 0, "top-softmax": 1, "sigmoid-top": 2}
+"""How a router's logits become weights, by the numbers of kernels.h."""
+
+MOST_WIDTH = 512
+"""Values of an attention head; more are not known to the kernels."""
 
 
 class Matrix(ctypes.Structure):
@@ -39,6 +44,26 @@ class Expert(ctypes.Structure):
     """``fp_expert`` of kernels.h."""
 
     _fields_ = [("first", Matrix), ("second", Matrix), ("down", Matrix), ("gated", ctypes.c_int64)]
+
+
+class Attention(ctypes.Structure):
+    """``fp_attention`` of kernels.h."""
+
+    _fields_ = [
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("query_norm", ctypes.c_void_p),
+        ("key_norm", ctypes.c_void_p),
+        ("capacity", ctypes.c_int64),
+        ("heads", ctypes.c_int32),
+        ("kv_heads", ctypes.c_int32),
+        ("width", ctypes.c_int32),
+        ("rotary", ctypes.c_int32),
+        ("query_stride", ctypes.c_int32),
+        ("gate", ctypes.c_int32),
+        ("epsilon", ctypes.c_float),
+        ("scale", ctypes.c_float),
+    ]
 
 
 def address(expert: Expert) -> int:
@@ -103,7 +128,7 @@ class Workers:
         self.name: str = found.flashpack_kernels_level_name(level).decode()
         self.handle = found.flashpack_workers(threads, level)
         if self.handle is None:
-            raise RuntimeError(f"no threads, or no instruction set {level}")
+            raise RuntimeError(f"no memory, or no instruction set {level}")
 
     def linear(self, x: int, tokens: int, matrix: Matrix, out: int) -> None:
         """x [tokens, width] times the transpose of ``matrix`` -> out [tokens, rows]."""

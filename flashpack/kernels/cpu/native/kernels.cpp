@@ -295,7 +295,7 @@ FP_EXPORT const char *flashpack_kernels_level_name(int level)
     return level < 0 || level > best_level() ? "" : levels[level]->name;
 }
 
-/* `threads` threads for the calls below, the caller's among them; null if the system gives none. Never freed. */
+/* `threads` threads for the calls below, the caller's among them; null for another level, or without memory. Never freed. */
 FP_EXPORT void *flashpack_workers(int threads, int level)
 {
     if (level < 0 || level > best_level())

@@ -12,7 +12,7 @@
 #include <stdint.h>
 
 enum { FP_BF16 = 0, FP_F16 = 1, FP_F32 = 2, FP_AFFINE = 3, FP_MXFP4 = 4 };
-enum { FP_SILU = 0, FP_GELU = 1, FP_GELU_TANH = 2, FP_RELU2 = 3, FP_SWIGLU_OAI = 4, FP_NONE = 5 };
+enum { FP_SILU = 0, FP_GELU = 1, FP_GELU_TANH = 2, FP_RELU2 = 3, FP_SWIGLU_OAI = 4 };
 
 /* A stored matrix [rows, width]: `kind` one of the enum above; scales and biases [rows, width / group]. */
 typedef struct {

@@ -10,6 +10,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -24,27 +25,25 @@
 
 class Pool {
   public:
+    /* Lives as long as the process. Where the system gives fewer threads, those there are do all the work. */
     explicit Pool(int threads) : shares_(threads > 1 ? threads : 1)
     {
-        for (int i = 1; i < threads; i++)
-            helpers_.emplace_back([this, i] { help((size_t)i); });
+        for (int i = 1; i < threads; i++) {
+            try {
+                std::thread([this, i] { help((size_t)i); }).detach();
+            } catch (const std::system_error &) {
+                break;
+            }
+            helpers_++;
+        }
     }
 
-    ~Pool()
-    {
-        {
-            std::lock_guard<std::mutex> hold(sleeping_);
-            leaving_.store(true);
-        }
-        wake_.notify_all();
-        for (auto &helper : helpers_)
-            helper.join();
-    }
+    Pool(const Pool &) = delete;
 
     /* Calls work(i) once for each i below `count`; returns when all are done. One job at a time. */
     template <class Work> void run(int64_t count, const Work &work)
     {
-        if (helpers_.empty() || count < 2) {
+        if (!helpers_ || count < 2) {
             for (int64_t i = 0; i < count; i++)
                 work(i);
             return;
@@ -96,14 +95,14 @@ class Pool {
     void help(size_t own)
     {
         uint64_t seen = 0;
-        while (!leaving_.load()) {
+        for (;;) {
             bool found = false;
             for (int spins = 0; spins < SPINS && !(found = number_.load() != seen); spins++)
                 FP_RELAX();
             if (!found) {
                 std::unique_lock<std::mutex> hold(sleeping_);
                 sleepers_.fetch_add(1);
-                wake_.wait(hold, [&] { return leaving_.load() || number_.load() != seen; });
+                wake_.wait(hold, [&] { return number_.load() != seen; });
                 sleepers_.fetch_sub(1);
                 continue;
             }
@@ -117,14 +116,13 @@ class Pool {
     }
 
     std::vector<Share> shares_;
-    std::vector<std::thread> helpers_;
+    int helpers_ = 0;
     std::mutex sleeping_;
     std::condition_variable wake_;
     void (*call_)(const void *, int64_t) = nullptr;
     const void *job_ = nullptr;
     alignas(64) std::atomic<uint64_t> number_{0};
     std::atomic<int> sleepers_{0};
-    std::atomic<bool> leaving_{false};
     alignas(64) std::atomic<bool> open_{false};
     std::atomic<int> inside_{0};
 };
