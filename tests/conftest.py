@@ -13,11 +13,15 @@ os.environ["FLASHPACK_WARM"] = "0"
 
 import hashlib
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# A shell that runs the tests in the background has them ignore Ctrl-C, and what they start, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A deadline measures the machine: the first example imports torch, and cores are shared.
 settings.register_profile("flashpack", deadline=None)
