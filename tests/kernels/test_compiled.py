@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +14,7 @@ from torch.nn import functional as F
 
 from flashpack.formats import Encoding, Projection, RecordKind
 from flashpack.formats.dtypes import from_float32
-from flashpack.formats.records import MXFP4
+from flashpack.formats.records import MXFP4, fp8
 from flashpack.formats.writer import RecordBuffer
 from flashpack.kernels import Activation, StoredMatrix
 from flashpack.kernels.activations import recognize
@@ -57,7 +61,7 @@ def states(tokens: int, width: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("encoding", [*AFFINE, MXFP4], ids=str)
 def test_products_with_codes_are_close_and_do_not_depend_on_company(encoding: Encoding, level: int) -> None:
     """Widths of whole and half units of 64, of less and more than a segment; rows and tokens beside multiples."""
-    for rows, units in ((37, 1), (6, 3), (3, 37)):
+    for rows, units in ((37, 1), (6, 3), (3, 37), (2, 129)):
         width = encoding.group_size * units
         parts, decoded = random_matrix(rows, width, encoding, seed=rows)
         weight = stored_matrix(parts, encoding, (rows, width))
@@ -99,6 +103,31 @@ def test_what_is_not_finite_is_not_hidden(value: float, level: int, place: int) 
         assert (
             product(torch.full((1, 256), tiny), stored_matrix(parts, encoding, (5, 256)), level).abs() <= 1e-40
         ).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forbids a page as Linux does")
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("encoding", [e for e in [*AFFINE, MXFP4] if e.dtype in ("BF16", "E8M0")], ids=str)
+def test_nothing_is_read_behind_a_matrix(encoding: Encoding, level: int) -> None:
+    """Codes end where memory ends: reading on would end the process."""
+    page = mmap.PAGESIZE
+    place = mmap.mmap(-1, 5 * page)
+    start = np.frombuffer(place, np.uint8).ctypes.data
+    libc = ctypes.CDLL(None)
+    assert libc.mprotect(ctypes.c_void_p(start + 4 * page), page, 0) == 0
+    rows, width = 3, 3 * encoding.group_size
+    parts, decoded = random_matrix(rows, width, encoding, seed=1)
+    weight = stored_matrix(parts, encoding, (rows, width))
+    matrix = matrix_of(weight)
+    assert matrix is not None
+    end = parts["weight"].tobytes()
+    place[4 * page - len(end) : 4 * page] = end
+    matrix.weight = start + 4 * page - len(end)
+    for tokens in (1, 3):
+        x = normal(tokens, width)
+        out = torch.empty(tokens, rows)
+        compute.Workers(1, level).linear(x.data_ptr(), tokens, matrix, out.data_ptr())
+        assert np.allclose(out, x.numpy() @ decoded.T, rtol=1e-3, atol=1e-3 * np.abs(decoded).max() * width**0.5)
 
 
 FORMULAS = {
@@ -172,7 +201,7 @@ def test_an_activation_or_encoding_the_library_does_not_know_is_torchs() -> None
     e = Encoding("affine", "BF16", 4, 64)
     for encoding, activation in (
         (e, Activation(lambda h: torch.tanh(h[:, :64]))),
-        (Encoding("raw", "BF16"), gated("silu")),
+        (fp8("F32", (0, 0)), gated("silu")),
     ):
         results = []
         for kernels in (native, reference):

@@ -52,7 +52,7 @@ def norm_of(module: nn.Module, width: int) -> tuple[Tensor, float]:
     """Weight [width] and epsilon of an RMS norm, whether it multiplies by its weight or by one more than it."""
     weight = getattr(module, "weight", None)
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(weight, Tensor) or weight.shape != (width,) or not isinstance(epsilon, float):
+    if not isinstance(weight, Tensor) or weight.shape != (width,) or not isinstance(epsilon, float) or width % 8:
         raise NotLean(f"{type(module).__name__} is no RMS norm of {width}")
     probe = torch.randn(PROBES, width, generator=torch.Generator().manual_seed(0))
     normed = probe * torch.rsqrt(probe.square().mean(-1, keepdim=True) + epsilon)
@@ -89,8 +89,11 @@ class Attention:
             refuse_limits(place, type(module).__name__)
         query, key, value, output = (p for p in found if isinstance(p, PackedLinear))
         width = part.head_dim
-        heads, kv_heads = output.in_features // width, key.out_features // width
+        heads, kv_heads = max(1, output.in_features // width), max(1, key.out_features // width)
         stride = query.out_features // heads
+        sizes = (query.out_features, key.out_features, value.out_features, output.in_features)
+        if sizes != (heads * stride, kv_heads * width, kv_heads * width, heads * width):
+            raise NotLean(f"{type(module).__name__} has projections of {', '.join(map(str, sizes))} values")
         if width % 8 or width > MOST_WIDTH or stride not in (width, 2 * width) or rotary > width or heads % kv_heads:
             raise NotLean(f"{type(module).__name__} has {heads} heads of {width} for {kv_heads} with {stride} values")
         norms = [norm_of(getattr(part, n), width) if hasattr(part, n) else None for n in ("q_norm", "k_norm")]

@@ -176,10 +176,13 @@ template <int FORMAT> inline const uint8_t *padded(const uint8_t *unit, int64_t 
     return space;
 }
 
-/* Whether the last unit of a row must be copied: it is incomplete, or unpacking it would read past its end. */
-template <int FORMAT> inline bool copied(const Shape &s)
+/* Units of a row before those that must be copied: one that is incomplete, and, where unpacking reads 16 bytes for a few
+ * codes, those less than that before the row's end. */
+template <int FORMAT> inline int64_t uncopied(const Shape &s)
 {
-    return s.width % 64 || FORMAT == 3 || FORMAT == 5 || FORMAT == 6;
+    const bool odd = FORMAT == 3 || FORMAT == 5 || FORMAT == 6;
+    const int64_t count = s.units - (s.width % 64 ? 1 : 0) - (odd ? 1 : 0);
+    return count > 0 ? count : 0;
 }
 
 /* R rows times one token over complete units, with the scales of each unit or half. */
@@ -211,7 +214,7 @@ inline void rows_of_one(const fp_matrix &m, const Shape &s, int64_t row, const A
 {
     const int64_t pitch = m.width * unit_bytes(FORMAT) / 64;
     const uint8_t *weights = m.weight + row * pitch;
-    const int64_t complete = s.units - copied<FORMAT>(s);
+    const int64_t complete = uncopied<FORMAT>(s);
     Lanes sums[R];
     Floats constant[R];
     for (int r = 0; r < R; r++) {
@@ -234,13 +237,13 @@ inline void rows_of_one(const fp_matrix &m, const Shape &s, int64_t row, const A
         }
         units_of_one<FORMAT, SPLIT, R>(
             weights + begin * unit_bytes(FORMAT), pitch, whole - begin, a.codes + 64 * begin, scales, sums);
-        if (whole < end)
+        for (int64_t u = whole > begin ? whole : begin; u < end; u++)
             for (int r = 0; r < R; r++) {
                 uint8_t space[96];
-                const uint8_t *unit = weights + r * pitch + whole * unit_bytes(FORMAT);
-                const int64_t left = s.width - 64 * whole;
+                const uint8_t *unit = weights + r * pitch + u * unit_bytes(FORMAT);
+                const int64_t left = s.width - 64 * u;
                 const Codes codes = unpack<FORMAT>(padded<FORMAT>(unit, left < 64 ? left : 64, space));
-                sums[r] = mul_add(sums[r], dot(codes, a.codes + 64 * whole), factor<SPLIT>(scales[r], whole - begin));
+                sums[r] = mul_add(sums[r], dot(codes, a.codes + 64 * u), factor<SPLIT>(scales[r], u - begin));
             }
     }
     for (int r = 0; r < R; r++)
@@ -283,7 +286,7 @@ void rows_of_many(
     alignas(64) Lanes sums[ROWS][TOKENS];
     alignas(64) Floats constant[ROWS][TOKENS];
     const int64_t pitch = m.width * unit_bytes(FORMAT) / 64;
-    const int64_t complete = s.units - copied<FORMAT>(s);
+    const int64_t complete = uncopied<FORMAT>(s);
     for (int r = 0; r < rows; r++)
         for (int t = 0; t < count; t++) {
             sums[r][t] = none();
