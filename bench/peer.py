@@ -237,6 +237,9 @@ def main() -> None:
     args.limit = args.limit or ["2.5GB"]
     if bool(args.peer) != bool(args.gguf):
         parser.error("--peer and --gguf belong together")
+    for path in (args.pack / "flashpack.json", args.peer, args.gguf, *args.trace):
+        if path is not None and not path.is_file():
+            parser.error(f"{path}: not a file")
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # torch's count in the measured processes, and so flashpack's
     peer = Peer(args.peer, args.gguf, args.threads) if args.peer else None
     sections = args.only or SECTIONS
