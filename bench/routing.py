@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flashpack.runtime.experts import RoutedExperts
-from flashpack.runtime.lean.layers import Experts, Token
+from flashpack.runtime.lean.blocks import Experts
+from flashpack.runtime.lean.board import Token
 
 EVEN_TOKENS = 1024
 """Rows of even routing."""

@@ -14,7 +14,8 @@ def split(pack: str, memory: int | None = None, tokens: int = 48, context: int =
     from flashpack.kernels.cpu.native import compute
     from flashpack.runtime.generate import Sampling, generate, load_tokenizer
     from flashpack.runtime.lean import LeanDecoder
-    from flashpack.runtime.lean.layers import Attention, Router
+    from flashpack.runtime.lean.attention import Attention
+    from flashpack.runtime.lean.blocks import Router
 
     spent = dict.fromkeys(("attention", "router", "decoder", "kernels"), 0.0)
 

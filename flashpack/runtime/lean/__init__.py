@@ -18,8 +18,10 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flashpack.kernels import Kernels
+from flashpack.runtime.lean.blocks import Experts
+from flashpack.runtime.lean.board import Board, NotLean, Token, norm_of
 from flashpack.runtime.lean.cache import RoomyLayer
-from flashpack.runtime.lean.layers import Board, Experts, LeanLayer, NotLean, PlainLayer, Token, norm_of
+from flashpack.runtime.lean.layers import LeanLayer, PlainLayer
 from flashpack.skeleton import ExpertsModule
 
 TOLERANCE = 1e-3
