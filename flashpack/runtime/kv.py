@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental import _config
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 
 def kv_bytes(model: PreTrainedModel, context: int) -> int:
@@ -46,6 +46,6 @@ def _tensors(value: Any) -> list[Tensor]:
         return [t for v in value.values() for t in _tensors(v)]
     if isinstance(value, (list, tuple)):
         return [t for v in value for t in _tensors(v)]
-    if isinstance(value, (Cache, CacheLayerMixin)):
+    if isinstance(value, (Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin)):
         return _tensors(vars(value))
     return []

@@ -51,6 +51,13 @@ def test_the_kv_cache_is_counted_by_the_context(pack_of: PackOf) -> None:
     assert two.kv - one.kv == 1024 * 2 * 2 * 2 * 64 * 4
 
 
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_moe"])
+def test_the_state_of_recurrent_layers_is_counted(pack_of: PackOf, name: str) -> None:
+    budget = flashpack.load(pack_of(name), memory="smallest", context=1).flashpack.budget
+    # 3 layers: 4 inputs of 128 channels and 4 states of 16 x 16; 1 layer of 2 KV heads of 32; float32.
+    assert budget.kv == 4 * (3 * (4 * 128 + 4 * 16 * 16) + 2 * 2 * 32)
+
+
 def test_figures_of_this_process_make_sense() -> None:
     before = usage()
     block = mmap.mmap(-1, 64 * 2**20)  # never memory that was freed before
