@@ -3,7 +3,7 @@
 from setuptools import Extension, setup
 
 NATIVE = "flashpack/kernels/cpu/native"
-LEVELS = ("portable", "avx2", "vnni", "neon")
+LEVELS = ("portable", "avx2", "avx512", "neon")
 FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi", "-pthread"]
 
 setup(
@@ -21,7 +21,7 @@ setup(
             [f"{NATIVE}/{name}.cpp" for name in ("kernels", *(f"level_{level}" for level in LEVELS))],
             depends=[
                 f"{NATIVE}/{name}"
-                for name in ("kernels.h", "level.h", "body.h", "decode.h", "level_avx2.inc", "pool.h")
+                for name in ("kernels.h", "level.h", "body.h", "decode.h", "numbers.h", "one.h", "many.h", "plain.h", "activate.h", "floats_x86.inc", "pool.h")
             ],
             extra_compile_args=[*FLAGS, "-std=c++17"],
             extra_link_args=["-pthread"],

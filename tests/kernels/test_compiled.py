@@ -69,10 +69,16 @@ def test_products_with_codes_are_close_and_do_not_depend_on_company(encoding: En
         bound = np.linalg.norm(decoded, axis=1)[None] * np.linalg.norm(x.numpy(), axis=1)[:, None]
         together = product(x, weight, level, threads=3)
         error = np.abs(together.numpy() - x.numpy().astype(np.float64) @ decoded.T.astype(np.float64))
-        # Rounding to 16 bits, and float32 sums of products whose biases cancel.
-        assert (error <= (np.sqrt(width) / 113_000 + 3e-6) * bound).all()
-        for count in (1, 2, 3, 4, 5):
+        # Activations of 15 bits and weights of 13, and float32 sums of products whose biases cancel.
+        assert (error <= (np.sqrt(width) / 56_000 + 4e-4) * bound).all()
+        for count in (4, 5, 6, 7):
             assert torch.equal(product(x[-count:], weight, level), together[-count:])
+        few = product(x[-3:], weight, level, threads=2)
+        error = np.abs(few.numpy() - x[-3:].numpy().astype(np.float64) @ decoded.T.astype(np.float64))
+        # Few tokens' products are with the codes as they are.
+        assert (error <= (np.sqrt(width) / 56_000 + 3e-6) * bound[-3:]).all()
+        for count in (1, 2):
+            assert torch.equal(product(x[-count:], weight, level), few[-count:])
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -176,11 +182,10 @@ def test_experts_equal_the_reference(name: str, bias: str, second: Encoding) -> 
         out = torch.full((11, 128), float("nan"))
         kernels.experts(x, records, rows, gated(name), out)
         results.append(out)
-    assert (results[0] - results[1]).abs().max() <= 2e-4 * results[1].abs().max()
-    record = random_record(native, projections, 2)
+    assert (results[0] - results[1]).abs().max() <= 2e-3 * results[1].abs().max()
     alone = torch.empty(1, 128)
-    native.experts(x, [record], [[6]], gated(name), alone)
-    assert torch.equal(alone, results[0][7:8])
+    native.experts(x, [random_record(native, projections, 1)], [[2]], gated(name), alone)
+    assert torch.equal(alone, results[0][2:3])
 
 
 def test_an_expert_without_gate() -> None:
@@ -193,7 +198,7 @@ def test_an_expert_without_gate() -> None:
         out = torch.empty(2, 128)
         kernels.experts(normal(3, 128), [record], [[0, 2]], activation, out)
         results.append(out)
-    assert (results[0] - results[1]).abs().max() <= 2e-4 * results[1].abs().max()
+    assert (results[0] - results[1]).abs().max() <= 1e-3 * results[1].abs().max()
 
 
 def test_an_activation_or_encoding_the_library_does_not_know_is_torchs() -> None:
@@ -210,7 +215,7 @@ def test_an_activation_or_encoding_the_library_does_not_know_is_torchs() -> None
             out = torch.empty(2, 128)
             kernels.experts(normal(3, 128), [record], [[0, 2]], activation, out)
             results.append(out)
-        assert (results[0] - results[1]).abs().max() <= 2e-4 * results[1].abs().max()
+        assert (results[0] - results[1]).abs().max() <= 1e-3 * results[1].abs().max()
 
 
 def test_weighted_sums_skip_what_has_no_place() -> None:

@@ -50,13 +50,13 @@ def test_tokens_have_the_librarys_logits(pack_of: PackOf, name: str, stored: str
     ids = some_ids(24)
     found, cache = decode(model, ids, 9)
     expected, plain = decode(reference, ids, 9)
-    assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
+    assert (found - expected).abs().max() <= 3e-3 * expected.abs().max()
     assert cache.get_seq_length() == plain.get_seq_length() == 24
     assert any(type(layer) is RoomyLayer for layer in cache.layers)
     for mine, theirs in zip(cache.layers, plain.layers, strict=True):
         if type(mine) is RoomyLayer:
-            assert torch.allclose(mine.keys, theirs.keys, rtol=1e-3, atol=1e-3)
-            assert torch.allclose(mine.values, theirs.values, rtol=1e-3, atol=1e-3)
+            for ours, its in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                assert (ours - its).abs().max() <= 3e-3 * its.abs().max()
 
 
 def test_the_library_goes_on_where_the_lean_path_stopped_and_the_other_way_round(pack_of: PackOf) -> None:

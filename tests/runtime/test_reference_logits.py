@@ -35,12 +35,12 @@ def test_logits_and_greedy_tokens_equal_the_reference(
 ) -> None:
     """Tolerances of float32 sums in another order: 1e-4 plain, 2e-3 where the reference decoded MLX weights.
 
-    The native kernels round activations for products with codes: 3e-5 of a product, which tiny random models with
+    The native kernels round in products of several tokens with codes: 2e-4 of a product, which tiny random models with
     recurrent layers make 400 times as much (as much as noise of that size does).
     """
     reference = np.load(CHECKPOINTS / f"{name}.npz")
     model = flashpack.load(pack_of(name, "source", "source"), memory=memory, reference=plain)
-    tolerance = (2e-3 if plain else 2e-2) if name in MLX else 1e-4
+    tolerance = (2e-3 if plain else 8e-2) if name in MLX else 1e-4
     found = logits_of(model, reference["prompt"])
     assert np.abs(found - reference["logits"]).max() <= tolerance
     prompt = torch.from_numpy(reference["prompt"])[None]

@@ -19,7 +19,7 @@ const Level *const levels[] = {
     &level_portable,
 #if defined(__x86_64__)
     &level_avx2,
-    &level_vnni,
+    &level_avx512,
 #elif defined(__aarch64__)
     &level_neon,
 #endif
@@ -28,7 +28,8 @@ const Level *const levels[] = {
 int best_level()
 {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
         return 2;
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
 #elif defined(__aarch64__)
@@ -125,7 +126,7 @@ struct Prepared {
     int16_t *codes = nullptr;
     float *scales = nullptr, *sums = nullptr;
 
-    Prepared(Scratch &scratch, const Shape &s, int64_t tokens) : shape(s), groups((s.groups + 7) / 8 * 8)
+    Prepared(Scratch &scratch, const Shape &s, int64_t tokens) : shape(s), groups((s.groups + 15) / 16 * 16)
     {
         if (!s.group)
             return;

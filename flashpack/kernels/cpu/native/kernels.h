@@ -1,9 +1,9 @@
 /* The plain C interface of the compute kernels (kernels.cpp); what arrays hold is SPEC.md's.
  *
- * Activations are float32. For a product with stored codes, the activations of a token are rounded to 16-bit integers
- * (by at most 1/65534 of the largest), so that products and their sums over 64 values are exact integer arithmetic; the
- * rest is float32, in a fixed order. With n values the error is at most sqrt(n) / 113,000 of the norms' product: closer
- * than bfloat16 activations would be.
+ * Activations are float32. For a product with stored codes, the activations of a token are rounded to 15-bit integers
+ * (by at most 1/32766 of the largest). Few tokens are multiplied with the codes as they are, in exact integer sums of
+ * 64 values: with n values the error is at most sqrt(n) / 56,000 of the norms' product. For more tokens weights are
+ * unpacked to 13-bit integers first (many.h). All else is float32, in a fixed order.
  */
 #ifndef FLASHPACK_KERNELS_H
 #define FLASHPACK_KERNELS_H

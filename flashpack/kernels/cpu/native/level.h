@@ -15,6 +15,28 @@ enum { MXFP4 = 0 };
 
 enum { ORDER_STRAIGHT, ORDER_NIBBLES, ORDER_PAIRS };
 
+namespace {
+
+inline float float_of(uint32_t word)
+{
+    float value;
+    memcpy(&value, &word, 4);
+    return value;
+}
+
+inline float half_to_float(uint16_t half)
+{
+    uint32_t exponent = half & 0x7C00, sign = (uint32_t)(half & 0x8000) << 16;
+    float size = float_of((uint32_t)(half & 0x7FFF) << 13) * 0x1p112f; /* exact, for subnormal numbers too */
+    uint32_t word;
+    memcpy(&word, &size, 4);
+    return float_of((exponent == 0x7C00 ? word | 0x7F800000 : word) | sign);
+}
+
+typedef uint16_t __attribute__((may_alias)) word16;
+
+} // namespace
+
 /* Of a product's inner dimension. */
 struct Shape {
     int64_t width;
@@ -49,13 +71,22 @@ struct Level {
 extern const Level level_portable;
 #if defined(__x86_64__)
 extern const Level level_avx2;
-extern const Level level_vnni;
+extern const Level level_avx512;
 #elif defined(__aarch64__)
 extern const Level level_neon;
 #endif
 
 /* Products take so many units, rows and tokens at a time: what lies in between stays in the first caches. */
-enum { SEGMENT = 16, LONG_SEGMENT = 64, ROWS = 8, TOKENS = 64 };
+enum { SEGMENT = 32, ROWS = 4, TOKENS = 64 };
+
+/* So many tokens are taken one by one: to unpack weights for them would cost more. */
+enum { FEW_TOKENS = 3 };
+
+/* Units whose scales are taken together for products with many tokens. */
+enum { PART = 8 };
+
+/* The largest integer of a token's activations. */
+enum { MOST_ACTIVATION = 16383 };
 
 /* Weights are asked for so many bytes before they are used, scales so many of theirs. */
 enum { AHEAD = 6144, SCALES_AHEAD = 512 };

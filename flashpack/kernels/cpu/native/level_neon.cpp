@@ -6,6 +6,9 @@
 
 namespace {
 
+/* Units whose products are summed as integers, 32 in each sum. */
+enum { BLOCK = 4, MOST_WEIGHT = 4095, TILE_ROWS = 2, TILE_TOKENS = 2 };
+
 struct Codes {
     int16x8_t part[4][2];
 };
@@ -22,7 +25,7 @@ typedef Lanes Floats;
 
 inline void prefetch(const void *address)
 {
-    __builtin_prefetch(address);
+    __builtin_prefetch(address, 0, 2);
 }
 
 inline float round_even(float x)
@@ -84,11 +87,15 @@ template <int FORMAT> inline Codes unpack(const uint8_t *unit)
     return codes;
 }
 
-inline void store_codes(int16_t *out, const Codes &codes)
+/* Weights from codes: see block_scales in many.h. */
+template <int SHIFT>
+inline void store_weights(int16_t *out, const Codes &codes, const int16_t *scales, const int16_t *biases)
 {
     for (int j = 0; j < 4; j++)
-        for (int half = 0; half < 2; half++)
-            vst1q_s16(out + 16 * j + 8 * half, codes.part[j][half]);
+        for (int half = 0; half < 2; half++) {
+            const int16x8_t product = vqrdmulhq_n_s16(vshlq_n_s16(codes.part[j][half], SHIFT), scales[half]);
+            vst1q_s16(out + 16 * j + 8 * half, vaddq_s16(product, vdupq_n_s16(biases[half])));
+        }
 }
 
 inline int32x4_t add_products(int32x4_t sum, int16x8_t a, int16x8_t b)
@@ -113,18 +120,19 @@ inline Lanes dot(const Codes &codes, const int16_t *activations)
 
 template <int R, int T>
 inline void dots(
-    const int16_t (*codes)[64 * SEGMENT], const Activations *tokens, int64_t own, int64_t unit, Sums (*sums)[T])
+    const int16_t (*rows)[64 * SEGMENT], const Activations *tokens, int64_t own, int64_t unit, int64_t count,
+    Sums (*sums)[T])
 {
     for (int r = 0; r < R; r++)
         for (int t = 0; t < T; t++)
             sums[r][t] = {{vdupq_n_s32(0), vdupq_n_s32(0)}};
-    for (int j = 0; j < 4; j++)
+    for (int64_t i = 0; i < 64 * count; i += 16)
         for (int half = 0; half < 2; half++) {
             int16x8_t weights[R];
             for (int r = 0; r < R; r++)
-                weights[r] = vld1q_s16(codes[r] + 64 * own + 16 * j + 8 * half);
+                weights[r] = vld1q_s16(rows[r] + 64 * own + i + 8 * half);
             for (int t = 0; t < T; t++) {
-                const int16x8_t activations = vld1q_s16(tokens[t].codes + 64 * unit + 16 * j + 8 * half);
+                const int16x8_t activations = vld1q_s16(tokens[t].codes + 64 * unit + i + 8 * half);
                 for (int r = 0; r < R; r++)
                     sums[r][t].half[half] = add_products(sums[r][t].half[half], weights[r], activations);
             }
@@ -159,6 +167,25 @@ inline Floats load8(const float *source)
     return {{vld1q_f32(source), vld1q_f32(source + 4)}};
 }
 
+inline void store8(float *out, Floats values)
+{
+    vst1q_f32(out, values.half[0]);
+    vst1q_f32(out + 4, values.half[1]);
+}
+
+template <int TYPE> inline Floats widen8(const uint8_t *source, int64_t first)
+{
+    if (TYPE == FP_F32)
+        return load8((const float *)source + first);
+    const uint16x8_t words = vld1q_u16((const uint16_t *)source + first);
+    if (TYPE == FP_F16) {
+        const float16x8_t halves = vreinterpretq_f16_u16(words);
+        return {{vcvt_f32_f16(vget_low_f16(halves)), vcvt_high_f32_f16(halves)}};
+    }
+    return {{vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(words), 16)),
+             vreinterpretq_f32_u32(vshll_high_n_u16(words, 16))}};
+}
+
 inline Floats add8(Floats a, Floats b)
 {
     return {{vaddq_f32(a.half[0], b.half[0]), vaddq_f32(a.half[1], b.half[1])}};
@@ -177,6 +204,42 @@ inline float total8(Floats sum)
 inline float total(Lanes sum)
 {
     return total8(sum);
+}
+
+struct Strip {
+    float32x4_t part[4];
+};
+
+inline Strip load_strip(const float *source)
+{
+    return {{vld1q_f32(source), vld1q_f32(source + 4), vld1q_f32(source + 8), vld1q_f32(source + 12)}};
+}
+
+inline void store_strip(float *out, Strip strip)
+{
+    for (int i = 0; i < 4; i++)
+        vst1q_f32(out + 4 * i, strip.part[i]);
+}
+
+template <int TYPE> inline Strip widen_strip(const uint8_t *source, int64_t first, int64_t count, int64_t)
+{
+    constexpr int bytes = TYPE == FP_F32 ? 4 : 2;
+    alignas(16) uint8_t space[16 * bytes];
+    if (count < 16) {
+        memset(space, 0, sizeof space);
+        memcpy(space, source + first * bytes, count * bytes);
+        source = space;
+        first = 0;
+    }
+    const Floats low = widen8<TYPE>(source, first), high = widen8<TYPE>(source, first + 8);
+    return {{low.half[0], low.half[1], high.half[0], high.half[1]}};
+}
+
+inline Lanes add_strip(Lanes sum, Strip a, Strip b)
+{
+    for (int i = 0; i < 4; i++)
+        sum.half[i % 2] = vfmaq_f32(sum.half[i % 2], a.part[i], b.part[i]);
+    return sum;
 }
 
 inline float largest64(const float *values, bool *finite)
@@ -226,6 +289,7 @@ inline void reorder(int order, const int16_t *in, int16_t *out)
 }
 
 } // namespace
+#include "strips.h"
 #include "body.h"
 #include "decode.h"
 

@@ -3,12 +3,14 @@
 
 namespace {
 
+enum { BLOCK = 4, MOST_WEIGHT = 4095, TILE_ROWS = 1, TILE_TOKENS = 1 };
+
 struct Codes {
     int16_t part[64];
 };
 
 struct Sums {
-    int32_t half[2];
+    int64_t half[2];
 };
 
 struct Lanes {
@@ -22,7 +24,7 @@ struct Floats {
 inline void prefetch(const void *address)
 {
 #if defined(__GNUC__)
-    __builtin_prefetch(address);
+    __builtin_prefetch(address, 0, 2);
 #endif
 }
 
@@ -47,9 +49,13 @@ template <int FORMAT> inline Codes unpack(const uint8_t *unit)
     return codes;
 }
 
-inline void store_codes(int16_t *out, const Codes &codes)
+template <int SHIFT>
+inline void store_weights(int16_t *out, const Codes &codes, const int16_t *scales, const int16_t *biases)
 {
-    memcpy(out, codes.part, sizeof codes.part);
+    for (int i = 0; i < 64; i++) {
+        const int half = i / 8 % 2;
+        out[i] = (int16_t)(((codes.part[i] * (1 << SHIFT) * scales[half] + (1 << 14)) >> 15) + biases[half]);
+    }
 }
 
 inline Sums products(const int16_t *a, const int16_t *b)
@@ -74,11 +80,18 @@ inline Lanes dot(const Codes &codes, const int16_t *activations)
 
 template <int R, int T>
 inline void dots(
-    const int16_t (*codes)[64 * SEGMENT], const Activations *tokens, int64_t own, int64_t unit, Sums (*sums)[T])
+    const int16_t (*rows)[64 * SEGMENT], const Activations *tokens, int64_t own, int64_t unit, int64_t count,
+    Sums (*sums)[T])
 {
     for (int r = 0; r < R; r++)
-        for (int t = 0; t < T; t++)
-            sums[r][t] = products(codes[r] + 64 * own, tokens[t].codes + 64 * unit);
+        for (int t = 0; t < T; t++) {
+            sums[r][t] = {{0, 0}};
+            for (int64_t i = 0; i < 64 * count; i += 64) {
+                const Sums own_sums = products(rows[r] + 64 * own + i, tokens[t].codes + 64 * unit + i);
+                for (int half = 0; half < 2; half++)
+                    sums[r][t].half[half] += own_sums.half[half];
+            }
+        }
 }
 
 inline Lanes none()
@@ -115,6 +128,22 @@ inline Floats load8(const float *source)
     return out;
 }
 
+inline void store8(float *out, Floats values)
+{
+    memcpy(out, values.lane, sizeof values.lane);
+}
+
+template <int TYPE> inline Floats widen8(const uint8_t *source, int64_t first)
+{
+    Floats out;
+    for (int i = 0; i < 8; i++) {
+        uint32_t word = 0;
+        memcpy(&word, source + (first + i) * (TYPE == FP_F32 ? 4 : 2), TYPE == FP_F32 ? 4 : 2);
+        out.lane[i] = TYPE == FP_F32 ? float_of(word) : TYPE == FP_BF16 ? float_of(word << 16) : half_to_float((uint16_t)word);
+    }
+    return out;
+}
+
 inline Floats add8(Floats a, Floats b)
 {
     for (int i = 0; i < 8; i++)
@@ -135,6 +164,40 @@ inline float total8(Floats sum)
     for (int i = 0; i < 4; i++)
         four[i] = sum.lane[i] + sum.lane[i + 4];
     return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+struct Strip {
+    float value[16];
+};
+
+inline Strip load_strip(const float *source)
+{
+    Strip strip;
+    memcpy(strip.value, source, sizeof strip.value);
+    return strip;
+}
+
+inline void store_strip(float *out, Strip strip)
+{
+    memcpy(out, strip.value, sizeof strip.value);
+}
+
+template <int TYPE> inline Strip widen_strip(const uint8_t *source, int64_t first, int64_t count, int64_t)
+{
+    Strip strip = {{0}};
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t word = 0;
+        memcpy(&word, source + (first + i) * (TYPE == FP_F32 ? 4 : 2), TYPE == FP_F32 ? 4 : 2);
+        strip.value[i] = TYPE == FP_F32 ? float_of(word) : TYPE == FP_BF16 ? float_of(word << 16) : half_to_float((uint16_t)word);
+    }
+    return strip;
+}
+
+inline Lanes add_strip(Lanes sum, Strip a, Strip b)
+{
+    for (int i = 0; i < 16; i++)
+        sum.half[i / 8] += a.value[i] * b.value[i];
+    return sum;
 }
 
 inline float largest64(const float *values, bool *finite)
@@ -168,6 +231,7 @@ inline void reorder(int, const int16_t *in, int16_t *out)
 }
 
 } // namespace
+#include "strips.h"
 #include "body.h"
 #include "decode.h"
 

@@ -1,0 +1,290 @@
+/* The kernels for x86-64 with AVX512, its dot product of 16-bit integers (VNNI) and its shuffles of bytes (VBMI).
+ *
+ * Codes of a unit lie in two vectors of four lanes of eight: lanes 0 and 2 hold codes of the first half, lanes 1 and 3 of
+ * the second.
+ */
+#include "level.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi"))), \
+    apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi")
+/* gcc 12 warns of the undefined vectors that its own intrinsics begin with. */
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+namespace {
+
+/* Units whose products are summed as integers, 32 in each sum. */
+enum { BLOCK = 8, MOST_WEIGHT = 4095, TILE_ROWS = 4, TILE_TOKENS = 3 };
+
+#include "floats_x86.inc"
+
+typedef __m512i Sums;
+typedef __m512 Lanes;
+
+struct Codes {
+    __m512i part[2];
+};
+
+/* Of vector i, lane and place: the code's number in its half. */
+constexpr int code_number(int order, int i, int lane, int k)
+{
+    const int late = lane / 2;
+    if (order == ORDER_NIBBLES)
+        return 4 * k + 2 * i + late;
+    if (order == ORDER_PAIRS)
+        return 8 * (k % 4) + 4 * i + 2 * late + k / 4;
+    return 16 * i + 8 * late + k;
+}
+
+/* For codes of 3, 5, 6 or 8 bits: which bytes of a unit each 64 bits get, for their four codes, and from which bit on
+ * each byte takes eight. */
+template <int BITS> struct Places {
+    alignas(64) uint8_t bytes[2][64];
+    alignas(64) uint8_t bits[64];
+
+    constexpr Places() : bytes(), bits()
+    {
+        for (int i = 0; i < 2; i++)
+            for (int word = 0; word < 32; word++) {
+                const int lane = word / 8, k = word % 8, first = k / 4 * 4;
+                const int at = BITS * (32 * (lane % 2) + code_number(ORDER_STRAIGHT, i, lane, first));
+                for (int b = 0; b < 2; b++) {
+                    const int byte = 2 * word + b;
+                    const int source = at / 8 + byte % 8;
+                    bytes[i][byte] = (uint8_t)(source < 64 ? source : 63);
+                    bits[byte] = (uint8_t)(at % 8 + BITS * (k % 4) + 8 * b);
+                }
+            }
+    }
+};
+
+template <int BITS> constexpr Places<BITS> places{};
+
+inline __m512i lane_shifts(uint64_t early, uint64_t late)
+{
+    return _mm512_set_epi64(late, late, late, late, early, early, early, early);
+}
+
+template <int FORMAT> inline Codes unpack(const uint8_t *unit)
+{
+    Codes codes;
+    if (FORMAT == 4 || FORMAT == MXFP4) {
+        const __m512i words = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)unit));
+        const uint64_t each = 0x0001000100010001;
+        codes.part[0] = _mm512_srlv_epi16(words, lane_shifts(0, 4 * each));
+        codes.part[1] = _mm512_srlv_epi16(words, lane_shifts(8 * each, 12 * each));
+        if (FORMAT == 4) {
+            const __m512i mask = _mm512_set1_epi16(15);
+            for (int i = 0; i < 2; i++)
+                codes.part[i] = _mm512_and_si512(codes.part[i], mask);
+        } else {
+            /* Of an index the lowest five bits count: twice the table. */
+            const __m256i table = _mm256_setr_epi16(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
+            const __m512i twice = _mm512_broadcast_i64x4(table);
+            for (int i = 0; i < 2; i++)
+                codes.part[i] = _mm512_permutexvar_epi16(codes.part[i], twice);
+        }
+    } else if (FORMAT == 2) {
+        const __m512i both = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)unit));
+        const __m512i words = _mm512_permutexvar_epi64(_mm512_set_epi64(1, 1, 0, 0, 1, 1, 0, 0), both);
+        const __m512i mask = _mm512_set1_epi16(3);
+        const __m512i shifts = _mm512_set_epi64(6, 4, 6, 4, 2, 0, 2, 0);
+        const __m512i early = _mm512_or_si512(shifts, _mm512_slli_epi64(shifts, 16));
+        const __m512i each = _mm512_or_si512(early, _mm512_slli_epi64(early, 32));
+        codes.part[0] = _mm512_and_si512(_mm512_srlv_epi16(words, each), mask);
+        codes.part[1] = _mm512_and_si512(_mm512_srlv_epi16(words, _mm512_add_epi16(each, _mm512_set1_epi16(8))), mask);
+    } else {
+        constexpr int BITS = FORMAT == 3 || FORMAT == 5 || FORMAT == 6 ? FORMAT : 8;
+        const __m512i bytes = _mm512_maskz_loadu_epi8(~0ull >> (64 - 8 * BITS), unit);
+        const __m512i bits = _mm512_load_si512(places<BITS>.bits), mask = _mm512_set1_epi16((1 << BITS) - 1);
+        for (int i = 0; i < 2; i++) {
+            const __m512i words = _mm512_permutexvar_epi8(_mm512_load_si512(places<BITS>.bytes[i]), bytes);
+            codes.part[i] = _mm512_and_si512(_mm512_multishift_epi64_epi8(bits, words), mask);
+        }
+    }
+    return codes;
+}
+
+inline __m512i codes_at(const int16_t *codes)
+{
+    return _mm512_loadu_si512(codes);
+}
+
+/* What a half's lanes get of a pair. */
+inline __m512i both_numbers(const int16_t *numbers)
+{
+    int32_t pair;
+    memcpy(&pair, numbers, sizeof pair);
+    const __m512i words = _mm512_set_epi64(
+        0x0302030203020302, 0x0302030203020302, 0x0100010001000100, 0x0100010001000100, 0x0302030203020302,
+        0x0302030203020302, 0x0100010001000100, 0x0100010001000100);
+    return _mm512_shuffle_epi8(_mm512_set1_epi32(pair), words);
+}
+
+template <int SHIFT>
+inline void store_weights(int16_t *out, const Codes &codes, const int16_t *scales, const int16_t *biases)
+{
+    const __m512i scale = both_numbers(scales), bias = both_numbers(biases);
+    for (int i = 0; i < 2; i++) {
+        const __m512i product = _mm512_mulhrs_epi16(_mm512_slli_epi16(codes.part[i], SHIFT), scale);
+        _mm512_store_si512(out + 32 * i, _mm512_add_epi16(product, bias));
+    }
+}
+
+inline Lanes converted(Sums sums)
+{
+    return _mm512_cvtepi32_ps(sums);
+}
+
+inline Lanes dot(const Codes &codes, const int16_t *activations)
+{
+    const Sums first = _mm512_madd_epi16(codes.part[0], codes_at(activations));
+    return converted(_mm512_dpwssd_epi32(first, codes.part[1], codes_at(activations + 32)));
+}
+
+template <int R, int T>
+inline void dots(
+    const int16_t (*rows)[64 * SEGMENT], const Activations *tokens, int64_t own, int64_t unit, int64_t count,
+    Sums (*sums)[T])
+{
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++)
+            sums[r][t] = _mm512_setzero_si512();
+    for (int64_t i = 0; i < 64 * count; i += 32) {
+        __m512i weights[R];
+        for (int r = 0; r < R; r++)
+            weights[r] = codes_at(rows[r] + 64 * own + i);
+        for (int t = 0; t < T; t++) {
+            const __m512i activations = codes_at(tokens[t].codes + 64 * unit + i);
+            for (int r = 0; r < R; r++) {
+                sums[r][t] = _mm512_dpwssd_epi32(sums[r][t], weights[r], activations);
+                /* Kept in this order: compilers would sum in another one and run out of registers. */
+                __asm__("" : "+v"(sums[r][t]));
+            }
+        }
+    }
+}
+
+inline Lanes none()
+{
+    return _mm512_setzero_ps();
+}
+
+inline Lanes mul_add(Lanes sum, Lanes a, Lanes b)
+{
+    return _mm512_fmadd_ps(a, b, sum);
+}
+
+/* A unit's factor, or one for each half. */
+template <bool SPLIT> inline Lanes factor(const float *factors, int64_t unit)
+{
+    if (!SPLIT)
+        return _mm512_set1_ps(factors[unit]);
+    double pair;
+    memcpy(&pair, factors + 2 * unit, sizeof pair);
+    const __m512i places = _mm512_set_epi32(1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0);
+    return _mm512_permutexvar_ps(places, _mm512_castpd_ps(_mm512_set1_pd(pair)));
+}
+
+inline float total(Lanes sum)
+{
+    return total8(_mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps(sum, 1)));
+}
+
+typedef __m512 Strip;
+
+template <int TYPE> inline Strip widen_strip(const uint8_t *source, int64_t first, int64_t count, int64_t)
+{
+    const __mmask16 mask = (__mmask16)(0xFFFF >> (16 - count));
+    if (TYPE == FP_F32)
+        return _mm512_maskz_loadu_ps(mask, (const float *)source + first);
+    const __m256i words = _mm256_maskz_loadu_epi16(mask, source + 2 * first);
+    if (TYPE == FP_F16)
+        return _mm512_cvtph_ps(words);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+}
+
+inline Strip load_strip(const float *source)
+{
+    return _mm512_load_ps(source);
+}
+
+inline void store_strip(float *out, Strip strip)
+{
+    _mm512_store_ps(out, strip);
+}
+
+inline Lanes add_strip(Lanes sum, Strip a, Strip b)
+{
+    return _mm512_fmadd_ps(a, b, sum);
+}
+
+/* Numbers of groups, for each half of a unit. */
+template <int GROUP> inline Strip spread(Strip strip)
+{
+    if (GROUP == 32)
+        return strip;
+    const __m512i places = GROUP == 64 ? _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0)
+                                       : _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    return _mm512_permutexvar_ps(places, strip);
+}
+
+/* See many.h: a part's scales and biases, each for half a unit, as integers, and what these are worth in each block. */
+inline void whole_numbers(
+    Strip scales, Strip biases, float most, float one, int16_t *whole_scales, int16_t *whole_biases, float *worth)
+{
+    bool finite = true;
+    const __m256 low_scales = _mm512_castps512_ps256(scales), low_biases = _mm512_castps512_ps256(biases);
+    const __m256 high_scales = _mm512_extractf32x8_ps(scales, 1), high_biases = _mm512_extractf32x8_ps(biases, 1);
+    const float largest = _mm256_cvtss_f32(_mm256_max_ps(
+        largest_weight(low_scales, low_biases, most, &finite), largest_weight(high_scales, high_biases, most, &finite)));
+    const float inverse = block_inverse(largest, finite);
+    whole_eight(low_scales, low_biases, inverse, one, whole_scales, whole_biases);
+    whole_eight(high_scales, high_biases, inverse, one, whole_scales + 8, whole_biases + 8);
+    *worth = block_worth(largest, finite);
+}
+
+/* For each place of a unit: which of its activations belongs there. */
+template <int ORDER> struct Order {
+    alignas(64) uint16_t from[64];
+
+    constexpr Order() : from()
+    {
+        for (int i = 0; i < 2; i++)
+            for (int place = 0; place < 32; place++) {
+                const int lane = place / 8;
+                from[32 * i + place] = (uint16_t)(32 * (lane % 2) + code_number(ORDER, i, lane, place % 8));
+            }
+    }
+};
+
+template <int ORDER> constexpr Order<ORDER> order_of{};
+
+/* A unit's activations in the order of its codes. */
+inline void reorder(int order, const int16_t *in, int16_t *out)
+{
+    const uint16_t *from = order == ORDER_NIBBLES ? order_of<ORDER_NIBBLES>.from
+                           : order == ORDER_PAIRS ? order_of<ORDER_PAIRS>.from
+                                                  : order_of<ORDER_STRAIGHT>.from;
+    const __m512i low = codes_at(in), high = codes_at(in + 32);
+    for (int i = 0; i < 2; i++)
+        _mm512_storeu_si512(
+            out + 32 * i, _mm512_permutex2var_epi16(low, _mm512_load_si512(from + 32 * i), high));
+}
+
+} // namespace
+#include "body.h"
+#include "decode.h"
+
+const Level level_avx512 = {"avx512", prepare, product, activate, normalize, attend};
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,133 @@
+/* What scales, biases and numbers of a matrix are as float32, and a token's activations as integers.
+ *
+ * Scales and biases are taken in strips of 16.
+ */
+
+namespace {
+
+constexpr int unit_bytes(int format)
+{
+    return format == MXFP4 ? 32 : 8 * format;
+}
+
+template <int TYPE> inline void widen_type(const uint8_t *source, int64_t first, int64_t count, float *out)
+{
+    source += first * (TYPE == FP_F32 ? 4 : 2);
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8)
+        store8(out + i, widen8<TYPE>(source, i));
+    if (i < count && count >= 8)
+        store8(out + count - 8, widen8<TYPE>(source, count - 8));
+    else
+        for (; i < count; i++)
+            out[i] = TYPE == FP_F32    ? ((const float *)source)[i]
+                     : TYPE == FP_BF16 ? float_of((uint32_t)((const word16 *)source)[i] << 16)
+                                       : half_to_float(((const word16 *)source)[i]);
+}
+
+/* `count` numbers at `source`, from number `first` on, as float32. */
+inline void widen_numbers(const uint8_t *source, int type, int64_t first, int64_t count, float *out)
+{
+    if (type == FP_BF16)
+        widen_type<FP_BF16>(source, first, count, out);
+    else if (type == FP_F16)
+        widen_type<FP_F16>(source, first, count, out);
+    else
+        widen_type<FP_F32>(source, first, count, out);
+}
+
+/* 2^(code - 127); 255 is NaN. */
+inline float power_of_two(uint8_t code)
+{
+    return code == 255 ? NAN : float_of(code ? (uint32_t)code << 23 : 0x00400000);
+}
+
+/* The values of a unit, followed by zeros if there are fewer than 64. */
+inline const float *unit_values(const float *x, const Shape &s, int64_t unit, float *space)
+{
+    const int64_t left = s.width - 64 * unit;
+    if (left >= 64)
+        return x + 64 * unit;
+    memset(space, 0, 64 * sizeof(float));
+    memcpy(space, x + 64 * unit, left * sizeof(float));
+    return space;
+}
+
+/* Activations as 16-bit integers, in a shape's order, with sums by group; returns what an integer is worth. */
+float prepare(const float *x, const Shape &s, int16_t *codes, float *sums)
+{
+    bool finite = true;
+    float largest = 0;
+    alignas(64) float values[64];
+    for (int64_t u = 0; u < s.units; u++) {
+        const float size = largest64(unit_values(x, s, u, values), &finite);
+        largest = size > largest ? size : largest;
+    }
+    /* All rounds to zero where there are only zeros, or what is as good as that. */
+    const float inverse = (float)MOST_ACTIVATION / largest;
+    const bool usable = finite && inverse < INFINITY;
+    for (int64_t g = 0; g < (s.groups + 15) / 16 * 16; g++)
+        sums[g] = 0;
+    for (int64_t u = 0; u < s.units; u++) {
+        alignas(64) int16_t straight[64];
+        int32_t half_sums[2];
+        round64(unit_values(x, s, u, values), usable ? inverse : 0, straight, half_sums);
+        reorder(s.order, straight, codes + 64 * u);
+        if (s.group == 32) {
+            sums[2 * u] = (float)half_sums[0];
+            if (2 * u + 1 < s.groups)
+                sums[2 * u + 1] = (float)half_sums[1];
+        } else {
+            sums[64 * u / s.group] += (float)(half_sums[0] + half_sums[1]);
+        }
+    }
+    return finite ? (usable ? largest / (float)MOST_ACTIVATION : 0) : NAN;
+}
+
+/* Groups before a unit. */
+inline int64_t groups_before(const Shape &s, int64_t unit)
+{
+    const int64_t groups = 64 * unit / s.group;
+    return groups < s.groups ? groups : s.groups;
+}
+
+template <int FORMAT> inline const uint8_t *padded(const uint8_t *unit, int64_t codes, uint8_t *space)
+{
+    memset(space, 0, 96);
+    memcpy(space, unit, codes * unit_bytes(FORMAT) / 64);
+    return space;
+}
+
+/* Units of a row before those that must be copied: one that is incomplete, and, where unpacking reads 16 bytes for a few
+ * codes, those less than that before the row's end. */
+template <int FORMAT> inline int64_t uncopied(const Shape &s)
+{
+    const bool odd = FORMAT == 3 || FORMAT == 5 || FORMAT == 6;
+    const int64_t count = s.units - (s.width % 64 ? 1 : 0) - (odd ? 1 : 0);
+    return count > 0 ? count : 0;
+}
+
+/* Scales or biases of a strip: `count` numbers of a matrix of `all`, from number `first` on, then zeros. */
+inline Strip numbers_of(const uint8_t *source, int type, int64_t first, int64_t count, int64_t all)
+{
+    switch (type) {
+    case FP_BF16:
+        return widen_strip<FP_BF16>(source, first, count, all);
+    case FP_F16:
+        return widen_strip<FP_F16>(source, first, count, all);
+    default:
+        return widen_strip<FP_F32>(source, first, count, all);
+    }
+}
+
+template <int FORMAT> inline Strip scales_of(const fp_matrix &m, int64_t first, int64_t count, int64_t all)
+{
+    if (FORMAT != MXFP4)
+        return numbers_of(m.scales, m.scale_type, first, count, all);
+    alignas(64) float scales[16] = {0};
+    for (int64_t i = 0; i < count; i++)
+        scales[i] = 0.5f * power_of_two(m.scales[first + i]); /* codes are twice the values */
+    return load_strip(scales);
+}
+
+} // namespace

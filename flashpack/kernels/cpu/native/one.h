@@ -1,0 +1,74 @@
+/* Products of packed rows with one token, as the codes come: their sums over a unit are exact integers.
+ *
+ * A row is taken in strips of 16 groups, whose scales and biases are widened together.
+ */
+
+namespace {
+
+/* R rows times one token over complete units of a strip. */
+template <int FORMAT, int GROUP, int R>
+inline void units_of_one(
+    const uint8_t *weights, int64_t pitch, int64_t units, const int16_t *activations, const float (*scales)[16],
+    Lanes *sums)
+{
+    Lanes own[R];
+    for (int r = 0; r < R; r++)
+        own[r] = sums[r];
+    for (int64_t u = 0; u < units; u++) {
+        const uint8_t *unit = weights + u * unit_bytes(FORMAT);
+        if (unit_bytes(FORMAT) > 32 || u % (64 / unit_bytes(FORMAT)) == 0)
+            for (int r = 0; r < R; r++)
+                prefetch(unit + r * pitch + AHEAD);
+        for (int r = 0; r < R; r++) {
+            const Lanes products = dot(unpack<FORMAT>(unit + r * pitch), activations + 64 * u);
+            own[r] = mul_add(own[r], products, factor<GROUP == 32>(scales[r], GROUP == 128 ? u / 2 : u));
+        }
+    }
+    for (int r = 0; r < R; r++)
+        sums[r] = own[r];
+}
+
+/* R rows times one token. */
+template <int FORMAT, int GROUP, int R>
+inline void rows_of_one(const fp_matrix &m, const Shape &s, int64_t row, const Activations &a, float *out)
+{
+    constexpr int64_t strip = GROUP / 4; /* units */
+    const int64_t pitch = m.width * unit_bytes(FORMAT) / 64, all = m.rows * s.groups;
+    const int64_t number = m.kind == FP_MXFP4 ? 1 : m.scale_type == FP_F32 ? 4 : 2;
+    const uint8_t *weights = m.weight + row * pitch;
+    const int64_t complete = uncopied<FORMAT>(s);
+    Lanes sums[R];
+    for (int r = 0; r < R; r++)
+        sums[r] = none();
+    for (int64_t begin = 0; begin < s.units; begin += strip) {
+        const int64_t end = begin + strip < s.units ? begin + strip : s.units;
+        const int64_t whole = complete < end ? complete : end;
+        const int64_t group = 64 * begin / GROUP, count = s.groups - group < 16 ? s.groups - group : 16;
+        alignas(64) float scales[R][16];
+        for (int r = 0; r < R; r++) {
+            const int64_t first = (row + r) * s.groups + group;
+            prefetch(m.scales + first * number + SCALES_AHEAD);
+            store_strip(scales[r], scales_of<FORMAT>(m, first, count, all));
+            if (FORMAT != MXFP4) {
+                prefetch(m.biases + first * number + SCALES_AHEAD);
+                const Strip biases = numbers_of(m.biases, m.scale_type, first, count, all);
+                sums[r] = add_strip(sums[r], biases, load_strip(a.sums + group));
+            }
+        }
+        units_of_one<FORMAT, GROUP, R>(
+            weights + begin * unit_bytes(FORMAT), pitch, whole - begin, a.codes + 64 * begin, scales, sums);
+        for (int64_t u = whole > begin ? whole : begin; u < end; u++)
+            for (int r = 0; r < R; r++) {
+                uint8_t space[96];
+                const uint8_t *unit = weights + r * pitch + u * unit_bytes(FORMAT);
+                const int64_t left = s.width - 64 * u, own = u - begin;
+                const Codes codes = unpack<FORMAT>(padded<FORMAT>(unit, left < 64 ? left : 64, space));
+                const Lanes scale = factor<GROUP == 32>(scales[r], GROUP == 128 ? own / 2 : own);
+                sums[r] = mul_add(sums[r], dot(codes, a.codes + 64 * u), scale);
+            }
+    }
+    for (int r = 0; r < R; r++)
+        out[r] = total(sums[r]) * a.scale;
+}
+
+} // namespace
