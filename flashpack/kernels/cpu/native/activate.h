@@ -6,8 +6,9 @@ namespace {
 inline float exponential(float x)
 {
     x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float n = round_even(x * 1.44269504f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    const float shift = 12582912.0f; /* 1.5 * 2^23: what is added to it loses its fraction; no call, so loops are vectors */
+    const float n = x * 1.44269504f + shift - shift;
+    const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;

@@ -10,9 +10,8 @@
  * Primitives: Codes, unpack<FORMAT>(bytes); reorder(order, activations); Lanes (float32), none(), factor<SPLIT>(scales,
  * unit), mul_add(sum, Lanes, factor), total(Lanes); dot(Codes, activations) -> Lanes; Sums (int32), converted(Sums) ->
  * Lanes, MOST_WEIGHT, TILE_ROWS, TILE_TOKENS, store_weights<SHIFT>(Codes, scales, biases), dots<R, T>(weights, tokens)
- * -> Sums; Floats (eight float32), none8, load8, store8, add8, mul_add8, total8, widen8<TYPE>; Strip (16 float32),
- * widen_strip<TYPE>, load_strip, store_strip, add_strip, spread<GROUP>, whole_numbers; largest64, round64,
- * round_even, prefetch.
+ * -> Sums; Floats (eight float32), none8, all8, load8, store8, add8, mul_add8, total8, widen8<TYPE>; Strip (16 float32),
+ * widen_strip<TYPE>, load_strip, store_strip, add_strip, spread<GROUP>, whole_numbers; largest64, round64, prefetch.
  */
 #include "numbers.h"
 #include "one.h"

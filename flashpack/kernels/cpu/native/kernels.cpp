@@ -435,10 +435,10 @@ FP_EXPORT int flashpack_attend(
     std::lock_guard<std::mutex> hold(w.pool.callers);
     try {
         w.scratch.reset();
-        float *scores = w.scratch.take<float>(a.heads * (position + 1));
-        const int64_t own = a.heads / a.kv_heads * (position + 1);
+        float *space = w.scratch.take<float>(a.heads * (position + 1 + a.width));
+        const int64_t own = a.heads / a.kv_heads * (position + 1 + a.width);
         w.pool.run(a.kv_heads, [&](int64_t i) {
-            w.level->attend(a, (int)i, query, key, value, position, cosine, sine, scores + i * own, out);
+            w.level->attend(a, (int)i, query, key, value, position, cosine, sine, space + i * own, out);
         });
     } catch (const std::bad_alloc &) {
         return -2;

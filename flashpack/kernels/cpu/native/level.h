@@ -10,6 +10,12 @@
 
 #include "kernels.h"
 
+#if defined(__GNUC__)
+#define FP_INLINE inline __attribute__((always_inline))
+#else
+#define FP_INLINE inline
+#endif
+
 /* A FORMAT of codes; the others are numbers of bits. */
 enum { MXFP4 = 0 };
 
@@ -65,7 +71,7 @@ struct Level {
     void (*normalize)(const float *x, const float *weight, float epsilon, int64_t width, float *out);
     void (*attend)(
         const fp_attention &attention, int kv_head, const float *query, const float *key, const float *value,
-        int64_t position, const float *cosine, const float *sine, float *scores, float *out);
+        int64_t position, const float *cosine, const float *sine, float *space, float *out);
 };
 
 extern const Level level_portable;

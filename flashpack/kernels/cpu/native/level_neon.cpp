@@ -28,11 +28,6 @@ inline void prefetch(const void *address)
     __builtin_prefetch(address, 0, 2);
 }
 
-inline float round_even(float x)
-{
-    return vrndns_f32(x);
-}
-
 /* Codes of 3, 5 or 6 bits: two bytes hold one; a shift to the left moves it to the top of its word. */
 template <int BITS> inline int16x8_t unpack_eight(const uint8_t *chunk)
 {
@@ -160,6 +155,11 @@ template <bool SPLIT> inline Lanes factor(const float *factors, int64_t unit)
 inline Floats none8()
 {
     return none();
+}
+
+inline Floats all8(float value)
+{
+    return {{vdupq_n_f32(value), vdupq_n_f32(value)}};
 }
 
 inline Floats load8(const float *source)

@@ -28,11 +28,6 @@ inline void prefetch(const void *address)
 #endif
 }
 
-inline float round_even(float x)
-{
-    return rintf(x);
-}
-
 template <int FORMAT> inline Codes unpack(const uint8_t *unit)
 {
     static const int8_t twice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
@@ -119,6 +114,11 @@ inline float total(Lanes sum)
 inline Floats none8()
 {
     return {{0}};
+}
+
+inline Floats all8(float value)
+{
+    return {{value, value, value, value, value, value, value, value}};
 }
 
 inline Floats load8(const float *source)

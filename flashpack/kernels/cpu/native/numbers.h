@@ -108,7 +108,7 @@ template <int FORMAT> inline int64_t uncopied(const Shape &s)
 }
 
 /* Scales or biases of a strip: `count` numbers of a matrix of `all`, from number `first` on, then zeros. */
-inline Strip numbers_of(const uint8_t *source, int type, int64_t first, int64_t count, int64_t all)
+FP_INLINE Strip numbers_of(const uint8_t *source, int type, int64_t first, int64_t count, int64_t all)
 {
     switch (type) {
     case FP_BF16:
@@ -120,7 +120,7 @@ inline Strip numbers_of(const uint8_t *source, int type, int64_t first, int64_t 
     }
 }
 
-template <int FORMAT> inline Strip scales_of(const fp_matrix &m, int64_t first, int64_t count, int64_t all)
+template <int FORMAT> FP_INLINE Strip scales_of(const fp_matrix &m, int64_t first, int64_t count, int64_t all)
 {
     if (FORMAT != MXFP4)
         return numbers_of(m.scales, m.scale_type, first, count, all);
