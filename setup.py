@@ -3,6 +3,20 @@
 from setuptools import Extension, setup
 
 NATIVE = "flashpack/kernels/cpu/native"
+HEADERS = (
+    "kernels",
+    "level",
+    "body",
+    "numbers",
+    "one",
+    "strips",
+    "many",
+    "plain",
+    "activate",
+    "decode",
+    "recurrent",
+    "pool",
+)
 LEVELS = ("portable", "avx2", "avx512", "neon")
 FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi", "-pthread"]
 
@@ -19,10 +33,7 @@ setup(
         Extension(
             "flashpack.kernels.cpu.native._kernels",
             [f"{NATIVE}/{name}.cpp" for name in ("kernels", *(f"level_{level}" for level in LEVELS))],
-            depends=[
-                f"{NATIVE}/{name}"
-                for name in ("kernels.h", "level.h", "body.h", "decode.h", "numbers.h", "one.h", "many.h", "plain.h", "activate.h", "floats_x86.inc", "pool.h")
-            ],
+            depends=[*(f"{NATIVE}/{name}.h" for name in HEADERS), f"{NATIVE}/floats_x86.inc"],
             extra_compile_args=[*FLAGS, "-std=c++17"],
             extra_link_args=["-pthread"],
             language="c++",

@@ -78,6 +78,20 @@ class Steps:
 
         return step
 
+    def delta(self, shape: compute.Delta, inputs: Sequence[Tensor], out: Tensor) -> Callable[[Tensor, Tensor], None]:
+        """A function of a convolution's window [channels, taps] and states [value heads, key width, value width], which
+        it brings up to date. ``inputs``: where query, key, values, gates, betas and alphas begin."""
+        call, handle = self._library.flashpack_delta, self._handle
+        arguments = (*(t.data_ptr() for t in inputs), out.data_ptr())
+        keep = (shape, *inputs, out)
+
+        def step(window: Tensor, state: Tensor) -> None:
+            shape.window, shape.state = window.data_ptr(), state.data_ptr()
+            if call(handle, ctypes.byref(shape), *arguments):
+                raise ValueError(f"the kernels refuse a recurrent layer of {len(keep)} arrays")
+
+        return step
+
     def route(
         self, logits: Tensor, bias: Tensor | None, top_k: int, mode: str, divide: bool, factor: float, chosen: Tensor,
         weights: Tensor,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from flashpack.kernels.cpu.native.library import load
 
-ABI = 1
+ABI = 2
 """What `flashpack_kernels_abi` must answer: a library left by another version is not used."""
 
 KINDS = {"BF16": 0, "F16": 1, "F32": 2, "affine": 3, "mxfp4": 4}
@@ -66,6 +66,29 @@ class Attention(ctypes.Structure):
     ]
 
 
+class Delta(ctypes.Structure):
+    """``fp_delta`` of kernels.h."""
+
+    _fields_ = [
+        ("window", ctypes.c_void_p),
+        ("state", ctypes.c_void_p),
+        ("filter", ctypes.c_void_p),
+        ("filter_bias", ctypes.c_void_p),
+        ("rate", ctypes.c_void_p),
+        ("rate_bias", ctypes.c_void_p),
+        ("norm", ctypes.c_void_p),
+        ("key_heads", ctypes.c_int32),
+        ("value_heads", ctypes.c_int32),
+        ("key_width", ctypes.c_int32),
+        ("value_width", ctypes.c_int32),
+        ("taps", ctypes.c_int32),
+        ("key_stride", ctypes.c_int32),
+        ("value_stride", ctypes.c_int32),
+        ("number_stride", ctypes.c_int32),
+        ("epsilon", ctypes.c_float),
+    ]
+
+
 def address(expert: Expert) -> int:
     """Where an expert's description lies; it must be kept."""
     return ctypes.addressof(expert)
@@ -92,6 +115,7 @@ def library() -> ctypes.CDLL | str:
         found.flashpack_add_norm.argtypes = [pointer, pointer, pointer, pointer, real, wide, pointer]
         found.flashpack_add_norm.restype = None
         found.flashpack_attend.argtypes = [*[pointer] * 5, wide, pointer, pointer, pointer]
+        found.flashpack_delta.argtypes = [pointer] * 9
         found.flashpack_route.argtypes = [pointer, pointer, number, number, number, number, real, pointer, pointer]
     except (OSError, AttributeError) as e:
         return str(e)

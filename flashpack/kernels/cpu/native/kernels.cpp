@@ -5,7 +5,7 @@
 #include "level.h"
 #include "pool.h"
 
-#define FP_ABI 1 /* goes up when anything in kernels.h or below changes; the loader compares it with its own */
+#define FP_ABI 2 /* goes up when anything in kernels.h or below changes; the loader compares it with its own */
 
 #if defined(_WIN32)
 #define FP_EXPORT extern "C" __declspec(dllexport)
@@ -486,5 +486,45 @@ FP_EXPORT int flashpack_route(
     }
     for (int k = 0; k < top_k; k++)
         weights[k] = weights[k] / sum * factor;
+    return 0;
+}
+
+/* A token of a gated delta layer. By key heads, at the layer's strides: query and key, the values and gates of its value
+ * heads, and their betas and alphas -> out [value_heads, value_width]. Returns as flashpack_linear. */
+FP_EXPORT int flashpack_delta(
+    void *workers, const fp_delta *layer, const float *query, const float *key, const float *value, const float *gate,
+    const float *beta, const float *alpha, float *out)
+{
+    Workers &w = *static_cast<Workers *>(workers);
+    const fp_delta &d = *layer;
+    if (d.key_heads < 1 || d.value_heads < 1 || d.value_heads % d.key_heads || d.taps < 1 || d.key_width < 8 ||
+        d.key_width % 8 || d.key_width > FP_MAX_HEAD || d.value_width < 8 || d.value_width % 8 ||
+        d.value_width > FP_MAX_HEAD)
+        return -1;
+    const int32_t group = d.value_heads / d.key_heads;
+    const int64_t keys = (int64_t)d.key_heads * d.key_width, own = (int64_t)group * d.value_width;
+    std::lock_guard<std::mutex> hold(w.pool.callers);
+    try {
+        w.scratch.reset();
+        float *mixed = w.scratch.take<float>(2 * keys + d.key_heads * own);
+        const auto convolve = [&](const float *x, int64_t first, int64_t count) {
+            w.level->convolve(
+                x, d.window + first * d.taps, d.filter + first * d.taps, d.filter_bias ? d.filter_bias + first : nullptr,
+                d.taps, count, mixed + first);
+        };
+        w.pool.run(d.key_heads, [&](int64_t i) {
+            convolve(query + i * d.key_stride, i * d.key_width, d.key_width);
+            convolve(key + i * d.key_stride, keys + i * d.key_width, d.key_width);
+            convolve(value + i * d.value_stride, 2 * keys + i * own, own);
+        });
+        w.pool.run(d.value_heads, [&](int64_t i) {
+            const int64_t of = i / group, place = i % group, number = of * d.number_stride + place;
+            w.level->delta(
+                d, (int)i, mixed, gate + of * d.value_stride + place * d.value_width, beta[number], alpha[number],
+                out + i * d.value_width);
+        });
+    } catch (const std::bad_alloc &) {
+        return -2;
+    }
     return 0;
 }

@@ -61,6 +61,30 @@ typedef struct {
 
 enum { FP_MAX_HEAD = 512 };
 
+/* A layer of the gated delta rule, for one new token of some channels: the queries of all key heads, their keys, then
+ * the values of all value heads; each key head belongs to value_heads / key_heads value heads in a row.
+ *
+ * What precedes the token is in `window`, the last inputs of the channels' convolution, and `state`; both are brought
+ * up to date. A head's state fades by exp(rate * softplus(alpha + rate_bias)). */
+typedef struct {
+    float *window;            /* [channels, taps] */
+    float *state;             /* [value_heads, key_width, value_width] */
+    const float *filter;      /* [channels, taps] */
+    const float *filter_bias; /* [channels], or null */
+    const float *rate;        /* [value_heads] */
+    const float *rate_bias;   /* [value_heads] */
+    const float *norm;        /* [value_width], of the results */
+    int32_t key_heads;
+    int32_t value_heads;
+    int32_t key_width; /* both multiples of 8, at most FP_MAX_HEAD */
+    int32_t value_width;
+    int32_t taps;
+    int32_t key_stride;    /* values from one key head's query or key to the next one's */
+    int32_t value_stride;  /* from its value heads' values and gates to the next one's */
+    int32_t number_stride; /* from its value heads' betas and alphas to the next one's */
+    float epsilon;
+} fp_delta;
+
 /* How a router's logits become weights. */
 enum { FP_SOFTMAX_TOP = 0, FP_TOP_SOFTMAX = 1, FP_SIGMOID_TOP = 2 };
 

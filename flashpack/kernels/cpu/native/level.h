@@ -72,6 +72,10 @@ struct Level {
     void (*attend)(
         const fp_attention &attention, int kv_head, const float *query, const float *key, const float *value,
         int64_t position, const float *cosine, const float *sine, float *space, float *out);
+    void (*convolve)(
+        const float *x, float *window, const float *filter, const float *bias, int taps, int64_t count, float *out);
+    void (*delta)(
+        const fp_delta &layer, int head, const float *mixed, const float *gate, float beta, float alpha, float *out);
 };
 
 extern const Level level_portable;

@@ -274,8 +274,9 @@ inline void reorder(int order, const int16_t *in, int16_t *out)
 } // namespace
 #include "body.h"
 #include "decode.h"
+#include "recurrent.h"
 
-const Level level_avx2 = {"avx2", prepare, product, activate, normalize, attend};
+const Level level_avx2 = {"avx2", prepare, product, activate, normalize, attend, convolve, delta};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -281,8 +281,9 @@ inline void reorder(int order, const int16_t *in, int16_t *out)
 } // namespace
 #include "body.h"
 #include "decode.h"
+#include "recurrent.h"
 
-const Level level_avx512 = {"avx512", prepare, product, activate, normalize, attend};
+const Level level_avx512 = {"avx512", prepare, product, activate, normalize, attend, convolve, delta};
 
 #if defined(__clang__)
 #pragma clang attribute pop

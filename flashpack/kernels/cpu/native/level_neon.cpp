@@ -292,6 +292,7 @@ inline void reorder(int order, const int16_t *in, int16_t *out)
 #include "strips.h"
 #include "body.h"
 #include "decode.h"
+#include "recurrent.h"
 
-const Level level_neon = {"neon", prepare, product, activate, normalize, attend};
+const Level level_neon = {"neon", prepare, product, activate, normalize, attend, convolve, delta};
 #endif

@@ -234,5 +234,6 @@ inline void reorder(int, const int16_t *in, int16_t *out)
 #include "strips.h"
 #include "body.h"
 #include "decode.h"
+#include "recurrent.h"
 
-const Level level_portable = {"portable", prepare, product, activate, normalize, attend};
+const Level level_portable = {"portable", prepare, product, activate, normalize, attend, convolve, delta};
