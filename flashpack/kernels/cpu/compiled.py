@@ -41,10 +41,7 @@ class NativeKernels(ReferenceKernels):
         self._matrices: dict[int, tuple[object, compute.Matrix | None]] = {}
 
     def view_record(self, record: Tensor, kind: RecordKind) -> RecordView:
-        view = super().view_record(record, kind)
-        native = _expert(view)
-        address = compute.address(native) if native else 0
-        return NativeRecord(view.first, view.down, view.first_bias, view.down_bias, native, address)
+        return native_record(super().view_record(record, kind))
 
     def experts(
         self,
@@ -95,6 +92,13 @@ class NativeKernels(ReferenceKernels):
         out = torch.empty(*x.shape[:-1], rows)
         self.workers.linear(x.data_ptr(), tokens, matrix, out.data_ptr())
         return out
+
+
+def native_record(view: RecordView) -> NativeRecord:
+    """``view`` with what the library needs to compute it, if it knows all that is in it."""
+    native = _expert(view)
+    address = compute.address(native) if native else 0
+    return NativeRecord(view.first, view.down, view.first_bias, view.down_bias, native, address)
 
 
 def _expert(view: RecordView) -> compute.Expert | None:

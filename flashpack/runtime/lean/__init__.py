@@ -7,8 +7,6 @@ are taken both ways, and if their logits differ, the whole model stays the libra
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flashpack.kernels import Kernels
 from flashpack.runtime.lean.blocks import Experts
-from flashpack.runtime.lean.board import Board, NotLean, Token, norm_of
+from flashpack.runtime.lean.board import Board, NotLean, Token, library_calls, norm_of
 from flashpack.runtime.lean.cache import RoomyLayer
 from flashpack.runtime.lean.layers import LeanLayer, PlainLayer
 from flashpack.skeleton import ExpertsModule
@@ -49,14 +47,14 @@ class LeanDecoder:
         if not all(hasattr(self._decoder, part) for part in parts):
             raise NotLean(f"{type(self._decoder).__name__} has not all of {', '.join(parts)}")
         hidden = self._model.config.get_text_config(decoder=True).hidden_size
-        self.board = Board(Steps(kernels), hidden)
         with library_calls("rotary positions"):
             cosine, _ = self._decoder.rotary_emb(torch.zeros(1, 1, hidden), torch.zeros(1, 1, dtype=torch.long))
+        self.board = Board(Steps(kernels), hidden, cosine.shape[-1])
         self.layers: list[LeanLayer | PlainLayer] = []
         for layer in self._decoder.layers:
             try:
                 with library_calls(type(layer).__name__):
-                    self.layers.append(LeanLayer(self.board, layer, cosine.shape[-1]))
+                    self.layers.append(LeanLayer(self.board, layer))
             except NotLean:
                 self.layers.append(PlainLayer(self.board, layer))
         self._norm = self.board.steps.add_norm(
@@ -71,14 +69,14 @@ class LeanDecoder:
         """Whether a cache is of the kind that the steps can go on with."""
         if type(cache) is not DynamicCache or len(cache.layers) != len(self.layers) or not cache.get_seq_length():
             return False
-        ours: list[Any] = [c for c, x in zip(cache.layers, self.layers, strict=True) if isinstance(x, LeanLayer)]
-        return all(type(c) in (DynamicLayer, RoomyLayer) and c.keys is not None and len(c.keys) == 1 for c in ours)
+        pairs = zip(self.layers, cache.layers, strict=True)
+        return all(layer.mixer.takes(kept) for layer, kept in pairs if isinstance(layer, LeanLayer))
 
     def step(self, ids: Tensor, cache: Any) -> Tensor:
         """ids [1, 1], after what ``cache`` holds -> the hidden state [1, 1, hidden] for the head."""
         position = cache.get_seq_length()
         for i, layer in enumerate(self.layers):
-            if isinstance(layer, LeanLayer) and type(cache.layers[i]) is not RoomyLayer:
+            if isinstance(layer, LeanLayer) and type(cache.layers[i]) is DynamicLayer:
                 cache.layers[i] = RoomyLayer.of(cache.layers[i], self._context)
         embedded = self._decoder.embed_tokens(ids)
         positions = torch.tensor([[position]])
@@ -101,17 +99,6 @@ class LeanDecoder:
         """``step`` and the head: [1, 1, vocabulary]."""
         logits: Tensor = self._model.get_output_embeddings()(self.step(ids, cache))
         return logits
-
-
-@contextlib.contextmanager
-def library_calls(what: str) -> Iterator[None]:
-    """A module that cannot be called in the usual way is not of a known kind."""
-    try:
-        yield
-    except NotLean:
-        raise
-    except Exception as e:
-        raise NotLean(f"{what}: {type(e).__name__}: {e}") from e
 
 
 def install(model: PreTrainedModel, kernels: Kernels, sites: list[ExpertsModule], context: int) -> str:
@@ -207,8 +194,10 @@ class _StandIn:
 
 def _stand_in(block: Experts, board: Board) -> Any:
     def routed() -> None:
-        stand_in = _StandIn(block.experts_count)
-        chosen, weights = block.router.chosen.long().unsqueeze(0), block.router.weights.unsqueeze(0)
-        board.y.copy_(stand_in(board.normed.unsqueeze(0), chosen, weights)[0])
+        numbers = _StandIn(block.experts_count).numbers[block.router.chosen.long()]
+        block.compute(block.beside, 0)
+        block.outputs[len(block.beside) :] = board.normed * numbers.unsqueeze(1)
+        block.places[: len(numbers)] = torch.arange(len(block.beside), len(block.outputs))
+        block.combine()
 
     return routed

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers.cache_utils import DynamicLayer
 
 from flashpack.kernels.cpu.native.compute import MOST_WIDTH
 from flashpack.kernels.cpu.native.compute import Attention as AttentionShape
@@ -16,7 +17,7 @@ from flashpack.runtime.lean.cache import RoomyLayer
 class Attention:
     """Grouped-query attention with rotary positions: projections, norms of queries and keys, a gate if there is one."""
 
-    def __init__(self, board: Board, module: nn.Module, rotary: int) -> None:
+    def __init__(self, board: Board, module: nn.Module) -> None:
         part: Any = module
         names = ("q_proj", "k_proj", "v_proj", "o_proj")
         found = [getattr(part, name, None) for name in names]
@@ -26,7 +27,7 @@ class Attention:
         for place in (part, part.config):
             refuse_limits(place, type(module).__name__)
         query, key, value, output = (p for p in found if isinstance(p, PackedLinear))
-        width = part.head_dim
+        width, rotary = part.head_dim, board.rotary
         heads, kv_heads = max(1, output.in_features // width), max(1, key.out_features // width)
         stride = query.out_features // heads
         sizes = (query.out_features, key.out_features, value.out_features, output.in_features)
@@ -50,6 +51,10 @@ class Attention:
         self._inputs = products(board, board.normed, [query, key, value], [q, k, v])
         self._attend = board.steps.attention(shape, q, k, v, attended)
         self._output = products(board, attended, [output], [board.y])
+
+    def takes(self, layer: Any) -> bool:
+        """Whether a cache's layer is of the kind that the steps can go on with."""
+        return type(layer) in (DynamicLayer, RoomyLayer) and layer.keys is not None and len(layer.keys) == 1
 
     def __call__(self, token: Token) -> None:
         layer: RoomyLayer = token.cache.layers[self._layer]

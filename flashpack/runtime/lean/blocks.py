@@ -1,4 +1,4 @@
-"""Feed-forward blocks as steps of the kernels: routers, routed experts."""
+"""Feed-forward blocks as steps of the kernels: routers, routed experts, networks that every token uses."""
 
 from __future__ import annotations
 
@@ -7,14 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashpack.kernels.activations import recognize
+from flashpack.kernels.cpu.compiled import native_record
 from flashpack.kernels.cpu.native.compute import MODES
 from flashpack.kernels.cpu.steps import Step
+from flashpack.kernels.interface import RecordView
+from flashpack.runtime.dense import PackedLinear
 from flashpack.runtime.experts import RoutedExperts
-from flashpack.runtime.lean.board import PROBES, Board, NotLean, Token
+from flashpack.runtime.lean.board import PROBES, Board, NotLean, Token, products
 
 
 class Router:
-    """A linear layer whose largest logits choose experts: int32 ``chosen`` and ``weights`` of ``top_k``."""
+    """A linear layer whose largest logits choose experts: int32 ``chosen`` and ``weights`` of ``top_k``.
+
+    ``all_weights`` has room for one more behind ``weights``.
+    """
 
     def __init__(self, board: Board, module: nn.Module) -> None:
         part: Any = module
@@ -29,7 +36,8 @@ class Router:
         top_k = index.shape[1]
         logits = board.array("router", len(weight))
         self.chosen = board.array("chosen", top_k, torch.int32)
-        self.weights = board.array("weights", top_k)
+        self.all_weights = torch.ones(top_k + 1)
+        self.weights = self.all_weights[:top_k]
         self._logits = board.steps.products(board.normed, [weight], [bias], [logits])
         if self._logits is None:
             raise NotLean(f"router {type(module).__name__} is stored in a way the kernels do not know")
@@ -71,43 +79,100 @@ def _routing(module: nn.Module, probe: Tensor) -> tuple[Tensor, Tensor]:
     return indices[0], weights[-1]
 
 
-class Experts:
-    """Router and routed experts, and nothing else. ``routed`` computes ``y``; a match replaces it for a moment."""
+class Network:
+    """A gated feed-forward network for every token, computed like an expert; as a block it answers with ``y``."""
 
     def __init__(self, board: Board, module: nn.Module) -> None:
         part: Any = module
-        children = dict(part.named_children())
-        experts = {n: m for n, m in children.items() if isinstance(getattr(m, "flashpack", None), RoutedExperts)}
-        routers = [m for n, m in children.items() if n not in experts]
-        if len(experts) != 1 or len(routers) != 1:
-            raise NotLean(f"{type(module).__name__} is more than a router and experts")
-        self._experts: RoutedExperts = next(iter(experts.values())).flashpack
+        names = ("gate_proj", "up_proj", "down_proj")
+        parts = [getattr(part, name, None) for name in names]
+        gate, up, down = (p if isinstance(p, PackedLinear) else None for p in parts)
+        if {name for name, _ in part.named_children()} - {*names, "act_fn"} or not (gate and up and down):
+            raise NotLean(f"{type(module).__name__} has other parts than {', '.join(names)}")
+        hidden, inner = len(board.x), gate.out_features
+        if [p.matrix.shape for p in (gate, up, down)] != [(inner, hidden), (inner, hidden), (hidden, inner)]:
+            raise NotLean(f"{type(module).__name__} has matrices that do not fit each other")
+        self.record = native_record(RecordView((gate.matrix, up.matrix), down.matrix, (gate.bias, up.bias), down.bias))
+        function = part.act_fn
+        self.activation = recognize(lambda x: function(x[:, : x.shape[1] // 2]) * x[:, x.shape[1] // 2 :], gated=True)
+        if self.record.native is None or self.activation.name is None:
+            raise NotLean(f"{type(module).__name__} is stored or activated in a way the kernels do not know")
+        self._compute = board.steps.experts(board.normed, self.activation, board.y.view(1, -1))
+        probe = torch.randn(2, hidden, generator=torch.Generator().manual_seed(2))
+        for x, expected in zip(probe, module(probe), strict=True):
+            board.normed.copy_(x)
+            self._compute([self.record], 0)
+            if not torch.allclose(board.y, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
+                raise NotLean(f"{type(module).__name__} computes something else than a gated network")
+
+    def __call__(self, token: Token) -> None:
+        self._compute([self.record], 0)
+
+
+class Experts:
+    """A router and routed experts, and perhaps a network beside them that every token uses: one more expert, whose
+    weight is 1 or what a switch says, the sigmoid of a linear layer's only value.
+
+    ``routed`` computes ``y`` when the router has chosen; a match replaces it for a moment.
+    """
+
+    def __init__(self, board: Board, module: nn.Module) -> None:
+        part: Any = module
+        children = [m for _, m in part.named_children()]
+        experts = [m.flashpack for m in children if isinstance(getattr(m, "flashpack", None), RoutedExperts)]
+        networks = [m for m in children if hasattr(m, "down_proj") and not hasattr(m, "flashpack")]
+        switches = [m for m in children if isinstance(m, PackedLinear) and m.out_features == 1]
+        routers = [m for m in children if not hasattr(m, "flashpack") and m not in (*networks, *switches)]
+        if len(experts) != 1 or len(routers) != 1 or not len(switches) <= len(networks) <= 1:
+            raise NotLean(f"{type(module).__name__} is more than a router, experts and a network with a switch")
+        self._experts: RoutedExperts = experts[0]
         if self._experts.activation.name is None or self._experts.has_norm:
             raise NotLean(f"{type(module).__name__} has an activation the kernels do not know")
+        networks = [Network(board, m) for m in networks]
+        if any(n.activation.name != self._experts.activation.name for n in networks):
+            raise NotLean(f"{type(module).__name__} has activations of two kinds")
         self.experts_count = self._experts.num_experts
         self.router = Router(board, routers[0])
+        self.beside = [n.record for n in networks]
         top_k = len(self.router.chosen)
-        outputs = board.array("outputs", top_k * len(board.x)).view(top_k, -1)
-        self._places = board.array("places", top_k, torch.int32)
-        self._compute = board.steps.experts(board.normed, self._experts.activation, outputs)
-        self._combine = board.steps.combine(outputs, self._places, self.router.weights, board.y)
+        rows = top_k + len(self.beside)
+        weights = self.router.all_weights[:rows]
+        self.outputs = board.array("outputs", rows * len(board.x)).view(rows, -1)
+        self.places = torch.zeros(rows, dtype=torch.int32)
+        self._routed_places = self.places[:top_k]
+        self._switch: list[Step] = []
+        if switches:
+            logit, only = board.array("switch", 1), board.array("only", 1, torch.int32)
+            self._switch = [
+                products(board, board.normed, switches, [logit]),
+                board.steps.route(logit, None, 1, "sigmoid-top", False, 1.0, only, weights[top_k:]),
+            ]
+        self.compute = board.steps.experts(board.normed, self._experts.activation, self.outputs)
+        self._combine = board.steps.combine(self.outputs, self.places, weights, board.y)
         self.routed: Step = self._routed
 
     def __call__(self, token: Token) -> None:
         self.router()
         self.routed()
 
+    def combine(self) -> None:
+        """``outputs`` to ``y``. Row 0 is that of the network beside, if there is one, whose place is the last."""
+        for step in self._switch:
+            step()
+        self._combine()
+
     def _routed(self) -> None:
         chosen: list[int] = self.router.chosen.tolist()
-        place = dict.fromkeys(chosen, 0)
-        first = 0
+        row: dict[int, int] = {}
+        records, end = list(self.beside), 0  # computed with the first batch: while others are being read
         for batch in self._experts.store.batches(self._experts.layer, sorted(chosen)):
-            self._compute([record for _, record in batch], first)
-            for expert, _ in batch:
-                place[expert] = first
-                first += 1
-        self._places.copy_(torch.tensor([place[e] for e in chosen], dtype=torch.int32))
-        self._combine()
+            records += [record for _, record in batch]
+            self.compute(records, end)
+            end += len(records)
+            row.update((expert, end - len(batch) + i) for i, (expert, _) in enumerate(batch))
+            records = []
+        self._routed_places.copy_(torch.tensor([row[e] for e in chosen], dtype=torch.int32))
+        self.combine()
 
 
 class PlainBlock:

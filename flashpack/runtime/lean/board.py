@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from flashpack.kernels.cpu.steps import Step, Steps
 from flashpack.runtime.dense import PackedLinear
@@ -18,6 +20,17 @@ PROBES = 8
 
 class NotLean(Exception):
     """A part is not of a kind that has steps: the message says which. The library's own module is used."""
+
+
+@contextlib.contextmanager
+def library_calls(what: str) -> Iterator[None]:
+    """A module that cannot be called in the usual way is not of a known kind."""
+    try:
+        yield
+    except NotLean:
+        raise
+    except Exception as e:
+        raise NotLean(f"{what}: {type(e).__name__}: {e}") from e
 
 
 @dataclass
@@ -32,10 +45,13 @@ class Token:
 
 
 class Board:
-    """The arrays that steps read and write: ``x`` the residual stream, ``y`` what is to be added to it."""
+    """The arrays that steps read and write: ``x`` the residual stream, ``y`` what is to be added to it.
 
-    def __init__(self, steps: Steps, hidden: int) -> None:
-        self.steps = steps
+    ``rotary``: values of a head that positions turn.
+    """
+
+    def __init__(self, steps: Steps, hidden: int, rotary: int) -> None:
+        self.steps, self.rotary = steps, rotary
         self.x, self.normed, self.y = torch.zeros(hidden), torch.zeros(hidden), torch.zeros(hidden)
         self._shared: dict[tuple[str, int], Tensor] = {}
 
@@ -44,17 +60,21 @@ class Board:
         return self._shared.setdefault((name, size), torch.zeros(size, dtype=dtype))
 
 
-def norm_of(module: nn.Module, width: int) -> tuple[Tensor, float]:
-    """Weight [width] and epsilon of an RMS norm, whether it multiplies by its weight or by one more than it."""
+def norm_of(module: nn.Module, width: int, gate: Tensor | None = None) -> tuple[Tensor, float]:
+    """Weight [width] and epsilon of an RMS norm, whether it multiplies by its weight or by one more than it.
+
+    ``gate`` [PROBES, width]: if given, the norm's second argument, whose silu multiplies its result.
+    """
     weight = getattr(module, "weight", None)
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or weight.shape != (width,) or not isinstance(epsilon, float) or width % 8:
         raise NotLean(f"{type(module).__name__} is no RMS norm of {width}")
     probe = torch.randn(PROBES, width, generator=torch.Generator().manual_seed(0))
     normed = probe * torch.rsqrt(probe.square().mean(-1, keepdim=True) + epsilon)
-    found = module(probe)
+    factor = 1 if gate is None else silu(gate)
+    found = module(probe) if gate is None else module(probe, gate)
     for candidate in (weight.float(), weight.float() + 1):
-        if torch.allclose(found, normed * candidate, rtol=1e-5, atol=1e-6):
+        if torch.allclose(found, normed * candidate * factor, rtol=1e-5, atol=1e-6):
             return candidate.clone(), epsilon
     raise NotLean(f"{type(module).__name__} is no RMS norm")
 
@@ -73,6 +93,9 @@ def refuse_limits(place: object, what: str) -> None:
 
 def products(board: Board, x: Tensor, parts: Sequence[PackedLinear], out: Sequence[Tensor]) -> Step:
     """x times each of ``parts``, with its bias, written to ``out``; ``NotLean`` if a matrix is of another kind."""
+    for part, result in zip(parts, out, strict=True):
+        if (part.out_features, part.in_features) != (len(result), len(x)):
+            raise NotLean(f"a matrix [{part.out_features}, {part.in_features}] is not [{len(result)}, {len(x)}]")
     step = board.steps.products(x, [p.matrix for p in parts], [p.bias for p in parts], out)
     if step is None:
         raise NotLean("a matrix is stored in a way the kernels do not know")

@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from torch import nn
 
 from flashpack.runtime.lean.attention import Attention
-from flashpack.runtime.lean.blocks import Experts, PlainBlock
-from flashpack.runtime.lean.board import Board, NotLean, Token, norm_of
+from flashpack.runtime.lean.blocks import Experts, Network, PlainBlock
+from flashpack.runtime.lean.board import Board, NotLean, Token, library_calls, norm_of
+from flashpack.runtime.lean.recurrent import DeltaRule
+
+MIXERS: dict[str, type[Attention | DeltaRule]] = {"self_attn": Attention, "linear_attn": DeltaRule}
+"""What a layer may begin with, by the name of the part."""
 
 
 class LeanLayer:
-    """A layer of attention and a feed-forward block, each behind a norm and added to the stream."""
+    """A layer of attention or a recurrent part (``mixer``) and a feed-forward block, each behind a norm and added to
+    the stream."""
 
-    def __init__(self, board: Board, layer: nn.Module, rotary: int) -> None:
+    def __init__(self, board: Board, layer: nn.Module) -> None:
         part: Any = layer
-        names = [name for name, _ in part.named_children()]
-        blocks = [n for n in names if n not in ("self_attn", "input_layernorm", "post_attention_layernorm")]
-        if len(names) != 4 or len(blocks) != 1:
+        norms = ("input_layernorm", "post_attention_layernorm")
+        names = [name for name, _ in part.named_children() if name not in norms]
+        mixers = [name for name in names if name in MIXERS]
+        if len(names) != 2 or len(mixers) != 1 or not all(hasattr(part, name) for name in norms):
             raise NotLean(f"{type(layer).__name__} has other parts than attention, a block and two norms")
-        hidden = len(board.x)
-        self.attention = Attention(board, part.self_attn, rotary)
-        self.block: Experts | PlainBlock
-        try:
-            self.block = Experts(board, getattr(part, blocks[0]))
-        except NotLean:
-            self.block = PlainBlock(board, getattr(part, blocks[0]))
-        first, second = (norm_of(n, hidden) for n in (part.input_layernorm, part.post_attention_layernorm))
+        (mixer,), (block,) = mixers, (getattr(part, name) for name in names if name not in mixers)
+        self.mixer = MIXERS[mixer](board, getattr(part, mixer))
+        self.block = _block(board, block)
+        first, second = (norm_of(getattr(part, name), len(board.x)) for name in norms)
         self._first = board.steps.add_norm(board.x, board.y, *first, board.normed)
         self._second = board.steps.add_norm(board.x, board.y, *second, board.normed)
 
     def __call__(self, token: Token) -> None:
         self._first()
-        self.attention(token)
+        self.mixer(token)
         self._second()
         self.block(token)
+
+
+def _block(board: Board, module: nn.Module) -> Experts | Network | PlainBlock:
+    kinds: tuple[type[Experts | Network], ...] = (Experts, Network)
+    for kind in kinds:
+        with contextlib.suppress(NotLean), library_calls(type(module).__name__):
+            return kind(board, module)
+    return PlainBlock(board, module)
 
 
 class PlainLayer:
