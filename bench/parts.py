@@ -98,7 +98,10 @@ def speed(
     An equal prompt comes before the one that is timed, and ``warm`` tokens before the first round. With ``replay``, the
     reads of every round, and of the prompt, are then repeated without computing.
     """
-    from replay import Replay, replay_bytes
+    from replay import Replay, largest_record, replay_bytes
+
+    from flashpack.formats import Pack
+    from flashpack.runtime.reads import READ_THREADS
 
     if memory is not None and replay:
         memory -= replay_bytes(Path(pack))
@@ -128,7 +131,8 @@ def speed(
         stats.reset()
         times = [session.feed(1) for _ in range(tokens)]
         total, bursts = stats.total(), session.log.take()
-        if again and again.size(bursts) != total.bytes_read:
+        # What is being read ahead when a round ends was noted, but has not been counted yet, or the other way round.
+        if again and abs(again.size(bursts) - total.bytes_read) > READ_THREADS * largest_record(Pack(session.pack)):
             sys.exit(f"noted reads of {again.size(bursts)} bytes, the store counted {total.bytes_read}")
         answer["rounds"].append(
             {

@@ -30,6 +30,10 @@ from flashpack.formats import Pack
 from flashpack.runtime.memory import parse_size
 
 PROMPT, DECODE, LIMITED_DECODE = 256, 64, 16
+
+SETTLE = 64
+"""Tokens before decoding under a limit is timed: reading ahead is tried first, then on or off."""
+
 SECTIONS = ("memory", "limits", "traces", "start", "split")
 START_SECONDS = 1.5
 
@@ -140,7 +144,8 @@ def under_limits(args: argparse.Namespace, peer: Peer | None) -> None:
                         theirs.append(peer.rates(LIMITED_DECODE, procs, mapped=True))
                 except Failed as e:
                     failed = str(e)
-            found.append(limited(args, limit, "speed", prompt=PROMPT, tokens=LIMITED_DECODE, rounds=5, replay=True))
+            how: dict[str, Any] = {"tokens": LIMITED_DECODE, "rounds": 5, "warm": SETTLE, "replay": True}
+            found.append(limited(args, limit, "speed", prompt=PROMPT, **how))
         if failed:
             theirs = []
             print(f"\nllama.cpp under {limit}: {failed}")

@@ -10,19 +10,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flashpack.runtime.experts import RoutedExperts
-from flashpack.runtime.lean.blocks import Experts
+from flashpack.runtime.lean.blocks import Experts, Guess
 from flashpack.runtime.lean.board import Token
 
 EVEN_TOKENS = 1024
 """Rows of even routing."""
+
+RECALL = 0.8
+"""Share of a token's experts that the router of a trained model names one layer early: what guesses are drawn with."""
 
 
 class Trace:
     """Routing for every model of this process: that of the file ``path`` (``experts`` and ``weights`` [tokens, layers,
     top_k]), or "even", drawn at random.
 
-    ``position`` is the row of the next token; rows wrap around. To be made after the model: loading compares its two
-    ways of decoding by its own router. Raises ``ValueError`` for a trace of another shape.
+    Guesses of the next layer's experts are the trace's too, right as often as ``RECALL``. ``position`` is the row
+    of the next token; rows wrap around. To be made after the model: loading compares its two ways of decoding by its
+    own router. Raises ``ValueError`` for a trace of another shape.
     """
 
     def __init__(self, path: str, model: PreTrainedModel) -> None:
@@ -40,6 +44,7 @@ class Trace:
         _, count, top_k = self._experts.shape
         if (count, top_k) != wanted or int(self._experts.max()) >= min(x.experts for x in layers):
             raise ValueError(f"{path}: {count} layers and {top_k} experts per token; the model has {wanted}")
+        self._count = layers[0].experts
         self._row_of_layer = {layer.index: i for i, layer in enumerate(layers)}
         self.position = 0
         self._install()
@@ -59,10 +64,20 @@ class Trace:
 
         def lean(block: Experts, token: Token) -> None:
             block.router()
-            chosen, shares = self._rows(block._experts.layer, 1)
+            chosen, shares = self._rows(block.layer, 1)
             block.router.chosen.copy_(chosen[0])
             block.router.weights.copy_(shares[0])
             block.routed()
 
+        draws = torch.Generator().manual_seed(4)
+
+        def guess(guess: Guess) -> list[int]:
+            chosen, _ = self._rows(guess.layer, 1)
+            wrong = torch.rand(chosen.shape, generator=draws) > RECALL
+            others = torch.randint(self._count, chosen.shape, generator=draws, dtype=torch.int32)
+            experts: list[int] = torch.where(wrong, others, chosen)[0].tolist()
+            return experts
+
+        Guess.__call__ = guess  # type: ignore[method-assign, assignment]
         RoutedExperts.__call__ = routed  # type: ignore[method-assign, assignment]
         Experts.__call__ = lean  # type: ignore[method-assign, assignment]

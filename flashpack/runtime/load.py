@@ -62,6 +62,7 @@ def load(
     expect: str | None = None,
     reference: bool = False,
     warm: bool | None = None,
+    prefetch: bool = True,
 ) -> PreTrainedModel:
     """Open a pack as a transformers causal language model; its ``generate`` works.
 
@@ -71,8 +72,9 @@ def load(
     ``"first"`` time it is read, ``"always"`` or ``"never"``. ``expect``: the identity the pack must have.
     ``reference``: computed by torch and transformers alone, slowly: what everything faster is compared with.
     ``warm``: whether to begin with the experts that earlier runs used most, and to remember those of this one (in the
-    user's cache folder); default: unless the environment variable FLASHPACK_WARM is 0. The model carries its
-    ``Runtime`` as ``.flashpack``.
+    user's cache folder); default: unless the environment variable FLASHPACK_WARM is 0.
+    ``prefetch``: whether experts that the next layer will probably ask for are read while this one's are computed, as
+    long as that is faster. The model carries its ``Runtime`` as ``.flashpack``.
 
     Raises ``FormatError``, ``IntegrityError``, ``IdentityError``, ``MemoryBudgetError``, ``DeviceError`` or
     ``UsageError``.
@@ -124,7 +126,7 @@ def load(
     dense.fill(model, opened, sites, kernels, dtype)
     total = parse_size(memory) if memory not in (None, "smallest") else memory
     budget = budgets.divide(opened, usage().anonymous, cache, work, total, spare())
-    store = ExpertStore(opened, kernels, budget.slots, check)
+    store = ExpertStore(opened, kernels, budget.slots, check, prefetch)
     remembered = opened if history.wanted(warm) else None
     if remembered:
         store.warm(history.read(opened))

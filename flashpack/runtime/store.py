@@ -117,6 +117,16 @@ class ExpertStore:
             self._arrived.clear()
             stats.own_seconds += time.perf_counter() - begun - used - (stats.wait_seconds - waited)
 
+    @property
+    def prefetches(self) -> bool:
+        """Whether ``prefetch`` is ever of use."""
+        return self._guesses is not None
+
+    @property
+    def guessing(self) -> bool:
+        """Whether ``prefetch`` would read anything now."""
+        return self._guesses is not None and self._guesses.gate.on
+
     def prefetch(self, layer: int, experts: Iterable[int]) -> None:
         """Begin to read those of ``experts``, likeliest first, that are not here: ``layer`` is going to ask for them.
 

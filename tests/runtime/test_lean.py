@@ -15,7 +15,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 import flashpack
 from flashpack.kernels.cpu.native import compute
-from flashpack.runtime import lean
+from flashpack.runtime import budget, lean
 from flashpack.runtime.lean.blocks import Experts, Network
 from flashpack.runtime.lean.cache import RoomyLayer
 from flashpack.runtime.lean.layers import LeanLayer
@@ -246,6 +246,30 @@ def test_a_model_whose_logits_differ_stays_the_librarys(
     expected, _ = decode(flashpack.load(pack, reference=True), ids, 5)
     found, _ = decode(model, ids, 5)
     assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+def test_experts_are_guessed_a_layer_early_and_logits_stay_the_same(
+    pack_of: PackOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most guesses are right in a model whose layers add little to the stream; a guess never changes a result."""
+    pack = pack_of("qwen3_moe", "q4", "q4")
+    ids = some_ids(40)
+    plain = flashpack.load(pack, memory="smallest", prefetch=False)
+    expected, _ = decode(plain, ids, 4)
+    assert plain.flashpack.store.stats.total().guesses == 0
+    monkeypatch.setattr(budget, "MIN_SLOTS", 14)  # room for guesses
+    model = flashpack.load(pack, memory="smallest")
+    store = model.flashpack.store
+    assert store._guesses is not None
+    store._guesses.gate.step = store._guesses.gate.wasteful = lambda *_: None
+    store._guesses.gate.on = True
+    found, _ = decode(model, ids, 4)
+    assert torch.equal(found, expected)
+    total = store.stats.total()
+    assert total.guesses >= 36
+    assert total.right_guesses > total.guesses / 3
+    chosen = model.flashpack.pack.manifest.layers[0].experts
+    assert chosen > 2 * model.config.num_experts_per_tok  # a guess at random would mostly be wrong
 
 
 @pytest.mark.parametrize("limit", ["sliding_window", "attn_logit_softcapping", "final_logit_softcapping"])

@@ -7,6 +7,7 @@ are taken both ways, and if their logits differ, the whole model stays the libra
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -57,6 +58,9 @@ class LeanDecoder:
                     self.layers.append(LeanLayer(self.board, layer))
             except NotLean:
                 self.layers.append(PlainLayer(self.board, layer))
+        for layer, later in itertools.pairwise(self.layers):
+            if isinstance(layer, LeanLayer) and isinstance(later, LeanLayer):
+                layer.expects(later)
         self._norm = self.board.steps.add_norm(
             self.board.x, self.board.y, *norm_of(self._decoder.norm, hidden), self.board.normed
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from flashpack.kernels.cpu.steps import Step
 from flashpack.kernels.interface import RecordView
 from flashpack.runtime.dense import PackedLinear
 from flashpack.runtime.experts import RoutedExperts
-from flashpack.runtime.lean.board import PROBES, Board, NotLean, Token, products
+from flashpack.runtime.lean.board import PROBES, Board, NotLean, Token, norm_of, products
 
 
 class Router:
@@ -34,6 +35,7 @@ class Router:
         probe = torch.randn(PROBES, len(board.x), generator=torch.Generator().manual_seed(1))
         index, found = _routing(module, probe)
         top_k = index.shape[1]
+        self._board, self._weight, self._bias, self._correction = board, weight, bias, correction
         logits = board.array("router", len(weight))
         self.chosen = board.array("chosen", top_k, torch.int32)
         self.all_weights = torch.ones(top_k + 1)
@@ -48,6 +50,7 @@ class Router:
                         logits, correction, top_k, mode, divide, factor, self.chosen, self.weights
                     )
                     if all(self._agrees(board, p, i, w) for p, i, w in zip(probe, index, found, strict=True)):
+                        self._kind = mode, divide, factor
                         return
         raise NotLean(f"router {type(module).__name__} chooses experts in another way")
 
@@ -63,6 +66,24 @@ class Router:
         assert self._logits is not None
         self._logits()
         self._route()
+
+    def on(self, x: Tensor) -> Callable[[], list[int]]:
+        """The same choice from ``x`` [hidden], as a list that begins with the largest logit, in arrays of its own."""
+        steps, experts = self._board.steps, len(self._weight)
+        logits, chosen = self._board.array("guessed logits", experts), torch.zeros_like(self.chosen)
+        product = steps.products(x, [self._weight], [self._bias], [logits])
+        assert product is not None  # as for this router
+        route = steps.route(
+            logits, self._correction, len(chosen), *self._kind, chosen, torch.zeros_like(self.weights)
+        )  # fmt: skip
+
+        def choose() -> list[int]:
+            product()
+            route()
+            experts: list[int] = chosen.tolist()
+            return experts
+
+        return choose
 
 
 def _routing(module: nn.Module, probe: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,12 +130,31 @@ class Network:
         self._compute([self.record], 0)
 
 
+class Guess:
+    """Which experts the next layer will ask for: its router's answer to the stream, without what experts add before."""
+
+    def __init__(self, board: Board, norm: nn.Module, experts: Experts) -> None:
+        hidden = len(board.x)
+        self.layer = experts.layer
+        normed = board.array("guess", hidden)
+        self._norm = board.steps.add_norm(board.x, None, *norm_of(norm, hidden), normed)
+        self._router = experts.router.on(normed)
+
+    def __call__(self) -> list[int]:
+        """Experts, likeliest first."""
+        self._norm()
+        return self._router()
+
+
 class Experts:
     """A router and routed experts, and perhaps a network beside them that every token uses: one more expert, whose
     weight is 1 or what a switch says, the sigmoid of a linear layer's only value.
 
     ``routed`` computes ``y`` when the router has chosen; a match replaces it for a moment.
+    ``guess``: of a later layer, whose experts may be read while this one's are computed.
     """
+
+    guess: Guess | None = None
 
     def __init__(self, board: Board, module: nn.Module) -> None:
         part: Any = module
@@ -126,6 +166,7 @@ class Experts:
         if len(experts) != 1 or len(routers) != 1 or not len(switches) <= len(networks) <= 1:
             raise NotLean(f"{type(module).__name__} is more than a router, experts and a network with a switch")
         self._experts: RoutedExperts = experts[0]
+        self.layer = self._experts.layer
         if self._experts.activation.name is None or self._experts.has_norm:
             raise NotLean(f"{type(module).__name__} has an activation the kernels do not know")
         networks = [Network(board, m) for m in networks]
@@ -151,6 +192,11 @@ class Experts:
         self._combine = board.steps.combine(self.outputs, self.places, weights, board.y)
         self.routed: Step = self._routed
 
+    @property
+    def prefetches(self) -> bool:
+        """Whether the store reads ahead at all."""
+        return self._experts.store.prefetches
+
     def __call__(self, token: Token) -> None:
         self.router()
         self.routed()
@@ -165,7 +211,10 @@ class Experts:
         chosen: list[int] = self.router.chosen.tolist()
         row: dict[int, int] = {}
         records, end = list(self.beside), 0  # computed with the first batch: while others are being read
-        for batch in self._experts.store.batches(self._experts.layer, sorted(chosen)):
+        store = self._experts.store
+        for batch in store.batches(self.layer, sorted(chosen)):
+            if not end and self.guess is not None and store.guessing:  # after this layer's own reads have begun
+                store.prefetch(self.guess.layer, self.guess())
             records += [record for _, record in batch]
             self.compute(records, end)
             end += len(records)

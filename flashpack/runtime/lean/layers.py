@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from flashpack.runtime.lean.attention import Attention
-from flashpack.runtime.lean.blocks import Experts, Network, PlainBlock
+from flashpack.runtime.lean.blocks import Experts, Guess, Network, PlainBlock
 from flashpack.runtime.lean.board import Board, NotLean, Token, library_calls, norm_of
 from flashpack.runtime.lean.recurrent import DeltaRule
 
@@ -30,9 +30,15 @@ class LeanLayer:
         (mixer,), (block,) = mixers, (getattr(part, name) for name in names if name not in mixers)
         self.mixer = MIXERS[mixer](board, getattr(part, mixer))
         self.block = _block(board, block)
+        self._board, self._block_norm = board, part.post_attention_layernorm
         first, second = (norm_of(getattr(part, name), len(board.x)) for name in norms)
         self._first = board.steps.add_norm(board.x, board.y, *first, board.normed)
         self._second = board.steps.add_norm(board.x, board.y, *second, board.normed)
+
+    def expects(self, later: LeanLayer) -> None:
+        """Have experts that ``later``, the next layer with experts, is likely to ask for read ahead."""
+        if isinstance(self.block, Experts) and isinstance(later.block, Experts) and self.block.prefetches:
+            self.block.guess = Guess(self._board, later._block_norm, later.block)
 
     def __call__(self, token: Token) -> None:
         self._first()
