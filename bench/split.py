@@ -16,6 +16,7 @@ def split(pack: str, memory: int | None = None, tokens: int = 48, context: int =
     from flashpack.runtime.lean import LeanDecoder
     from flashpack.runtime.lean.attention import Attention
     from flashpack.runtime.lean.blocks import Router
+    from flashpack.runtime.lean.recurrent import DeltaRule
 
     spent = dict.fromkeys(("attention", "router", "decoder", "kernels"), 0.0)
 
@@ -30,9 +31,9 @@ def split(pack: str, memory: int | None = None, tokens: int = 48, context: int =
         return call
 
     library: Any = compute.library()
-    for name in ("linear", "experts", "combine", "add_norm", "attend", "route"):
+    for name in ("linear", "experts", "combine", "add_norm", "attend", "delta", "route"):
         setattr(library, f"flashpack_{name}", timed("kernels", getattr(library, f"flashpack_{name}")))
-    methods: list[tuple[str, Any]] = [("attention", Attention), ("router", Router)]
+    methods: list[tuple[str, Any]] = [("attention", Attention), ("attention", DeltaRule), ("router", Router)]
     for name, kind in methods:
         kind.__call__ = timed(name, kind.__call__)
     decoder: Any = LeanDecoder

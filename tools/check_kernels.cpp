@@ -1,4 +1,4 @@
-/* Products of every instruction set of this processor against double precision, without Python: for processors that are
+/* Products and recurrent steps of every instruction set of this processor against double precision, without Python: for processors that are
  * only emulated.
  *
  *     cd flashpack/kernels/cpu/native
@@ -19,6 +19,9 @@ extern "C" const char *flashpack_kernels_level_name(int level);
 extern "C" void *flashpack_workers(int threads, int level);
 extern "C" int flashpack_linear(
     void *workers, const float *x, int64_t tokens, const fp_matrix *matrices, int count, float *const *out);
+extern "C" int flashpack_delta(
+    void *workers, const fp_delta *layer, const float *query, const float *key, const float *value, const float *gate,
+    const float *beta, const float *alpha, float *out);
 
 static uint32_t state = 1;
 
@@ -82,6 +85,77 @@ static bool check(void *workers, int bits, int group, int units, int tokens, dou
     return good;
 }
 
+static double silu(double x)
+{
+    return x / (1 + exp(-x));
+}
+
+/* Tokens of a gated delta layer whose heads lie behind each other; the largest error relative to the largest result. */
+static double check_delta(void *workers, int key_heads, int value_heads, int keys, int values, int taps)
+{
+    const int channels = 2 * key_heads * keys + value_heads * values, group = value_heads / key_heads;
+    const auto some = [](size_t count, double size) {
+        std::vector<float> numbers(count);
+        for (auto &number : numbers)
+            number = (float)(((double)(random_word() % 2001) - 1000) / 1000 * size);
+        return numbers;
+    };
+    std::vector<float> window = some((size_t)channels * taps, 1), memory = some((size_t)value_heads * keys * values, 1);
+    const std::vector<float> filter = some((size_t)channels * taps, 1), bias = some(channels, 1), norm = some(values, 1);
+    std::vector<float> rate = some(value_heads, 1), rate_bias = some(value_heads, 1), out((size_t)value_heads * values);
+    for (auto &number : rate)
+        number = -fabsf(number);
+    std::vector<double> inputs(window.begin(), window.end()), states(memory.begin(), memory.end());
+    const fp_delta layer = {window.data(), memory.data(), filter.data(), bias.data(), rate.data(), rate_bias.data(),
+                            norm.data(), key_heads, value_heads, keys, values, taps, keys, group * values, group, 1e-6f};
+    double error = 0, largest = 0;
+    for (int token = 0; token < 20; token++) {
+        const std::vector<float> x = some(channels, 2), gate = some((size_t)value_heads * values, 2);
+        const std::vector<float> beta = some(value_heads, 3), alpha = some(value_heads, 30);
+        if (flashpack_delta(
+                workers, &layer, x.data(), x.data() + key_heads * keys, x.data() + 2 * key_heads * keys, gate.data(),
+                beta.data(), alpha.data(), out.data()))
+            return INFINITY;
+        std::vector<double> mixed(channels);
+        for (int c = 0; c < channels; c++) {
+            double *own = &inputs[(size_t)c * taps], sum = bias[c];
+            for (int i = 0; i < taps; i++) {
+                own[i] = i + 1 < taps ? own[i + 1] : x[c];
+                sum += own[i] * filter[(size_t)c * taps + i];
+            }
+            mixed[c] = silu(sum);
+        }
+        for (int h = 0; h < value_heads; h++) {
+            const double *q = &mixed[h / group * keys], *k = &mixed[(key_heads + h / group) * keys];
+            const double *v = &mixed[2 * key_heads * keys + h * values];
+            double lengths[2] = {1e-6, 1e-6}, square = 0;
+            for (int i = 0; i < keys; i++) {
+                lengths[0] += q[i] * q[i];
+                lengths[1] += k[i] * k[i];
+            }
+            const double fade = exp(rate[h] * log1p(exp((double)alpha[h] + rate_bias[h])));
+            std::vector<double> answer(values);
+            for (int j = 0; j < values; j++) {
+                double *column = &states[(size_t)h * keys * values + j], known = 0;
+                for (int i = 0; i < keys; i++)
+                    known += (column[i * values] *= fade) * k[i] / sqrt(lengths[1]);
+                for (int i = 0; i < keys; i++) {
+                    column[i * values] += (v[j] - known) / (1 + exp(-(double)beta[h])) * k[i] / sqrt(lengths[1]);
+                    answer[j] += column[i * values] * q[i] / sqrt(lengths[0] * keys);
+                }
+                square += answer[j] * answer[j];
+            }
+            for (int j = 0; j < values; j++) {
+                const double expected =
+                    answer[j] / sqrt(square / values + 1e-6) * norm[j] * silu(gate[(size_t)h * values + j]);
+                error = fmax(error, fabs(out[(size_t)h * values + j] - expected));
+                largest = fmax(largest, fabs(expected));
+            }
+        }
+    }
+    return error / largest;
+}
+
 static const char *const names[] = {"mxfp4", "", "2 bits", "3 bits", "4 bits", "5 bits", "6 bits", "", "8 bits"};
 
 int main()
@@ -101,6 +175,15 @@ int main()
                    names[bits], worst, good ? "" : ": WRONG");
             failures += !good;
         }
+        double worst = 0;
+        for (int taps : {1, 3, 4}) {
+            worst = fmax(worst, check_delta(workers, 1, 1, 8, 8, taps));
+            worst = fmax(worst, check_delta(workers, 3, 9, 24, 40, taps));
+            worst = fmax(worst, check_delta(workers, 2, 4, 128, 128, taps));
+        }
+        const bool good = worst < 5e-6;
+        printf("%s, gated delta: largest error %.1e%s\n", flashpack_kernels_level_name(level), worst, good ? "" : ": WRONG");
+        failures += !good;
     }
     return failures != 0;
 }
