@@ -34,11 +34,15 @@ class Records:
         self._checked: set[Key] = set()
         self._scratch = threading.local()
         self._shards = {layer.index: pack.open_shard(layer) for layer in pack.manifest.layers}
+        self._kinds: dict[Key, RecordKind] = {}
         self.drive = open_for_reading(pack, self._shards, arena, available)
 
     def kind(self, key: Key) -> RecordKind:
         """The record kind of an expert."""
-        return self._shards[key[0]].kind(key[1])
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._kinds[key] = self._shards[key[0]].kind(key[1])
+        return kind
 
     def size(self, key: Key) -> int:
         """Bytes that are read for an expert."""

@@ -63,10 +63,12 @@ class ExpertStore:
         for stride, count in slots.items():
             self._caches[stride] = ExpertCache([start + i * stride for i in range(count)])
             start += stride * count
+        self._only = next(iter(self._caches.items())) if len(self._caches) == 1 else None
         self._views: dict[tuple[int, int], RecordView] = {}
         self._reading: dict[Key, Read] = {}
         self._arrived: list[Read] = []
         self._guesses = Guesses() if prefetch else None
+        self._lacked = [True, True]  # whether the last step asked for a record that was not here, and this one
         self._last_layer, self._step_begun = -1, time.perf_counter()
         layers = {layer.index: LayerStats() for layer in pack.manifest.layers}
         self.stats = StoreStats(self._records.drive.io, self._records.drive.why, layers)
@@ -124,8 +126,8 @@ class ExpertStore:
 
     @property
     def guessing(self) -> bool:
-        """Whether ``prefetch`` would read anything now."""
-        return self._guesses is not None and self._guesses.gate.on
+        """Whether ``prefetch`` would read anything now: not where the last step found all that it asked for."""
+        return self._guesses is not None and self._guesses.gate.on and self._lacked[0]
 
     def prefetch(self, layer: int, experts: Iterable[int]) -> None:
         """Begin to read those of ``experts``, likeliest first, that are not here: ``layer`` is going to ask for them.
@@ -133,7 +135,7 @@ class ExpertStore:
         They are read only while the drive has nothing to do that somebody waits for, and few at a time. Whether at all,
         ``Gate`` decides.
         """
-        if self._guesses is None or not self._guesses.gate.on:
+        if self._guesses is None or not self.guessing:
             return
         self._settle()
         for e in experts:
@@ -169,12 +171,13 @@ class ExpertStore:
             self._guesses.gate.step(now - self._step_begun)
         self.stats.steps += 1
         self._step_begun = now
+        self._lacked = [self._lacked[1], False]
 
     def _stride(self, key: Key) -> int:
-        return self._records.kind(key).stride
+        return self._only[0] if self._only else self._records.kind(key).stride
 
     def _cache(self, key: Key) -> ExpertCache:
-        return self._caches[self._stride(key)]
+        return self._only[1] if self._only else self._caches[self._records.kind(key).stride]
 
     def _request(self, layer: int, experts: list[int]) -> _Request:
         """What is here, pinned; what is on its way already; and what is missing."""
@@ -189,8 +192,12 @@ class ExpertStore:
                 self._adopt(request, self._reading[key])
             else:
                 request.here.append((e, slot))
+        if len(request.here) < len(experts):
+            self._lacked[1] = True
         if self._guesses is not None:
             right, wrong = self._guesses.judge(layer, experts)
+            if right:
+                self._lacked[1] = True
             self.stats.layers[layer].guesses += len(right) + len(wrong)
             self.stats.layers[layer].right_guesses += len(right)
             self._let_go(right | wrong)

@@ -180,7 +180,7 @@ class Experts:
         weights = self.router.all_weights[:rows]
         self.outputs = board.array("outputs", rows * len(board.x)).view(rows, -1)
         self.places = torch.zeros(rows, dtype=torch.int32)
-        self._routed_places = self.places[:top_k]
+        self._routed_places = self.places[:top_k].numpy()  # cheaper to write to than a tensor
         self._switch: list[Step] = []
         if switches:
             logit, only = board.array("switch", 1), board.array("only", 1, torch.int32)
@@ -220,7 +220,7 @@ class Experts:
             end += len(records)
             row.update((expert, end - len(batch) + i) for i, (expert, _) in enumerate(batch))
             records = []
-        self._routed_places.copy_(torch.tensor([row[e] for e in chosen], dtype=torch.int32))
+        self._routed_places[:] = [row[e] for e in chosen]
         self.combine()
 
 

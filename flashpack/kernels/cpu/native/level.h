@@ -98,7 +98,7 @@ enum { PART = 8 };
 /* The largest integer of a token's activations. */
 enum { MOST_ACTIVATION = 16383 };
 
-/* Weights are asked for so many bytes before they are used, scales so many of theirs. */
+/* Weights are asked for so many bytes before they are used, at least, scales so many of theirs. */
 enum { AHEAD = 6144, SCALES_AHEAD = 512 };
 
 #endif

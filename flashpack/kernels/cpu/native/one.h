@@ -11,6 +11,8 @@ inline void units_of_one(
     const uint8_t *weights, int64_t pitch, int64_t units, const int16_t *activations, const float (*scales)[16],
     Lanes *sums)
 {
+    /* The same place of the next rows, at least. */
+    const int64_t ahead = 4 * pitch + 2048 > AHEAD ? 4 * pitch + 2048 : AHEAD;
     Lanes own[R];
     for (int r = 0; r < R; r++)
         own[r] = sums[r];
@@ -18,7 +20,7 @@ inline void units_of_one(
         const uint8_t *unit = weights + u * unit_bytes(FORMAT);
         if (unit_bytes(FORMAT) > 32 || u % (64 / unit_bytes(FORMAT)) == 0)
             for (int r = 0; r < R; r++)
-                prefetch(unit + r * pitch + AHEAD);
+                prefetch(unit + r * pitch + ahead);
         for (int r = 0; r < R; r++) {
             const Lanes products = dot(unpack<FORMAT>(unit + r * pitch), activations + 64 * u);
             own[r] = mul_add(own[r], products, factor<GROUP == 32>(scales[r], GROUP == 128 ? u / 2 : u));
@@ -35,6 +37,7 @@ inline void rows_of_one(const fp_matrix &m, const Shape &s, int64_t row, const A
     constexpr int64_t strip = GROUP / 4; /* units */
     const int64_t pitch = m.width * unit_bytes(FORMAT) / 64, all = m.rows * s.groups;
     const int64_t number = m.kind == FP_MXFP4 ? 1 : m.scale_type == FP_F32 ? 4 : 2;
+    const int64_t next = 6 * s.groups * number > SCALES_AHEAD ? 6 * s.groups * number : SCALES_AHEAD;
     const uint8_t *weights = m.weight + row * pitch;
     const int64_t complete = uncopied<FORMAT>(s);
     Lanes sums[R];
@@ -47,10 +50,10 @@ inline void rows_of_one(const fp_matrix &m, const Shape &s, int64_t row, const A
         alignas(64) float scales[R][16];
         for (int r = 0; r < R; r++) {
             const int64_t first = (row + r) * s.groups + group;
-            prefetch(m.scales + first * number + SCALES_AHEAD);
+            prefetch(m.scales + first * number + next);
             store_strip(scales[r], scales_of<FORMAT>(m, first, count, all));
             if (FORMAT != MXFP4) {
-                prefetch(m.biases + first * number + SCALES_AHEAD);
+                prefetch(m.biases + first * number + next);
                 const Strip biases = numbers_of(m.biases, m.scale_type, first, count, all);
                 sums[r] = add_strip(sums[r], biases, load_strip(a.sums + group));
             }
