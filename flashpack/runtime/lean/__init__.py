@@ -7,6 +7,7 @@ are taken both ways, and if their logits differ, the whole model stays the libra
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -169,7 +170,8 @@ def _match(model: PreTrainedModel, decoder: LeanDecoder, sites: list[ExpertsModu
             module.flashpack = _StandIn(site.num_experts)
         for block in lean_experts:
             block.routed = _stand_in(block, decoder.board)
-        caches = [whole(ids[:, :1], use_cache=True).past_key_values for _ in range(2)]
+        prompt = whole(ids[:, :1], use_cache=True).past_key_values
+        caches = [prompt, copy.deepcopy(prompt)]
         if not decoder.takes(caches[0]):
             raise NotLean(f"{type(whole).__name__} has a cache of another kind")
         for i in range(1, 1 + _PROBES):
