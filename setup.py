@@ -17,8 +17,9 @@ HEADERS = (
     "recurrent",
     "pool",
 )
+INCLUDED = ("floats_x86", "bytes_avx512")
 LEVELS = ("portable", "avx2", "avx512", "neon")
-FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi", "-pthread"]
+FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math", "-fvisibility=hidden", "-Wno-psabi", "-pthread"]
 
 setup(
     ext_modules=[
@@ -33,7 +34,7 @@ setup(
         Extension(
             "flashpack.kernels.cpu.native._kernels",
             [f"{NATIVE}/{name}.cpp" for name in ("kernels", *(f"level_{level}" for level in LEVELS))],
-            depends=[*(f"{NATIVE}/{name}.h" for name in HEADERS), f"{NATIVE}/floats_x86.inc"],
+            depends=[*(f"{NATIVE}/{name}.h" for name in HEADERS), *(f"{NATIVE}/{name}.inc" for name in INCLUDED)],
             extra_compile_args=[*FLAGS, "-std=c++17"],
             extra_link_args=["-pthread"],
             language="c++",

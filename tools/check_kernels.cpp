@@ -80,7 +80,8 @@ static bool check(void *workers, int bits, int group, int units, int tokens, dou
             }
             const double error = fabs(out[t * rows + r] - product) / sqrt(own * other + 1e-30);
             *worst = error > *worst ? error : *worst;
-            good = good && error < sqrt(width) / 113000 + 4e-6;
+            /* More tokens than three: weights are rounded too. */
+            good = good && error < sqrt(width) / 56000 + (tokens > 3 ? 4e-4 : 4e-6);
         }
     return good;
 }

@@ -3,7 +3,7 @@
 namespace {
 
 /* exp for activations: 2^n times a polynomial; a relative error of about 1e-7. */
-inline float exponential(float x)
+FP_INLINE float exponential(float x)
 {
     x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
     const float shift = 12582912.0f; /* 1.5 * 2^23: what is added to it loses its fraction; no call, so loops are vectors */
@@ -18,7 +18,7 @@ inline float exponential(float x)
     return (p * r * r + r + 1.0f) * float_of((uint32_t)((int32_t)n + 127) << 23);
 }
 
-inline float sigmoid(float x)
+FP_INLINE float sigmoid(float x)
 {
     return 1.0f / (1.0f + exponential(-x));
 }

@@ -16,6 +16,11 @@
 #include "numbers.h"
 #include "one.h"
 #include "many.h"
+#if defined(FP_BYTES)
+namespace {
+#include "bytes_avx512.inc"
+}
+#endif
 #include "plain.h"
 #include "activate.h"
 
@@ -36,6 +41,17 @@ void packed_product(
                 rows_of_one<FORMAT, GROUP, 1>(m, s, row, tokens[t], out + t * stride + row - first);
         return;
     }
+#if defined(FP_BYTES)
+    if constexpr (FORMAT == 4 || FORMAT == MXFP4)
+        if (tokens->bytes) {
+            for (int64_t t = 0; t < count; t += TOKENS)
+                for (int64_t row = first; row < last; row += LANES * BLOCKS)
+                    rows_of_bytes<FORMAT, GROUP>(
+                        m, s, row, last, tokens + t, count - t < TOKENS ? (int)(count - t) : TOKENS,
+                        out + t * stride + row - first, stride);
+            return;
+        }
+#endif
     for (int64_t t = 0; t < count; t += TOKENS)
         for (int64_t row = first; row < last; row += ROWS)
             rows_of_many<FORMAT, GROUP>(

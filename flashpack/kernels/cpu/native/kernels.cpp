@@ -125,14 +125,22 @@ struct Prepared {
     int64_t groups = 0;
     int16_t *codes = nullptr;
     float *scales = nullptr, *sums = nullptr;
+    int8_t *bytes = nullptr;
+    float *byte_scales = nullptr, *byte_sums = nullptr;
 
-    Prepared(Scratch &scratch, const Shape &s, int64_t tokens) : shape(s), groups((s.groups + 15) / 16 * 16)
+    Prepared(Scratch &scratch, const Shape &s, int64_t tokens, bool with_bytes)
+        : shape(s), groups((s.groups + 15) / 16 * 16)
     {
         if (!s.group)
             return;
         codes = scratch.take<int16_t>(64 * s.units * tokens);
         scales = scratch.take<float>(tokens);
         sums = scratch.take<float>(groups * tokens);
+        if (with_bytes && s.order == ORDER_NIBBLES && tokens > FEW_TOKENS) {
+            bytes = scratch.take<int8_t>(64 * s.units * tokens);
+            byte_scales = scratch.take<float>(2 * s.units * tokens);
+            byte_sums = scratch.take<float>(2 * s.units * tokens);
+        }
     }
 
     bool fits(const Shape &s) const
@@ -144,13 +152,20 @@ struct Prepared {
     {
         if (shape.group)
             scales[token] = level.prepare(x, shape, codes + 64 * shape.units * token, sums + groups * token);
+        if (bytes)
+            level.prepare_bytes(
+                x, shape, bytes + 64 * shape.units * token, byte_scales + 2 * shape.units * token,
+                byte_sums + 2 * shape.units * token);
     }
 
     Activations at(const float *x, int64_t token) const
     {
         if (!shape.group)
-            return {x, nullptr, nullptr, 1};
-        return {x, codes + 64 * shape.units * token, sums + groups * token, scales[token]};
+            return {x, nullptr, nullptr, 1, nullptr, nullptr, nullptr};
+        return {
+            x, codes + 64 * shape.units * token, sums + groups * token, scales[token],
+            bytes ? bytes + 64 * shape.units * token : nullptr, bytes ? byte_scales + 2 * shape.units * token : nullptr,
+            bytes ? byte_sums + 2 * shape.units * token : nullptr};
     }
 };
 
@@ -162,19 +177,19 @@ const Prepared &find(const std::vector<Prepared> &all, const Shape &shape)
     return all[i];
 }
 
-void add_shape(std::vector<Prepared> &all, Scratch &scratch, const Shape &shape, int64_t tokens)
+void add_shape(std::vector<Prepared> &all, Scratch &scratch, const Shape &shape, int64_t tokens, bool with_bytes)
 {
     for (const Prepared &one : all)
         if (one.fits(shape))
             return;
-    all.push_back(Prepared(scratch, shape, tokens));
+    all.push_back(Prepared(scratch, shape, tokens, with_bytes));
 }
 
 /* Rows of a piece of work: enough to be worth a thread's while, few enough for equal shares. */
 int64_t piece_rows(int64_t rows, int64_t width)
 {
     const int64_t wanted = (1 << 16) / (width > 0 ? width : 1) / ROWS * ROWS; /* 32 KiB of 4 bits */
-    const int64_t least = 2 * ROWS;
+    const int64_t least = 8 * ROWS;
     return wanted < least ? least : wanted > rows && rows > 0 ? (rows + ROWS - 1) / ROWS * ROWS : wanted;
 }
 
@@ -202,12 +217,13 @@ void some_experts(
         starts[e + 1] = starts[e] + tasks[e].count;
     const int64_t pairs = starts[count];
     int64_t inner = 0;
+    const bool with_bytes = level.prepare_bytes;
     for (int e = 0; e < count; e++) {
         const fp_expert &expert = *tasks[e].expert;
-        add_shape(inputs, w.scratch, shape_of(expert.first), tokens);
+        add_shape(inputs, w.scratch, shape_of(expert.first), tokens, with_bytes);
         if (expert.gated == 2)
-            add_shape(inputs, w.scratch, shape_of(expert.second), tokens);
-        add_shape(middles, w.scratch, shape_of(expert.down), pairs);
+            add_shape(inputs, w.scratch, shape_of(expert.second), tokens, with_bytes);
+        add_shape(middles, w.scratch, shape_of(expert.down), pairs, with_bytes);
         inner = expert.down.width > inner ? expert.down.width : inner;
     }
     const int64_t width = tasks[0].expert->first.width;
@@ -240,7 +256,7 @@ void some_experts(
         const fp_expert &expert = *tasks[piece.owner].expert;
         const int32_t total = tasks[piece.owner].count;
         const int64_t rows = expert.down.width;
-        enum { STEP = 16 };
+        enum { STEP = 32 };
         for (int64_t row = piece.first; row < piece.last; row += STEP) {
             const int64_t end = row + STEP < piece.last ? row + STEP : piece.last;
             for (int32_t t = 0; t < total; t += TOKENS) {
@@ -325,7 +341,7 @@ FP_EXPORT int flashpack_linear(
         std::vector<Piece> pieces;
         std::vector<Activations *> activations(count);
         for (int i = 0; i < count; i++) {
-            add_shape(inputs, w.scratch, shape_of(matrices[i]), tokens);
+            add_shape(inputs, w.scratch, shape_of(matrices[i]), tokens, false);
             const int64_t step = piece_rows(matrices[i].rows, width);
             for (int64_t r = 0; r < matrices[i].rows; r += step)
                 pieces.push_back({i, (int32_t)r, (int32_t)(r + step < matrices[i].rows ? r + step : matrices[i].rows)});

@@ -52,17 +52,23 @@ struct Shape {
     int order;
 };
 
-/* Activations of one token: as they are, and as 16-bit integers worth `scale` each, with sums by group. */
+/* Activations of one token: as they are; as 16-bit integers worth `scale` each, with sums by group; and as bytes,
+ * worth `byte_scales` for each unit or its halves, with the sums of their values (prepare_bytes). */
 struct Activations {
     const float *values;
     const int16_t *codes;
     const float *sums;
     float scale;
+    const int8_t *bytes;
+    const float *byte_scales;
+    const float *byte_sums;
 };
 
 struct Level {
     const char *name;
     float (*prepare)(const float *x, const Shape &shape, int16_t *codes, float *sums);
+    /* Null, or what experts' products of ORDER_NIBBLES with more than FEW_TOKENS tokens are made with. */
+    void (*prepare_bytes)(const float *x, const Shape &shape, int8_t *bytes, float *scales, float *sums);
     /* rows [first, last) of a matrix times tokens: out[token * stride + row - first]. */
     void (*product)(
         const fp_matrix &matrix, const Shape &shape, int64_t first, int64_t last, const Activations *tokens,

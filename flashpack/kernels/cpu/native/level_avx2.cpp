@@ -276,7 +276,7 @@ inline void reorder(int order, const int16_t *in, int16_t *out)
 #include "decode.h"
 #include "recurrent.h"
 
-const Level level_avx2 = {"avx2", prepare, product, activate, normalize, attend, convolve, delta};
+const Level level_avx2 = {"avx2", prepare, nullptr, product, activate, normalize, attend, convolve, delta};
 
 #if defined(__clang__)
 #pragma clang attribute pop

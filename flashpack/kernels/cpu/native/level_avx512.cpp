@@ -279,11 +279,12 @@ inline void reorder(int order, const int16_t *in, int16_t *out)
 }
 
 } // namespace
+#define FP_BYTES
 #include "body.h"
 #include "decode.h"
 #include "recurrent.h"
 
-const Level level_avx512 = {"avx512", prepare, product, activate, normalize, attend, convolve, delta};
+const Level level_avx512 = {"avx512", prepare, prepare_bytes, product, activate, normalize, attend, convolve, delta};
 
 #if defined(__clang__)
 #pragma clang attribute pop
