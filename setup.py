@@ -11,13 +11,13 @@ HEADERS = (
     "one",
     "strips",
     "many",
+    "bytes",
     "plain",
     "activate",
     "decode",
     "recurrent",
     "pool",
 )
-INCLUDED = ("floats_x86", "bytes_avx512")
 LEVELS = ("portable", "avx2", "avx512", "neon")
 FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math", "-fvisibility=hidden", "-Wno-psabi", "-pthread"]
 
@@ -34,7 +34,7 @@ setup(
         Extension(
             "flashpack.kernels.cpu.native._kernels",
             [f"{NATIVE}/{name}.cpp" for name in ("kernels", *(f"level_{level}" for level in LEVELS))],
-            depends=[*(f"{NATIVE}/{name}.h" for name in HEADERS), *(f"{NATIVE}/{name}.inc" for name in INCLUDED)],
+            depends=[*(f"{NATIVE}/{name}.h" for name in HEADERS), f"{NATIVE}/floats_x86.inc"],
             extra_compile_args=[*FLAGS, "-std=c++17"],
             extra_link_args=["-pthread"],
             language="c++",

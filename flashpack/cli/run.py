@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -30,6 +30,9 @@ def run(
     threads: int | None = typer.Option(None, min=1, help="Compute threads. Default: one per processor."),
     device: str = typer.Option("cpu", help="cpu."),
     check: str = typer.Option("first", help="Compare experts with their checksums: first (read), always or never."),
+    experts_per_token: int | None = typer.Option(
+        None, min=1, help="Fewer experts per token than the model was trained with: faster, and another model's output."
+    ),
     reference: bool = typer.Option(False, help="Compute with torch and transformers alone: slow, to compare with."),
     expect: str | None = typer.Option(None, help="Identity that the pack must have; any other pack is refused."),
     json: bool = typer.Option(False, "--json", help="Print text and statistics as one JSON object."),
@@ -48,7 +51,14 @@ def run(
         import torch
 
         torch.set_num_threads(threads)
-    model = load(pack, device=device, memory=memory, context=context, check=check, expect=expect, reference=reference)
+    model = load(
+        pack, device=device, memory=memory, context=context, check=check, expect=expect, reference=reference,
+        experts_per_token=experts_per_token,
+    )  # fmt: skip
+    runtime: Any = model.flashpack
+    used, own = runtime.experts_per_token
+    if used != own:
+        note(f"{used} of the model's {own} experts per token: the output is not the model's own")
     if not reference and (missing := missing_kernels()):
         note(missing)
 

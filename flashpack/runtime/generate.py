@@ -46,6 +46,7 @@ class Result:
     store: dict[str, Any]
     kernels: str
     decoding: str
+    experts_per_token: tuple[int, int]
 
     @property
     def prompt_rate(self) -> float:
@@ -69,6 +70,7 @@ class Result:
             "memory": self.budget,
             "kernels": self.kernels,
             "decoding": self.decoding,
+            "experts_per_token": dict(zip(("used", "model"), self.experts_per_token, strict=True)),
             "experts": self.store,
         }
 
@@ -179,6 +181,7 @@ def generate(
         store=runtime.store.stats.to_json(),
         kernels=runtime.kernels,
         decoding=runtime.decoding,
+        experts_per_token=runtime.experts_per_token,
     )
 
 

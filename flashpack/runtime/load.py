@@ -12,6 +12,7 @@ from flashpack.errors import FormatError, UnsupportedError, UsageError
 from flashpack.formats import Pack
 from flashpack.formats.header import parse_json
 from flashpack.kernels import check_device, get_kernels
+from flashpack.runtime import topk
 from flashpack.runtime.memory import parse_size, spare, usage
 from flashpack.skeleton import build, find_experts, library_errors, read_config
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 DEFAULT_CONTEXT = 8192
 """Tokens of context reserved by default, if the model has as many."""
-
-_TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
 
 _BUFFER_BYTES = 64 * 2**20
 """What computed buffers (rotary frequencies) may take beside as much as the dense part."""
@@ -50,6 +49,8 @@ class Runtime:
     context: int
     kernels: str
     decoding: str
+    experts_per_token: tuple[int, int]
+    """Used, and what the model was trained with."""
 
 
 def load(
@@ -63,6 +64,7 @@ def load(
     reference: bool = False,
     warm: bool | None = None,
     prefetch: bool = True,
+    experts_per_token: int | None = None,
 ) -> PreTrainedModel:
     """Open a pack as a transformers causal language model; its ``generate`` works.
 
@@ -74,7 +76,8 @@ def load(
     ``warm``: whether to begin with the experts that earlier runs used most, and to remember those of this one (in the
     user's cache folder); default: unless the environment variable FLASHPACK_WARM is 0.
     ``prefetch``: whether experts that the next layer will probably ask for are read while this one's are computed, as
-    long as that is faster. The model carries its ``Runtime`` as ``.flashpack``.
+    long as that is faster. ``experts_per_token``: fewer than the model was trained with; the output is not the model's
+    own then. The model carries its ``Runtime`` as ``.flashpack``.
 
     Raises ``FormatError``, ``IntegrityError``, ``IdentityError``, ``MemoryBudgetError``, ``DeviceError`` or
     ``UsageError``.
@@ -103,6 +106,9 @@ def load(
     parameters = len(opened.manifest.tensors) + 2 * len(opened.manifest.layers)
     try:
         config = read_config(opened.folder, opened.manifest.model["architecture"])
+        own_top_k = topk.experts_per_token(config)
+        if experts_per_token is not None:
+            topk.use_fewer(config, experts_per_token)
         model = build(config, experts.NAME, dtype, parameters)
         if type(model).__name__ != opened.manifest.model["architecture"]:
             raise FormatError(
@@ -112,6 +118,8 @@ def load(
         sites = find_experts(model)
     except UnsupportedError as e:
         raise FormatError(f"{opened.folder}: {str(e).removeprefix(f'{opened.folder}/')}") from e
+    if experts_per_token is not None:
+        topk.check_fewer(model, experts_per_token)
     # Nothing is allocated before everything that config.json describes has been found in the pack.
     _check_layers(opened, sites)
     dense.check(model, opened, sites)
@@ -138,7 +146,8 @@ def load(
         _give_cache(model, own_cache)
     confine(model, torch.get_num_threads())
     decoding = "the library's: asked for" if reference else lean.install(model, kernels, sites, context)
-    runtime: Any = Runtime(opened, store, budget, context, kernels.name, decoding)
+    used = own_top_k if experts_per_token is None else experts_per_token
+    runtime: Any = Runtime(opened, store, budget, context, kernels.name, decoding, (used, own_top_k))
     model.flashpack = runtime
     weakref.finalize(model, _finish, store, remembered)
     return model
@@ -187,8 +196,7 @@ def working_bytes(model: PreTrainedModel, sites: list[ExpertsModule], where: str
 def _numbers(config: PretrainedConfig, where: str, sites: list[ExpertsModule]) -> tuple[int, int]:
     """Width of the hidden states, or of the experts' if they are wider, and experts per token; both checked."""
     hidden = getattr(config, "hidden_size", None)
-    places = (config, getattr(config, "ffn_config", None))
-    top_k = next((n for n in (getattr(c, k, None) for c in places for k in _TOP_K_KEYS) if n is not None), 1)
+    top_k = topk.experts_per_token(config)
     if type(hidden) is not int:
         raise FormatError(f"{where}: config.json: hidden_size {hidden!r} is not a number")
     if type(top_k) is not int or not 1 <= top_k <= min(s.num_experts for s in sites):

@@ -55,6 +55,21 @@ def test_json_for_scripts(pack_of: PackOf) -> None:
     assert done.stderr == ""
 
 
+def test_fewer_experts_per_token_are_labelled(pack_of: PackOf) -> None:
+    options = ("--raw", "-p", "The os module", "--max-tokens", "5")
+    done = flashpack("run", pack_of("trained"), *options, "--experts-per-token", "1")
+    assert done.returncode == 0
+    label, statistics = done.stderr.splitlines()
+    assert label.endswith("experts per token: the output is not the model's own")
+    assert statistics.startswith("[prompt")
+    result = json.loads(flashpack("run", pack_of("trained"), *options, "--experts-per-token", "1", "--json").stdout)
+    assert result["experts_per_token"]["used"] == 1 < result["experts_per_token"]["model"]
+    assert result["text"] == done.stdout.removesuffix("\n")
+    refused = flashpack("run", pack_of("trained"), *options, "--experts-per-token", "99")
+    assert refused.returncode == 2
+    assert "--experts-per-token 99: from 1 to " in refused.stderr
+
+
 def test_sampling_is_repeatable_by_its_seed(pack_of: PackOf) -> None:
     def text(seed: int) -> str:
         options = ("--temperature", 1.2, "--top-k", 50, "--top-p", 0.95, "--max-tokens", 24, "--seed", seed)

@@ -48,7 +48,7 @@ def product(
 
 def takes_bytes(encoding: Encoding, level: int) -> bool:
     """Whether experts' products with several tokens round activations to 8 bits."""
-    return encoding.bits == 4 and compute.Workers(1, level).name == "avx512"
+    return encoding.bits == 4 and compute.Workers(1, level).name in ("avx2", "avx512")
 
 
 def normal(tokens: int, width: int, seed: int = 0) -> Tensor:

@@ -17,9 +17,7 @@
 #include "one.h"
 #include "many.h"
 #if defined(FP_BYTES)
-namespace {
-#include "bytes_avx512.inc"
-}
+#include "bytes.h"
 #endif
 #include "plain.h"
 #include "activate.h"

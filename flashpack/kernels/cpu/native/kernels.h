@@ -4,7 +4,7 @@
  * (by at most 1/32766 of the largest). Few tokens are multiplied with the codes as they are, in exact integer sums of
  * 64 values: with n values the error is at most sqrt(n) / 56,000 of the norms' product. For more tokens weights are
  * unpacked to 13-bit integers first (many.h); experts of 4 bits are multiplied with bytes where the processor has
- * instructions for that (bytes_avx512.inc). All else is float32, in a fixed order.
+ * instructions for that (bytes.h). All else is float32, in a fixed order.
  */
 #ifndef FLASHPACK_KERNELS_H
 #define FLASHPACK_KERNELS_H

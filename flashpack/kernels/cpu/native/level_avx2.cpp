@@ -239,6 +239,102 @@ inline void whole_numbers(
     }
 }
 
+enum { LANES = 8, BLOCKS = 1, BYTE_TOKENS = 4 };
+
+typedef __m256i Words;
+typedef __m256i Row;
+
+inline Row load_row(const uint8_t *codes, bool half)
+{
+    const __m256i low = _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)codes));
+    return half ? low : _mm256_loadu_si256((const __m256i *)codes);
+}
+
+/* out[i] has word i of all rows. */
+inline void transpose(const Row *rows, Words *out)
+{
+    __m256i a[8], b[8];
+    for (int r = 0; r < 8; r += 2) {
+        a[r] = _mm256_unpacklo_epi32(rows[r], rows[r + 1]);
+        a[r + 1] = _mm256_unpackhi_epi32(rows[r], rows[r + 1]);
+    }
+    for (int r = 0; r < 8; r += 4) {
+        b[r] = _mm256_unpacklo_epi64(a[r], a[r + 2]);
+        b[r + 1] = _mm256_unpackhi_epi64(a[r], a[r + 2]);
+        b[r + 2] = _mm256_unpacklo_epi64(a[r + 1], a[r + 3]);
+        b[r + 3] = _mm256_unpackhi_epi64(a[r + 1], a[r + 3]);
+    }
+    for (int j = 0; j < 4; j++) {
+        out[j] = _mm256_permute2x128_si256(b[j], b[4 + j], 0x20);
+        out[4 + j] = _mm256_permute2x128_si256(b[j], b[4 + j], 0x31);
+    }
+}
+
+inline Lanes in_order(Lanes sums)
+{
+    return sums;
+}
+
+inline Words low_nibbles(Words words)
+{
+    return _mm256_and_si256(words, _mm256_set1_epi8(15));
+}
+
+inline Words high_nibbles(Words words)
+{
+    return low_nibbles(_mm256_srli_epi16(words, 4));
+}
+
+inline Words shifted(Words codes)
+{
+    const __m128i values = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(values), codes);
+}
+
+inline Row row_of(Strip strip)
+{
+    return _mm256_castps_si256(strip.part[0]);
+}
+
+inline Lanes lanes_of(Words words)
+{
+    return _mm256_castsi256_ps(words);
+}
+
+inline Lanes multiplied(Lanes a, Lanes b)
+{
+    return _mm256_mul_ps(a, b);
+}
+
+/* Sums of STEPS words' products: of B blocks of rows, from codes[b] on, and T tokens, from a byte of theirs on.
+ *
+ * Products of four words are summed in 16 bits: at most 4 * 2 * 24 * 127. */
+template <int B, int T, int STEPS>
+inline void byte_dots(const Words *const *codes, const Activations *tokens, int64_t byte, Sums (*products)[T])
+{
+    for (int b = 0; b < B; b++)
+        for (int t = 0; t < T; t++)
+            products[b][t] = _mm256_setzero_si256();
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int i = 0; i < STEPS; i += 4)
+        for (int b = 0; b < B; b++) {
+            __m256i weights[4];
+            for (int k = 0; k < 4; k++)
+                weights[k] = codes[b][i + k];
+            for (int t = 0; t < T; t++) {
+                __m256i pairs = _mm256_setzero_si256();
+                for (int k = 0; k < 4; k++) {
+                    int32_t word;
+                    memcpy(&word, tokens[t].bytes + byte + 4 * (i + k), sizeof word);
+                    const __m256i some = _mm256_maddubs_epi16(weights[k], _mm256_set1_epi32(word));
+                    pairs = k ? _mm256_add_epi16(pairs, some) : some;
+                }
+                products[b][t] = _mm256_add_epi32(products[b][t], _mm256_madd_epi16(pairs, ones));
+                __asm__("" : "+x"(products[b][t])); /* in this order: see dots */
+            }
+        }
+}
+
 /* A unit's activations in the order of its codes. */
 inline void reorder(int order, const int16_t *in, int16_t *out)
 {
@@ -272,11 +368,12 @@ inline void reorder(int order, const int16_t *in, int16_t *out)
 }
 
 } // namespace
+#define FP_BYTES /* 8-bit products: bytes.h */
 #include "body.h"
 #include "decode.h"
 #include "recurrent.h"
 
-const Level level_avx2 = {"avx2", prepare, nullptr, product, activate, normalize, attend, convolve, delta};
+const Level level_avx2 = {"avx2", prepare, prepare_bytes, product, activate, normalize, attend, convolve, delta};
 
 #if defined(__clang__)
 #pragma clang attribute pop

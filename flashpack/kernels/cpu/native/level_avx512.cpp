@@ -250,6 +250,99 @@ inline void whole_numbers(
     *worth = block_worth(largest, finite);
 }
 
+enum { LANES = 16, BLOCKS = 2, BYTE_TOKENS = 6 };
+
+typedef __m512i Words;
+typedef __m256i Row;
+
+inline Row load_row(const uint8_t *codes, bool half)
+{
+    return _mm256_maskz_loadu_epi8(half ? 0xFFFF : 0xFFFFFFFF, codes);
+}
+
+/* out[i] has word i of all rows, in the order 0-3, 8-11, 4-7, 12-15. */
+inline void transpose(const Row *rows, Words *out)
+{
+    __m512i a[8], b[8];
+    for (int r = 0; r < 8; r++)
+        a[r] = _mm512_inserti64x4(_mm512_castsi256_si512(rows[r]), rows[r + 8], 1);
+    for (int r = 0; r < 8; r += 2) {
+        b[r] = _mm512_unpacklo_epi32(a[r], a[r + 1]);
+        b[r + 1] = _mm512_unpackhi_epi32(a[r], a[r + 1]);
+    }
+    for (int r = 0; r < 8; r += 4) {
+        a[r] = _mm512_unpacklo_epi64(b[r], b[r + 2]);
+        a[r + 1] = _mm512_unpackhi_epi64(b[r], b[r + 2]);
+        a[r + 2] = _mm512_unpacklo_epi64(b[r + 1], b[r + 3]);
+        a[r + 3] = _mm512_unpackhi_epi64(b[r + 1], b[r + 3]);
+    }
+    for (int j = 0; j < 4; j++) {
+        out[j] = _mm512_shuffle_i64x2(a[j], a[4 + j], 0x88);
+        out[4 + j] = _mm512_shuffle_i64x2(a[j], a[4 + j], 0xDD);
+    }
+}
+
+/* From that order to the rows' own. */
+inline Lanes in_order(Lanes sums)
+{
+    return _mm512_shuffle_f32x4(sums, sums, 0xD8);
+}
+
+inline Words low_nibbles(Words words)
+{
+    return _mm512_and_si512(words, _mm512_set1_epi8(15));
+}
+
+inline Words high_nibbles(Words words)
+{
+    return low_nibbles(_mm512_srli_epi16(words, 4));
+}
+
+inline Words shifted(Words codes)
+{
+    const __m128i values = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(values), codes);
+}
+
+inline Row row_of(Strip strip)
+{
+    return _mm256_castps_si256(_mm512_castps512_ps256(strip));
+}
+
+inline Lanes lanes_of(Words words)
+{
+    return _mm512_castsi512_ps(words);
+}
+
+inline Lanes multiplied(Lanes a, Lanes b)
+{
+    return _mm512_mul_ps(a, b);
+}
+
+/* Sums of STEPS words' products: of B blocks of rows, from codes[b] on, and T tokens, from a byte of theirs on. */
+template <int B, int T, int STEPS>
+inline void byte_dots(const Words *const *codes, const Activations *tokens, int64_t byte, Sums (*products)[T])
+{
+    for (int b = 0; b < B; b++)
+        for (int t = 0; t < T; t++)
+            products[b][t] = _mm512_setzero_si512();
+    for (int i = 0; i < STEPS; i++) {
+        __m512i weights[B];
+        for (int b = 0; b < B; b++)
+            weights[b] = codes[b][i];
+        for (int t = 0; t < T; t++) {
+            int32_t word;
+            memcpy(&word, tokens[t].bytes + byte + 4 * i, sizeof word);
+            const __m512i activations = _mm512_set1_epi32(word);
+            for (int b = 0; b < B; b++) {
+                products[b][t] = _mm512_dpbusd_epi32(products[b][t], weights[b], activations);
+                /* Kept in this order: compilers would sum in another one and run out of registers. */
+                __asm__("" : "+v"(products[b][t]));
+            }
+        }
+    }
+}
+
 /* For each place of a unit: which of its activations belongs there. */
 template <int ORDER> struct Order {
     alignas(64) uint16_t from[64];
@@ -279,7 +372,7 @@ inline void reorder(int order, const int16_t *in, int16_t *out)
 }
 
 } // namespace
-#define FP_BYTES
+#define FP_BYTES /* 8-bit products: bytes.h */
 #include "body.h"
 #include "decode.h"
 #include "recurrent.h"

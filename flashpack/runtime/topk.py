@@ -1,0 +1,47 @@
+"""Experts per token: what the model was trained with, and fewer of them if somebody asks for that."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flashpack.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
+
+
+def experts_per_token(config: PretrainedConfig) -> Any:
+    """What config.json says of the text model, whatever its type; 1 if it says nothing."""
+    found = _place(config)
+    return 1 if found is None else getattr(*found)
+
+
+def use_fewer(config: PretrainedConfig, wanted: int) -> None:
+    """Have a model of ``config`` that is not built yet choose ``wanted`` experts per token. Raises ``UsageError``."""
+    found = _place(config)
+    own = experts_per_token(config)
+    if found is None or type(own) is not int:
+        raise UsageError("--experts-per-token: config.json of this model does not say how many it uses")
+    if not 1 <= wanted <= own:
+        raise UsageError(f"--experts-per-token {wanted}: from 1 to {own}, the number that this model was trained with")
+    setattr(*found, wanted)
+
+
+def check_fewer(model: PreTrainedModel, wanted: int) -> None:
+    """Raise ``UsageError`` unless the routers of ``model`` were built with ``wanted`` experts per token."""
+    names = ("top_k", *_KEYS)
+    numbers = [getattr(m, n) for m in model.modules() for n in names if type(getattr(m, n, None)) is int]
+    if not numbers or set(numbers) != {wanted}:
+        raise UsageError(f"--experts-per-token: routers of {type(model).__name__} do not take their number from config")
+
+
+def _place(config: PretrainedConfig) -> tuple[Any, str] | None:
+    """The configuration, and the name in it, of the number of experts per token."""
+    text = config.get_text_config(decoder=True)
+    for place in (text, getattr(text, "ffn_config", None)):
+        for key in _KEYS:
+            if getattr(place, key, None) is not None:
+                return place, key
+    return None
