@@ -118,11 +118,14 @@ def load(
         sites = find_experts(model)
     except UnsupportedError as e:
         raise FormatError(f"{opened.folder}: {str(e).removeprefix(f'{opened.folder}/')}") from e
-    if experts_per_token is not None:
-        topk.check_fewer(model, experts_per_token)
     # Nothing is allocated before everything that config.json describes has been found in the pack.
     _check_layers(opened, sites)
-    dense.check(model, opened, sites)
+    try:
+        dense.check(model, opened, sites)
+    except FormatError as e:
+        if experts_per_token is None:
+            raise
+        raise UsageError(f"--experts-per-token {experts_per_token}: the pack does not fit such a model: {e}") from e
     config = config.get_text_config(decoder=True)
     work = working_bytes(model, sites, str(opened.folder)) + scratch_bytes(opened)
     context = context_length(config, context)
@@ -130,6 +133,8 @@ def load(
         cache = kv_bytes(model, context)
         kind: Any = type(model)
         own_cache = None if kind._supports_default_dynamic_cache() else cache_class(model)
+        if experts_per_token is not None:
+            topk.check_fewer(model, sites, experts_per_token)
         _fill_buffers(model, opened.dense_bytes)
     dense.fill(model, opened, sites, kernels, dtype)
     total = parse_size(memory) if memory not in (None, "smallest") else memory

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 from flashpack.errors import UsageError
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from flashpack.skeleton import ExpertsModule
 
 _KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
 
@@ -29,11 +32,26 @@ def use_fewer(config: PretrainedConfig, wanted: int) -> None:
     setattr(*found, wanted)
 
 
-def check_fewer(model: PreTrainedModel, wanted: int) -> None:
-    """Raise ``UsageError`` unless the routers of ``model`` were built with ``wanted`` experts per token."""
-    names = ("top_k", *_KEYS)
-    numbers = [getattr(m, n) for m in model.modules() for n in names if type(getattr(m, n, None)) is int]
-    if not numbers or set(numbers) != {wanted}:
+def check_fewer(model: PreTrainedModel, sites: list[ExpertsModule], wanted: int) -> None:
+    """Raise ``UsageError`` unless the experts of ``model``, which is on the meta device, are asked for ``wanted``.
+
+    There are routers with a fixed number, whatever config.json says.
+    """
+    from torch import Tensor
+
+    from flashpack.runtime.kv import cache_class
+
+    numbers: set[int] = set()
+
+    def note(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        tensors = [t for t in (*arguments, *named.values()) if isinstance(t, Tensor)]
+        numbers.update(t.shape[-1] for t in tensors if not t.is_floating_point())
+
+    hooks = [site.module.register_forward_pre_hook(note, with_kwargs=True) for site in sites]
+    cache_class(model)  # takes a token through it
+    for hook in hooks:
+        hook.remove()
+    if numbers != {wanted}:
         raise UsageError(f"--experts-per-token: routers of {type(model).__name__} do not take their number from config")
 
 
