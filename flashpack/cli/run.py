@@ -33,6 +33,9 @@ def run(
     experts_per_token: int | None = typer.Option(
         None, min=1, help="Fewer experts per token than the model was trained with: faster, and another model's output."
     ),
+    prefer_cached: float | None = typer.Option(
+        None, help="Experts in memory replace absent ones from this share of their weight on (0 to 1): another output."
+    ),
     reference: bool = typer.Option(False, help="Compute with torch and transformers alone: slow, to compare with."),
     expect: str | None = typer.Option(None, help="Identity that the pack must have; any other pack is refused."),
     json: bool = typer.Option(False, "--json", help="Print text and statistics as one JSON object."),
@@ -53,12 +56,14 @@ def run(
         torch.set_num_threads(threads)
     model = load(
         pack, device=device, memory=memory, context=context, check=check, expect=expect, reference=reference,
-        experts_per_token=experts_per_token,
+        experts_per_token=experts_per_token, prefer_cached=prefer_cached,
     )  # fmt: skip
     runtime: Any = model.flashpack
     used, own = runtime.experts_per_token
     if used != own:
         note(f"{used} of the model's {own} experts per token: the output is not the model's own")
+    if prefer_cached is not None:
+        note(f"experts in memory preferred, from {prefer_cached:g} of the weight: the output is not the model's own")
     if not reference and (missing := missing_kernels()):
         note(missing)
 

@@ -47,6 +47,7 @@ class Result:
     kernels: str
     decoding: str
     experts_per_token: tuple[int, int]
+    prefer_cached: float | None
 
     @property
     def prompt_rate(self) -> float:
@@ -71,6 +72,7 @@ class Result:
             "kernels": self.kernels,
             "decoding": self.decoding,
             "experts_per_token": dict(zip(("used", "model"), self.experts_per_token, strict=True)),
+            "prefer_cached": self.prefer_cached,
             "experts": self.store,
         }
 
@@ -182,6 +184,7 @@ def generate(
         kernels=runtime.kernels,
         decoding=runtime.decoding,
         experts_per_token=runtime.experts_per_token,
+        prefer_cached=runtime.prefer_cached,
     )
 
 

@@ -51,6 +51,7 @@ class Runtime:
     decoding: str
     experts_per_token: tuple[int, int]
     """Used, and what the model was trained with."""
+    prefer_cached: float | None
 
 
 def load(
@@ -65,6 +66,7 @@ def load(
     warm: bool | None = None,
     prefetch: bool = True,
     experts_per_token: int | None = None,
+    prefer_cached: float | None = None,
 ) -> PreTrainedModel:
     """Open a pack as a transformers causal language model; its ``generate`` works.
 
@@ -76,8 +78,10 @@ def load(
     ``warm``: whether to begin with the experts that earlier runs used most, and to remember those of this one (in the
     user's cache folder); default: unless the environment variable FLASHPACK_WARM is 0.
     ``prefetch``: whether experts that the next layer will probably ask for are read while this one's are computed, as
-    long as that is faster. ``experts_per_token``: fewer than the model was trained with; the output is not the model's
-    own then. The model carries its ``Runtime`` as ``.flashpack``.
+    long as that is faster. Two options make the output another than the model's own. ``experts_per_token``: fewer than
+    the model was trained with. ``prefer_cached``: decoding takes experts that are in memory in place of absent ones if
+    the router gives them at least this share of their weight, between 0 and 1; then the output depends on what is in
+    memory, and nothing is read ahead. The model carries its ``Runtime`` as ``.flashpack``.
 
     Raises ``FormatError``, ``IntegrityError``, ``IdentityError``, ``MemoryBudgetError``, ``DeviceError`` or
     ``UsageError``.
@@ -85,6 +89,10 @@ def load(
     check_device(device)
     if check not in CHECKS:
         raise UsageError(f"--check {check}: choose from {', '.join(CHECKS)}")
+    if prefer_cached is not None and not 0 < prefer_cached < 1:
+        raise UsageError(f"--prefer-cached {prefer_cached}: a share of a weight, between 0 and 1")
+    if prefer_cached is not None and reference:
+        raise UsageError("--prefer-cached: the library decodes with --reference; leave out one of them")
     opened = Pack(pack, expect)
     opened.check_copies()  # transformers reads them by name
 
@@ -139,7 +147,7 @@ def load(
     dense.fill(model, opened, sites, kernels, dtype)
     total = parse_size(memory) if memory not in (None, "smallest") else memory
     budget = budgets.divide(opened, usage().anonymous, cache, work, total, spare())
-    store = ExpertStore(opened, kernels, budget.slots, check, prefetch)
+    store = ExpertStore(opened, kernels, budget.slots, check, prefetch and prefer_cached is None)
     remembered = opened if history.wanted(warm) else None
     if remembered:
         store.warm(history.read(opened))
@@ -150,9 +158,9 @@ def load(
     if own_cache is not None:
         _give_cache(model, own_cache)
     confine(model, torch.get_num_threads())
-    decoding = "the library's: asked for" if reference else lean.install(model, kernels, sites, context)
+    decoding = "the library's: asked for" if reference else lean.install(model, kernels, sites, context, prefer_cached)
     used = own_top_k if experts_per_token is None else experts_per_token
-    runtime: Any = Runtime(opened, store, budget, context, kernels.name, decoding, (used, own_top_k))
+    runtime: Any = Runtime(opened, store, budget, context, kernels.name, decoding, (used, own_top_k), prefer_cached)
     model.flashpack = runtime
     weakref.finalize(model, _finish, store, remembered)
     return model

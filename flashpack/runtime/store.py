@@ -119,6 +119,10 @@ class ExpertStore:
             self._arrived.clear()
             stats.own_seconds += time.perf_counter() - begun - used - (stats.wait_seconds - waited)
 
+    def holds(self, layer: int, expert: int) -> bool:
+        """Whether an expert is in the arena, or being read; it does not count as used."""
+        return self._cache((layer, expert)).contains((layer, expert))
+
     @property
     def prefetches(self) -> bool:
         """Whether ``prefetch`` is ever of use."""

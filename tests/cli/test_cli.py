@@ -70,6 +70,20 @@ def test_fewer_experts_per_token_are_labelled(pack_of: PackOf) -> None:
     assert "--experts-per-token 99: from 1 to " in refused.stderr
 
 
+def test_preferred_experts_are_labelled(pack_of: PackOf) -> None:
+    options = ("--raw", "-p", "The os module", "--max-tokens", "5", "--prefer-cached", "0.7")
+    done = flashpack("run", pack_of("trained"), *options)
+    assert done.returncode == 0
+    label, statistics = done.stderr.splitlines()
+    assert label.endswith("experts in memory preferred, from 0.7 of the weight: the output is not the model's own")
+    assert statistics.startswith("[prompt")
+    assert json.loads(flashpack("run", pack_of("trained"), *options, "--json").stdout)["prefer_cached"] == 0.7
+    refused = flashpack("run", pack_of("trained"), *options, "--reference")
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "--prefer-cached: the library decodes with --reference" in refused.stderr
+
+
 def test_sampling_is_repeatable_by_its_seed(pack_of: PackOf) -> None:
     def text(seed: int) -> str:
         options = ("--temperature", 1.2, "--top-k", 50, "--top-p", 0.95, "--max-tokens", 24, "--seed", seed)

@@ -17,11 +17,13 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from flashpack.errors import UsageError
 from flashpack.kernels import Kernels
 from flashpack.runtime.lean.blocks import Experts
 from flashpack.runtime.lean.board import Board, NotLean, Token, library_calls, norm_of
 from flashpack.runtime.lean.cache import RoomyLayer
 from flashpack.runtime.lean.layers import LeanLayer, PlainLayer
+from flashpack.runtime.lean.prefer import Preference
 from flashpack.skeleton import ExpertsModule
 
 TOLERANCE = 1e-3
@@ -70,6 +72,11 @@ class LeanDecoder:
     def lean_layers(self) -> int:
         return sum(isinstance(layer, LeanLayer) for layer in self.layers)
 
+    @property
+    def experts(self) -> list[Experts]:
+        """The blocks of routed experts that are steps."""
+        return [x.block for x in self.layers if isinstance(x, LeanLayer) and isinstance(x.block, Experts)]
+
     def takes(self, cache: object) -> bool:
         """Whether a cache is of the kind that the steps can go on with."""
         if type(cache) is not DynamicCache or len(cache.layers) != len(self.layers) or not cache.get_seq_length():
@@ -106,8 +113,13 @@ class LeanDecoder:
         return logits
 
 
-def install(model: PreTrainedModel, kernels: Kernels, sites: list[ExpertsModule], context: int) -> str:
-    """Make single tokens of ``model`` go through steps where that gives the same; returns what was done in a line."""
+def install(
+    model: PreTrainedModel, kernels: Kernels, sites: list[ExpertsModule], context: int, prefer: float | None = None
+) -> str:
+    """Make single tokens of ``model`` go through steps where that gives the same; returns what was done in a line.
+
+    ``prefer``: the ratio of a ``Preference`` in all layers with experts; ``UsageError`` where one of them is no step.
+    """
     try:
         with torch.inference_mode(False), torch.no_grad():  # arrays of use in both modes
             decoder = LeanDecoder(model, kernels, context)
@@ -115,8 +127,15 @@ def install(model: PreTrainedModel, kernels: Kernels, sites: list[ExpertsModule]
                 raise NotLean("no layer is made of known parts")
             with library_calls(type(model).__name__):
                 _match(model, decoder, sites)
+        if prefer is not None and len(decoder.experts) < len(sites):
+            raise NotLean(f"experts of {len(decoder.experts)} of {len(sites)} layers are steps")
     except NotLean as e:
+        if prefer is not None:
+            raise UsageError(f"--prefer-cached: {type(model).__name__} is decoded by the library: {e}") from e
         return f"the library's: {e}"
+    if prefer is not None:
+        for block in decoder.experts:
+            block.prefer = Preference(block, prefer)
     whole: Any = model
     library_forward = whole.forward
 
@@ -164,11 +183,10 @@ def _match(model: PreTrainedModel, decoder: LeanDecoder, sites: list[ExpertsModu
     ids = torch.randint(vocabulary, (1, 1 + _PROBES), generator=torch.Generator().manual_seed(2))
     modules: list[Any] = [site.module for site in sites]
     real = [module.flashpack for module in modules]
-    lean_experts = [x.block for x in decoder.layers if isinstance(x, LeanLayer) and isinstance(x.block, Experts)]
     try:
         for module, site in zip(modules, sites, strict=True):
             module.flashpack = _StandIn(site.num_experts)
-        for block in lean_experts:
+        for block in decoder.experts:
             block.routed = _stand_in(block, decoder.board)
         prompt = whole(ids[:, :1], use_cache=True).past_key_values
         caches = [prompt, copy.deepcopy(prompt)]
@@ -183,7 +201,7 @@ def _match(model: PreTrainedModel, decoder: LeanDecoder, sites: list[ExpertsModu
     finally:
         for module, routed in zip(modules, real, strict=True):
             module.flashpack = routed
-        for block in lean_experts:
+        for block in decoder.experts:
             del block.routed
             block.routed = block._routed
 

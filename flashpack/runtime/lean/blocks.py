@@ -36,7 +36,7 @@ class Router:
         index, found = _routing(module, probe)
         top_k = index.shape[1]
         self._board, self._weight, self._bias, self._correction = board, weight, bias, correction
-        logits = board.array("router", len(weight))
+        self._values = logits = board.array("router", len(weight))
         self.chosen = board.array("chosen", top_k, torch.int32)
         self.all_weights = torch.ones(top_k + 1)
         self.weights = self.all_weights[:top_k]
@@ -66,6 +66,20 @@ class Router:
         assert self._logits is not None
         self._logits()
         self._route()
+
+    def shares(self) -> tuple[list[float], list[float]]:
+        """Of every expert: the weight before those of the chosen are divided by their sum, and what it is chosen by."""
+        if self._kind[0] != "sigmoid-top":
+            shares = self._values.softmax(0).tolist()
+            return shares, shares
+        values = self._values.sigmoid()
+        return values.tolist(), (values if self._correction is None else values + self._correction).tolist()
+
+    def weigh(self, shares: list[float]) -> None:
+        """Set ``weights`` for ``chosen`` as the router would if these were the largest."""
+        mode, divide, factor = self._kind
+        found = torch.tensor([shares[e] for e in self.chosen.tolist()])
+        self.weights.copy_((found / (found.sum() + 1e-20) if divide or mode == "top-softmax" else found) * factor)
 
     def on(self, x: Tensor) -> Callable[[], list[int]]:
         """The same choice from ``x`` [hidden], as a list that begins with the largest logit, in arrays of its own."""
@@ -151,10 +165,12 @@ class Experts:
     weight is 1 or what a switch says, the sigmoid of a linear layer's only value.
 
     ``routed`` computes ``y`` when the router has chosen; a match replaces it for a moment.
-    ``guess``: of a later layer, whose experts may be read while this one's are computed.
+    ``guess``: of a later layer, whose experts may be read while this one's are computed. ``prefer``: changes what the
+    router has chosen (``Preference``).
     """
 
     guess: Guess | None = None
+    prefer: Step | None = None
 
     def __init__(self, board: Board, module: nn.Module) -> None:
         part: Any = module
@@ -197,8 +213,14 @@ class Experts:
         """Whether the store reads ahead at all."""
         return self._experts.store.prefetches
 
+    def holds(self, expert: int) -> bool:
+        """Whether an expert is in memory, or on its way."""
+        return self._experts.store.holds(self.layer, expert)
+
     def __call__(self, token: Token) -> None:
         self.router()
+        if self.prefer is not None:
+            self.prefer()
         self.routed()
 
     def combine(self) -> None:
