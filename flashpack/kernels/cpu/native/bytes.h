@@ -46,6 +46,13 @@ inline void unpack_bytes(
                 part.biases[g + i] = lanes_of(columns[i]);
         }
     }
+    /* The same place of the rows after these. */
+    for (int r = 0; r < LANES; r++) {
+        const int64_t next = row + r + LANES * BLOCKS;
+        for (int64_t byte = 0; byte < 32 * (end - unit); byte += 64)
+            prefetch(m.weight + (next * m.width + 64 * unit) / 2 + byte);
+        prefetch_numbers(m, next * s.groups + group);
+    }
     for (int64_t u = unit; u < end; u++) {
         Row rows[LANES];
         Words words[WORDS];

@@ -25,6 +25,11 @@ inline void unpack_part(
         FORMAT == MXFP4 ? Strip{} : spread<GROUP>(numbers_of(m.biases, m.scale_type, first, groups, all));
     whole_numbers(scales, biases, most, 1 << bits, whole_scales, whole_biases, worth);
     const uint8_t *source = m.weight + (row * m.width + 64 * unit) * unit_bytes(FORMAT) / 64;
+    /* The same place of rows to come. */
+    const int64_t next = 2 * ROWS * m.width * unit_bytes(FORMAT) / 64;
+    for (int64_t byte = 0; byte < (end - unit) * unit_bytes(FORMAT); byte += 64)
+        prefetch(source + next + byte);
+    prefetch_numbers(m, first + 2 * ROWS * s.groups);
     for (int64_t u = unit; u < end; u++, source += unit_bytes(FORMAT)) {
         uint8_t space[96];
         const int64_t left = s.width - 64 * u, own = u - unit;

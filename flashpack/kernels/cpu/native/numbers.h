@@ -130,4 +130,13 @@ template <int FORMAT> FP_INLINE Strip scales_of(const fp_matrix &m, int64_t firs
     return load_strip(scales);
 }
 
+/* Asks for a matrix's scales and biases from number `first` on. */
+inline void prefetch_numbers(const fp_matrix &m, int64_t first)
+{
+    const int64_t bytes = m.kind == FP_MXFP4 ? 1 : m.scale_type == FP_F32 ? 4 : 2;
+    prefetch(m.scales + first * bytes);
+    if (m.biases)
+        prefetch(m.biases + first * bytes);
+}
+
 } // namespace
