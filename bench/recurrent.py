@@ -35,19 +35,19 @@ class Layer:
 
     def native(self) -> Step:
         from flashpack.kernels.cpu.compiled import NativeKernels
-        from flashpack.kernels.cpu.native.compute import Delta
-        from flashpack.kernels.cpu.steps import Steps
+        from flashpack.kernels.cpu.steps import NativeSteps
+        from flashpack.kernels.interface import DeltaShape
 
         window, state, out = self.window.clone(), self.state.clone(), torch.empty(VALUES)
         weights = (self.filter, None, self.rate, self.rate_bias, self.norm)
-        addresses = (None if w is None else w.data_ptr() for w in weights)
         group = VALUE_HEADS // KEY_HEADS
         sizes = (KEY_HEADS, VALUE_HEADS, WIDTH, WIDTH, TAPS, WIDTH, group * WIDTH, group)
         inputs = (*self.mixed.split([KEYS, KEYS, VALUES]), self.gates, self.betas, self.alphas)
-        step = Steps(NativeKernels(1)).delta(Delta(None, None, *addresses, *sizes, 1e-6), inputs, out)
+        step = NativeSteps(NativeKernels(1)).delta(DeltaShape(*weights, *sizes, 1e-6), inputs, out)
 
         def run() -> torch.Tensor:
-            step(window, state)
+            step.given(window, state)
+            step()
             return out
 
         return run

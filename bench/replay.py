@@ -11,7 +11,7 @@ from common import drop_cache
 
 from flashpack.formats import Pack
 from flashpack.kernels import RecordView
-from flashpack.runtime.arena import Arena
+from flashpack.kernels.cpu.arena import HostArena
 from flashpack.runtime.reads import READ_THREADS, Read, ReadPool
 from flashpack.runtime.records import Records
 from flashpack.runtime.store import ExpertStore
@@ -73,8 +73,8 @@ class Replay:
         # The store's own kind of memory: where a buffer's pages are scattered, direct reads are half as fast, and a
         # limit taken with them is none.
         stride = largest_record(pack)
-        self._arena = Arena(self.BUFFER_COUNT * stride)
-        self._buffers = [self._arena.bytes[i * stride : (i + 1) * stride] for i in range(self.BUFFER_COUNT)]
+        self._arena = HostArena(self.BUFFER_COUNT * stride)
+        self._buffers = [self._arena.room(i * stride, stride) for i in range(self.BUFFER_COUNT)]
 
     def size(self, bursts: Bursts) -> int:
         """Bytes of all records of ``bursts``."""

@@ -28,7 +28,7 @@ def run(
     top_k: int = typer.Option(0, min=0, help="Sample from the k likeliest tokens; 0 is all."),
     seed: int = typer.Option(0, help="Seed of sampling."),
     threads: int | None = typer.Option(None, min=1, help="Compute threads. Default: one per processor."),
-    device: str = typer.Option("cpu", help="cpu."),
+    device: str | None = typer.Option(None, help="cpu, or mps (Metal). Default: mps where it is there."),
     check: str = typer.Option("first", help="Compare experts with their checksums: first (read), always or never."),
     experts_per_token: int | None = typer.Option(
         None, min=1, help="Fewer experts per token than the model was trained with: faster, and another model's output."

@@ -139,15 +139,24 @@ class Pack:
         """
         entry = self.tensors[name]
         if entry.path not in self._maps:
-            fd = self.open(entry.path)
+            fd = self.open_dense(entry.path)
             try:
-                check_header(fd, self.manifest.dense_layout(entry.path)[0], self.files[entry.path], self.folder)
                 self._maps[entry.path] = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
             finally:
                 os.close(fd)
         count = entry.nbytes // np.dtype(NUMPY[entry.dtype]).itemsize
         flat = np.frombuffer(self._maps[entry.path], NUMPY[entry.dtype], count, entry.offset)
         return flat.reshape(entry.shape)
+
+    def open_dense(self, path: str) -> int:
+        """A descriptor of a dense file whose header is as the manifest says."""
+        fd = self.open(path)
+        try:
+            check_header(fd, self.manifest.dense_layout(path)[0], self.files[path], self.folder)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
     @property
     def dense_bytes(self) -> int:

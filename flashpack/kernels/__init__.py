@@ -3,22 +3,49 @@
 from __future__ import annotations
 
 from flashpack.errors import DeviceError
-from flashpack.kernels.interface import Activation, Kernels, RecordView, StoredMatrix
+from flashpack.kernels.interface import Activation, Arena, Kernels, RecordView, StoredMatrix
 
-__all__ = ["Activation", "Kernels", "RecordView", "StoredMatrix", "check_device", "get_kernels", "missing_kernels"]
+__all__ = [
+    "Activation",
+    "Arena",
+    "Kernels",
+    "RecordView",
+    "StoredMatrix",
+    "check_device",
+    "get_kernels",
+    "missing_kernels",
+]
 
-DEVICES = ("cpu",)
+DEVICES = ("cpu", "mps")
+"""The processor; Metal."""
 
 
 def check_device(device: str) -> None:
-    """Raise ``DeviceError`` if ``device`` has no kernels; loads nothing."""
+    """Raise ``DeviceError`` if ``device`` has no kernels, or is not there; compiles nothing."""
     if device not in DEVICES:
         raise DeviceError(f"device {device!r} has no kernels yet; choose from {', '.join(DEVICES)}")
+    if device == "mps" and (missing := _metal_missing()):
+        raise DeviceError(f"device 'mps': {missing}")
+
+
+def best_device() -> str:
+    """The fastest device of this machine."""
+    return "cpu" if _metal_missing() else "mps"
+
+
+def _metal_missing() -> str | None:
+    from flashpack.kernels.metal import device
+
+    return device.unavailable()
 
 
 def get_kernels(device: str, threads: int = 1, reference: bool = False) -> Kernels:
     """The fastest kernels of ``device``, on ``threads`` threads, or the plain ones; ``DeviceError`` if it has none."""
     check_device(device)
+    if device == "mps":
+        from flashpack.kernels.metal import selftest
+
+        return selftest.tested_kernels(reference)
     from flashpack.kernels.cpu.native import compute
 
     if reference or isinstance(compute.library(), str):

@@ -1,12 +1,15 @@
 """The dense part: mapped tensors in place of parameters, packed modules in place of Linear and Embedding.
 
-Stored weights stay in the mapped file. What is not of the model's type is widened per operation, never copied
+Stored weights stay in the mapped file; for another device than the processor the files are read into memory of that
+device, as they are. What is not of the model's type is widened per operation, never copied
 whole, except small parameters (norms, biases, convolutions), which are converted once.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +19,25 @@ from transformers import PreTrainedModel
 from flashpack.errors import FormatError
 from flashpack.formats import Pack
 from flashpack.formats.entries import Matrix
+from flashpack.formats.files import pread_into
 from flashpack.kernels import Kernels, StoredMatrix
 from flashpack.skeleton import ExpertsModule, matrix_module, tied_names
 
-SMALL_BYTES = 2**20
+SMALL_BYTES = 2**16
 """Parameters up to this size are converted to the model's type once, larger ones at each use."""
 
-_TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_READ_BYTES = 64 * 2**20
+"""Read at a time for another device than the processor."""
+
+_TORCH = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+    "U32": torch.int32,
+}
 
 
 class PackedLinear(nn.Module):
@@ -80,6 +95,14 @@ class _Widen(nn.Module):
         return stored.to(self._dtype)
 
 
+def as_stored(module: nn.Module, name: str) -> Any:
+    """A parameter of ``module`` in the type in which it is stored; None if there is none."""
+    if parametrize.is_parametrized(module, name):
+        modules: Any = module.parametrizations
+        return modules[name].original
+    return getattr(module, name, None)
+
+
 def check(model: PreTrainedModel, pack: Pack, sites: list[ExpertsModule]) -> None:
     """Compare names and shapes of the meta-device ``model`` with the dense tensors of the manifest; reads no data.
 
@@ -121,9 +144,10 @@ def fill(model: PreTrainedModel, pack: Pack, sites: list[ExpertsModule], kernels
             delattr(site.module, name)
     matrices = {m.name: m for m in pack.manifest.matrices}
     tied = tied_names(model)
+    stored = _Stored(pack, kernels)
     modules: dict[str, nn.Module] = {}
     for name in list(model.state_dict()):
-        value = _stored(pack, matrices, tied.get(name, name))
+        value = stored.value(matrices.get(tied.get(name, name)), tied.get(name, name))
         module = matrix_module(model, name)
         if isinstance(module, nn.Linear):
             modules[name] = PackedLinear(kernels, value, _parameter_dtype(model, name, dtype))
@@ -138,16 +162,46 @@ def fill(model: PreTrainedModel, pack: Pack, sites: list[ExpertsModule], kernels
         if isinstance(module, PackedLinear) and isinstance(old, nn.Linear):
             module.bias = old.bias  # set above, as a parameter of its own
         model.set_submodule(stem, module.eval())
+    for module in model.modules():  # computed buffers
+        module._buffers = {n: None if b is None else b.to(kernels.device) for n, b in module._buffers.items()}
     model.requires_grad_(False)
 
 
-def _stored(pack: Pack, matrices: dict[str, Matrix], name: str) -> Tensor | StoredMatrix:
-    """The stored value of a parameter."""
-    matrix = matrices.get(name)
-    if matrix is None:
-        return _mapped(pack, name)
-    parts = {part: _mapped(pack, n) for part, n in matrix.tensor_names().items()}
-    return StoredMatrix.of(matrix.encoding, parts)
+class _Stored:
+    """The dense files of a pack for kernels: mapped where these compute on the processor, else read file by file."""
+
+    def __init__(self, pack: Pack, kernels: Kernels) -> None:
+        self._pack, self._kernels = pack, kernels
+        self._files: dict[str, Tensor] = {}
+
+    def value(self, matrix: Matrix | None, name: str) -> Tensor | StoredMatrix:
+        """The stored value of a parameter."""
+        if matrix is None:
+            return self._tensor(name)
+        return StoredMatrix.of(matrix.encoding, {part: self._tensor(n) for part, n in matrix.tensor_names().items()})
+
+    def _tensor(self, name: str) -> Tensor:
+        if not self._kernels.asynchronous:
+            return _mapped(self._pack, name)
+        entry = self._pack.tensors[name]
+        file = self._files.get(entry.path)
+        if file is None:
+            file = self._files[entry.path] = self._read(entry.path)
+        data = file[entry.offset : entry.offset + entry.nbytes]
+        return data.view(_TORCH[entry.dtype]).view(entry.shape)
+
+    def _read(self, path: str) -> Tensor:
+        size = self._pack.files[path].size
+        place = self._kernels.arena(size)
+        fd = self._pack.open_dense(path)
+        try:
+            for start in range(0, size, _READ_BYTES):
+                room = place.room(start, min(_READ_BYTES, size - start))
+                pread_into(fd, room, start, f"{self._pack.folder}/{path}")
+                place.landed(start, room)
+        finally:
+            os.close(fd)
+        return place.tensor
 
 
 def _mapped(pack: Pack, name: str) -> Tensor:

@@ -25,6 +25,7 @@ import numpy as np
 from flashpack.formats import Pack
 from flashpack.formats.files import open_inside, pread_into
 from flashpack.formats.reader import Shard
+from flashpack.kernels import Arena
 
 _ROUNDS = 3  # each direct, then buffered, so that a noisy drive treats both alike
 _DEPTH = 4  # records in flight
@@ -50,7 +51,7 @@ class Drive:
         self.fds = {}
 
 
-def open_for_reading(pack: Pack, shards: dict[int, Shard], arena: memoryview, available: int) -> Drive:
+def open_for_reading(pack: Pack, shards: dict[int, Shard], arena: Arena, available: int) -> Drive:
     """Open the shards of ``pack`` in the way that suits its drive.
 
     ``arena``: where records go; it is still empty, and is written to. ``available``: bytes that the process could take,
@@ -62,7 +63,7 @@ def open_for_reading(pack: Pack, shards: dict[int, Shard], arena: memoryview, av
     except OSError:
         return Drive(buffered, "buffered", "the file system has no direct reads")
     try:
-        if len(arena) >= pack.expert_bytes and available >= 2 * pack.expert_bytes:
+        if arena.tensor.nbytes >= pack.expert_bytes and available >= 2 * pack.expert_bytes:
             io, why = "buffered", "all experts fit into memory twice: the next start finds them in the page cache"
         else:
             io, why = _probe(shards, direct, buffered, arena)
@@ -83,12 +84,10 @@ class _Record:
     cached: float
 
 
-def _probe(
-    shards: dict[int, Shard], direct: dict[int, int], buffered: dict[int, int], arena: memoryview
-) -> tuple[str, str]:
+def _probe(shards: dict[int, Shard], direct: dict[int, int], buffered: dict[int, int], arena: Arena) -> tuple[str, str]:
     """The way to read, and why. Only records that are not in the page cache count, unless nearly all are."""
     stride = max(kind.stride for shard in shards.values() for kind in shard.layout.kinds)
-    depth = min(_DEPTH, len(arena) // stride, _PROBE_BYTES // (2 * _ROUNDS * stride))
+    depth = min(_DEPTH, arena.tensor.nbytes // stride, _PROBE_BYTES // (2 * _ROUNDS * stride))
     if depth < 1:
         return "direct", "records are too large to try"
     records = _pick(shards, buffered, 4 * _ROUNDS * depth)
@@ -96,7 +95,7 @@ def _probe(
     records = [r for r in records if (r.cached > _CACHED if cached else not r.cached)]
     if len(records) < 2 * _ROUNDS * depth:
         return "direct", "too little of the pack is outside the page cache to try"
-    places = [arena[i * stride : (i + 1) * stride] for i in range(depth)]
+    places = [arena.room(i * stride, stride) for i in range(depth)]
     blocks = [records[i : i + depth] for i in range(0, len(records), depth)]
 
     def rates() -> Iterator[tuple[float, float]]:

@@ -50,12 +50,13 @@ class RoutedExperts:
 
     def _chunk(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         tokens, top_k = index.shape
+        self._kernels.wait()  # for the router's choice: what was asked of the kernels before is done, too
         pairs: dict[int, list[int]] = {}
         for pair, expert in enumerate(index.reshape(-1).tolist()):
             # Indices past the last expert mean "no expert" (masked tokens).
             if expert < self.num_experts:
                 pairs.setdefault(expert, []).append(pair)
-        outputs = torch.empty(tokens * top_k, x.shape[-1], dtype=torch.float32)
+        outputs = torch.empty(tokens * top_k, x.shape[-1], dtype=torch.float32, device=x.device)
         places = [-1] * (tokens * top_k)
         end = 0
         for batch in self.store.batches(self.layer, sorted(pairs)):
@@ -69,7 +70,7 @@ class RoutedExperts:
             self._kernels.experts(x, [record for _, record in batch], rows, self.activation, out)
             if self._norm is not None:
                 out.copy_(self._norm(out.to(x.dtype)))
-        where = torch.tensor(places, dtype=torch.int32).view(tokens, top_k)
+        where = torch.tensor(places, dtype=torch.int32, device=x.device).view(tokens, top_k)
         return self._kernels.combine(outputs, where, weights).to(x.dtype)
 
 

@@ -155,7 +155,7 @@ def generate(
     sampling = sampling or Sampling()
     if sampling.temperature > 0:
         torch.manual_seed(sampling.seed)
-    inputs = torch.tensor([ids])
+    inputs = torch.tensor([ids], device=model_.device)
     try:
         with torch.inference_mode(), library_errors("the model of this pack cannot be computed"):
             out = model_.generate(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flashpack.errors import FormatError, UnsupportedError, UsageError
 from flashpack.formats import Pack
 from flashpack.formats.header import parse_json
-from flashpack.kernels import check_device, get_kernels
+from flashpack.kernels import best_device, check_device, get_kernels
 from flashpack.runtime import topk
 from flashpack.runtime.memory import parse_size, spare, usage
 from flashpack.skeleton import build, find_experts, library_errors, read_config
@@ -56,7 +56,7 @@ class Runtime:
 
 def load(
     pack: str | os.PathLike[str],
-    device: str = "cpu",
+    device: str | None = None,
     memory: int | str | None = None,
     dtype: torch.dtype | None = None,
     context: int | None = None,
@@ -70,6 +70,7 @@ def load(
 ) -> PreTrainedModel:
     """Open a pack as a transformers causal language model; its ``generate`` works.
 
+    ``device``: "cpu" or "mps" (Metal); default: "mps" where this machine has it.
     ``memory``: bytes the whole process may use, also as "2GB", "2GiB" or "smallest"; default: from what is
     available. ``dtype``: type of activations, float32 by default on CPU; stored weights stay mapped and are widened
     per operation. ``context``: tokens of KV cache to reserve. ``check``: when an expert is compared with its digest:
@@ -86,7 +87,8 @@ def load(
     Raises ``FormatError``, ``IntegrityError``, ``IdentityError``, ``MemoryBudgetError``, ``DeviceError`` or
     ``UsageError``.
     """
-    check_device(device)
+    if device is not None:
+        check_device(device)
     if check not in CHECKS:
         raise UsageError(f"--check {check}: choose from {', '.join(CHECKS)}")
     if prefer_cached is not None and not 0 < prefer_cached < 1:
@@ -109,7 +111,7 @@ def load(
     dtype = dtype or torch.float32
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UsageError(f"dtype {dtype} is not float32, bfloat16 or float16")
-    kernels = get_kernels(device, torch.get_num_threads(), reference)
+    kernels = get_kernels(device or best_device(), torch.get_num_threads(), reference)
     experts.register()
     parameters = len(opened.manifest.tensors) + 2 * len(opened.manifest.layers)
     try:
@@ -144,10 +146,14 @@ def load(
         if experts_per_token is not None:
             topk.check_fewer(model, sites, experts_per_token)
         _fill_buffers(model, opened.dense_bytes)
+    base = usage().anonymous
     dense.fill(model, opened, sites, kernels, dtype)
+    if not kernels.asynchronous:  # else the dense part is memory of the process, which the budget counts as such
+        base = usage().anonymous
     total = parse_size(memory) if memory not in (None, "smallest") else memory
-    budget = budgets.divide(opened, usage().anonymous, cache, work, total, spare())
-    store = ExpertStore(opened, kernels, budget.slots, check, prefetch and prefer_cached is None)
+    budget = budgets.divide(opened, base, cache, work, total, spare())
+    ahead = prefetch and prefer_cached is None and not kernels.asynchronous  # guesses cost a wait for the device
+    store = ExpertStore(opened, kernels, budget.slots, check, ahead)
     remembered = opened if history.wanted(warm) else None
     if remembered:
         store.warm(history.read(opened))
@@ -157,7 +163,8 @@ def load(
     _generation_config(model, opened.folder, context, budgets.PROMPT_CHUNK)
     if own_cache is not None:
         _give_cache(model, own_cache)
-    confine(model, torch.get_num_threads())
+    if not kernels.asynchronous:
+        confine(model, torch.get_num_threads())
     decoding = "the library's: asked for" if reference else lean.install(model, kernels, sites, context, prefer_cached)
     used = own_top_k if experts_per_token is None else experts_per_token
     runtime: Any = Runtime(opened, store, budget, context, kernels.name, decoding, (used, own_top_k), prefer_cached)

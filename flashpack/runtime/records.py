@@ -9,6 +9,7 @@ from flashpack.errors import IntegrityError
 from flashpack.formats import Pack
 from flashpack.formats.files import pread_into
 from flashpack.formats.records import RecordKind
+from flashpack.kernels import Arena
 from flashpack.runtime.cache import Key
 from flashpack.runtime.drive import open_for_reading
 from flashpack.runtime.reads import READ_THREADS
@@ -28,7 +29,7 @@ class Records:
     ``"never"`` not at all. ``arena``, ``available``: see ``open_for_reading``.
     """
 
-    def __init__(self, pack: Pack, check: str, arena: memoryview, available: int) -> None:
+    def __init__(self, pack: Pack, check: str, arena: Arena, available: int) -> None:
         self._pack = pack
         self._check = check
         self._checked: set[Key] = set()

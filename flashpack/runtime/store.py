@@ -19,7 +19,6 @@ from queue import Empty
 
 from flashpack.formats import Pack
 from flashpack.kernels import Kernels, RecordView
-from flashpack.runtime.arena import Arena
 from flashpack.runtime.cache import ExpertCache, Key
 from flashpack.runtime.memory import available
 from flashpack.runtime.prefetch import Guesses
@@ -55,8 +54,8 @@ class ExpertStore:
     ) -> None:
         self._kernels = kernels
         room = available()
-        self._arena = Arena(sum(stride * count for stride, count in slots.items()))
-        self._records = Records(pack, check, self._arena.bytes, room)
+        self._arena = kernels.arena(sum(stride * count for stride, count in slots.items()))
+        self._records = Records(pack, check, self._arena, room)
         self._caches: dict[int, ExpertCache] = {}
         self._free = dict(slots)
         start = 0
@@ -65,6 +64,7 @@ class ExpertStore:
             start += stride * count
         self._only = next(iter(self._caches.items())) if len(self._caches) == 1 else None
         self._views: dict[tuple[int, int], RecordView] = {}
+        self._unread: set[int] = set()  # slots that kernels may still read, where they are asynchronous
         self._reading: dict[Key, Read] = {}
         self._arrived: list[Read] = []
         self._guesses = Guesses() if prefetch else None
@@ -80,8 +80,11 @@ class ExpertStore:
         being read; then, each time, all whose reads have completed by now.
 
         The records of a batch are valid until the next batch is asked for. Where slots are few, there are more batches.
+        Where kernels are asynchronous, the caller has waited for them to have the router's choice: of what they were
+        asked for before, nothing is left to do.
         """
         begun = time.perf_counter()
+        self._unread.clear()
         if layer <= self._last_layer or not self.stats.steps:
             self._step(begun)
         self._last_layer = layer
@@ -94,6 +97,7 @@ class ExpertStore:
             self._start(request)
             while request.here or request.reading or request.missing:
                 if not request.here:
+                    self._kernels.commit()
                     self._wait(request, stats)
                 batch = [(e, self._view((layer, e), slot)) for e, slot in request.here]
                 handed = time.perf_counter()
@@ -232,6 +236,9 @@ class ExpertStore:
             slot = cache.claim(key)
         if slot is not None and self._free[stride]:
             self._free[stride] -= 1
+        if slot in self._unread:
+            self._kernels.wait()
+            self._unread.clear()
         return slot
 
     def _start_ahead(self, key: Key, urgent: bool) -> bool:
@@ -326,6 +333,8 @@ class ExpertStore:
                 self._cache(key).release(key)
 
     def _release(self, request: _Request) -> None:
+        if self._kernels.asynchronous:
+            self._unread.update(slot for _, slot in request.here)
         for e, _ in request.here:
             key = request.layer, e
             self._cache(key).release(key)
@@ -333,7 +342,9 @@ class ExpertStore:
 
     def _fill(self, read: Read) -> None:
         """In a reading thread: the record into its slot."""
-        self._records.read_into(read.key, self._arena.bytes[read.slot : read.slot + self._stride(read.key)])
+        record = self._arena.room(read.slot, self._stride(read.key))
+        self._records.read_into(read.key, record)
+        self._arena.landed(read.slot, record)
 
     def _view(self, key: Key, slot: int) -> RecordView:
         kind = self._records.kind(key)

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashpack.kernels.cpu.native import compute
-from flashpack.kernels.cpu.steps import Steps
+from flashpack.kernels.cpu.steps import NativeSteps
+from flashpack.kernels.interface import DeltaShape
 
 pytestmark = pytest.mark.skipif(isinstance(compute.library(), str), reason=f"no native kernels: {compute.library()}")
 
@@ -58,17 +59,16 @@ def native(layer: Layer, level: int, threads: int, by_head: bool) -> tuple[Tenso
     else:
         strides = key_width, group * value_width, group
     weights = (layer.filter, layer.bias, layer.rate, layer.rate_bias, layer.norm)
-    shape = compute.Delta(
-        None, None, *(None if w is None else w.data_ptr() for w in weights), *layer.sizes, *strides, EPSILON
-    )
+    shape = DeltaShape(*weights, *layer.sizes, *strides, EPSILON)
     out = torch.full((value_heads, value_width), float("nan"))
     window, state = layer.window.clone(), layer.state.clone()
-    step = Steps(workers).delta(shape, arrays, out)
+    step = NativeSteps(workers).delta(shape, arrays, out)
     results = []
     for token in range(TOKENS):
         for array, values in zip(arrays, layer.inputs, strict=True):
             array.copy_(values[token].view(key_heads, -1))
-        step(window, state)
+        step.given(window, state)
+        step()
         results.append(out.clone())
     return torch.stack(results), window, state
 
@@ -129,8 +129,8 @@ def test_what_is_not_finite_reaches_the_result(level: int) -> None:
 def test_a_recurrent_layer_out_of_bounds_is_refused(change: dict[int, int]) -> None:
     layer = Layer(2, 4, 16, 16, 4, False)
     sizes = [change.get(i, size) for i, size in enumerate(layer.sizes)]
-    shape = compute.Delta(None, None, None, None, None, None, None, *sizes, 16, 32, 2, EPSILON)
     workers: Any = SimpleNamespace(workers=compute.Workers(1))
     nothing = torch.empty(0)
-    with pytest.raises(ValueError, match="refuse a recurrent layer"):
-        Steps(workers).delta(shape, [nothing] * 6, nothing)(nothing, nothing)
+    shape = DeltaShape(*[nothing] * 5, *sizes, 16, 32, 2, EPSILON)
+    with pytest.raises(ValueError, match="refuse the arguments of delta"):
+        NativeSteps(workers).delta(shape, [nothing] * 6, nothing)()

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from flashpack.formats import Pack
+from flashpack.kernels.cpu.arena import HostArena
 from flashpack.runtime import drive
-from flashpack.runtime.arena import Arena
 from flashpack.runtime.budget import stride_counts
 from tests.conftest import PackOf
 
@@ -50,12 +50,12 @@ def test_pages_in_the_page_cache_are_seen(tmp_path: Path) -> None:
 
 def opened(pack: Pack, records: int, available: int) -> tuple[drive.Drive, memoryview]:
     (stride,) = stride_counts(pack.manifest)
-    arena = Arena(records * stride).bytes
+    arena = HostArena(records * stride)
     shards = {layer.index: pack.open_shard(layer) for layer in pack.manifest.layers}
     found = drive.open_for_reading(pack, shards, arena, available)
     for shard in shards.values():
         shard.close()
-    return found, arena
+    return found, arena.room(0, records * stride)
 
 
 def test_a_pack_that_fits_twice_is_read_through_the_page_cache(pack_of: PackOf) -> None:

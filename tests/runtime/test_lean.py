@@ -173,7 +173,7 @@ def test_feed_forward_blocks_are_steps(
     blocks = [layer.block for layer in decoders[0].layers if isinstance(layer, LeanLayer)]
     assert [type(block) for block in blocks] == kinds
     experts = [block for block in blocks if isinstance(block, Experts)]
-    assert all(len(e.beside) == beside and bool(e._switch) == bool(switches) for e in experts)
+    assert all(len(e.beside) == beside and bool(e.switch) == bool(switches) for e in experts)
 
 
 @pytest.mark.parametrize(
@@ -223,17 +223,17 @@ def break_norm(decoder: lean.LeanDecoder) -> None:
 
 def break_attention(decoder: lean.LeanDecoder) -> None:
     layer: Any = decoder.layers[0]
-    layer.mixer._output = decoder.board.y.zero_
+    layer.mixer.steps[-1].calls[0].numbers[0] = 0  # no matrix is multiplied with
 
 
 def break_state(decoder: lean.LeanDecoder) -> None:
     layer: Any = decoder.layers[0]
-    layer.mixer._update = lambda window, state: None
+    layer.mixer._update.native.epsilon = 1.0
 
 
 def break_switch(decoder: lean.LeanDecoder) -> None:
     layer: Any = decoder.layers[0]
-    layer.block._switch = []
+    layer.block.switch[-1].calls[0].real = 2.0  # times the weight
 
 
 @pytest.mark.parametrize(

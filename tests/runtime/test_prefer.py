@@ -57,7 +57,8 @@ def test_weights_are_those_that_the_router_gives(
         router = block.router
         assert router._kind[:2] == kind
         router._board.normed.copy_(torch.randn(len(router._board.x), generator=torch.Generator().manual_seed(1)))
-        router()
+        for step in router.steps:
+            step()
         chosen, weights = router.chosen.tolist(), router.weights.clone()
         shares, scores = router.shares()
         assert sorted(range(len(scores)), key=scores.__getitem__)[: -1 - len(chosen) : -1] == chosen
@@ -77,6 +78,10 @@ class Routing:
 
     def shares(self) -> tuple[list[float], list[float]]:
         return self._shares, self._scores
+
+    def read(self) -> list[int]:
+        chosen: list[int] = self.chosen.tolist()
+        return chosen
 
     def weigh(self, shares: list[float]) -> None:
         self.weighed += 1

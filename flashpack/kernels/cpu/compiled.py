@@ -15,7 +15,7 @@ from torch import Tensor
 from flashpack.formats.records import RecordKind
 from flashpack.kernels.cpu.native import compute
 from flashpack.kernels.cpu.reference import ReferenceKernels
-from flashpack.kernels.interface import ACTIVATIONS, Activation, RecordView, StoredMatrix
+from flashpack.kernels.interface import ACTIVATIONS, Activation, RecordView, Steps, StoredMatrix
 
 FEW_TOKENS = 4
 """Plain matrices times more tokens than these are torch's: its products of many float32 numbers are faster."""
@@ -39,6 +39,11 @@ class NativeKernels(ReferenceKernels):
         self.workers = compute.workers(threads)
         self.name = f"native, {self.workers.name}"
         self._matrices: dict[int, tuple[object, compute.Matrix | None]] = {}
+
+    def steps(self) -> Steps:
+        from flashpack.kernels.cpu.steps import NativeSteps
+
+        return NativeSteps(self)
 
     def view_record(self, record: Tensor, kind: RecordKind) -> RecordView:
         return native_record(super().view_record(record, kind))

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashpack.formats.records import Projection, RecordKind, Section
+from flashpack.kernels.cpu.arena import HostArena
 from flashpack.kernels.cpu.pool import one_thread, pool
 from flashpack.kernels.cpu.widen import aligned, block, cut, widen
-from flashpack.kernels.interface import Activation, RecordView, StoredMatrix
+from flashpack.kernels.interface import Activation, Arena, RecordView, Steps, StoredMatrix
 
 BLOCK_VALUES = 2**19
 """Most values widened at a time: 2 MiB of float32."""
@@ -41,6 +42,8 @@ class ReferenceKernels:
     """``Kernels`` in torch, on ``threads`` threads whatever torch's own number is. For inference: no gradients."""
 
     name = "torch"
+    device = torch.device("cpu")
+    asynchronous = False
 
     def __init__(self, threads: int) -> None:
         self._pool = pool(threads)
@@ -102,6 +105,18 @@ class ReferenceKernels:
             for part, out in zip(cut(rows, step), torch.split(wide, step), strict=True):
                 widen(part, out)
         return wide.to(dtype).view(*ids.shape, wide.shape[1])
+
+    def arena(self, size: int) -> Arena:
+        return HostArena(size)
+
+    def steps(self) -> Steps | None:
+        return None
+
+    def commit(self) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
 
     def matmul(self, x: Tensor, weight: Tensor | StoredMatrix, bias: Tensor | None = None) -> Tensor:
         """float32 x [..., in] @ weight.T + bias, the weight widened block by block."""

@@ -1,27 +1,79 @@
-"""The steps of decoding one token, bound to arrays that stay where they are: a call passes hardly anything.
-
-Every method returns a function without arguments (``attention``: with the token's own) that writes to ``out``. All
-arrays are contiguous float32 and are kept by what is returned.
-"""
+"""``kernels.interface.Steps`` in C++: bound to arrays that stay where they are, a call passes hardly anything."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
-from flashpack.kernels.cpu.compiled import NativeKernels, NativeRecord, matrix_of
+from flashpack.kernels.cpu.compiled import NativeKernels, NativeRecord, matrix_of, native_record
 from flashpack.kernels.cpu.native import compute
-from flashpack.kernels.interface import ACTIVATIONS, Activation, RecordView, StoredMatrix
+from flashpack.kernels.interface import (
+    ACTIVATIONS,
+    MODES,
+    Activation,
+    AttentionShape,
+    DeltaShape,
+    RecordView,
+    Step,
+    StoredMatrix,
+    TokenStep,
+)
 
-Step = Callable[[], None]
+
+class NativeStep:
+    """Calls of the library, one after the other. ``keep``: what they have the addresses of."""
+
+    def __init__(self, library: ctypes.CDLL, handle: int, calls: Sequence[compute.Call], keep: object) -> None:
+        self._run, self._handle, self._keep = library.flashpack_run, handle, keep
+        self.calls = calls
+        self._addresses = (ctypes.c_void_p * len(calls))(*map(ctypes.addressof, calls))
+
+    def __call__(self) -> None:
+        failed = self._run(self._handle, self._addresses, len(self._addresses))
+        if failed:
+            self._fail(failed)
+
+    def _fail(self, failed: int) -> None:
+        place, status = failed // 4 - 1, -(failed % 4)  # flashpack_run
+        function = next(name for name, n in compute.FUNCTIONS.items() if n == self.calls[place].function)
+        if status == -2:
+            raise MemoryError(f"no memory for the kernels' working space ({function})")
+        if function == "route":
+            raise FloatingPointError("a router's logits are not numbers")
+        raise ValueError(f"the kernels refuse the arguments of {function}")
 
 
-class Steps:
+Made = TypeVar("Made", bound=NativeStep)
+
+
+class _AttentionStep(NativeStep):
+    native: compute.Attention
+
+    def given(self, keys: Tensor, values: Tensor, position: int, cosine: Tensor, sine: Tensor) -> None:
+        native, call = self.native, self.calls[0]
+        native.keys, native.values, native.capacity = keys.data_ptr(), values.data_ptr(), keys.shape[1]
+        call.numbers[0] = position
+        call.pointers[4], call.pointers[5] = cosine.data_ptr(), sine.data_ptr()
+        self._token = keys, values, cosine, sine
+
+
+class _DeltaStep(NativeStep):
+    native: compute.Delta
+
+    def given(self, window: Tensor, state: Tensor) -> None:
+        self.native.window, self.native.state = window.data_ptr(), state.data_ptr()
+        self._token = window, state
+
+
+class NativeSteps:
     """Makes steps that run on the threads of ``kernels``."""
 
     def __init__(self, kernels: NativeKernels) -> None:
+        self.device = torch.device("cpu")
         self._kernels = kernels
         self._library = kernels.workers.library
         self._handle = kernels.workers.handle
@@ -33,84 +85,70 @@ class Steps:
         biases: Sequence[Tensor | None],
         out: Sequence[Tensor],
     ) -> Step | None:
-        """x [width] times the transpose of each of ``weights``, plus its bias; None if one is not known here."""
         made = [matrix_of(w, b) for w, b in zip(weights, biases, strict=True)]
         matrices = [m for m in made if m is not None]
         if len(matrices) < len(made):
             return None
         array = (compute.Matrix * len(matrices))(*matrices)
         outputs = (ctypes.c_void_p * len(out))(*(o.data_ptr() for o in out))
-        call, handle, address, count = self._library.flashpack_linear, self._handle, x.data_ptr(), len(matrices)
-        keep = (x, *weights, *biases, *out)
-
-        def step() -> None:
-            if call(handle, address, 1, array, count, outputs):
-                raise ValueError(f"the kernels refuse a product of {len(keep)} arrays")
-
-        return step
+        addresses = x.data_ptr(), ctypes.addressof(array), ctypes.addressof(outputs)
+        return self._step("linear", addresses, (len(matrices),), 0.0, (array, outputs, x, *weights, *biases, *out))
 
     def add_norm(self, x: Tensor, y: Tensor | None, weight: Tensor | None, epsilon: float, out: Tensor) -> Step:
-        """x [width] += y, then ``out`` is x over its root mean square, times ``weight``."""
-        arguments = (
-            self._handle, x.data_ptr(), y.data_ptr() if y is not None else None,
-            weight.data_ptr() if weight is not None else None, epsilon, x.numel(), out.data_ptr(),
+        addresses = tuple(map(_address, (x, y, weight, out)))
+        return self._step("add_norm", addresses, (x.numel(),), epsilon, (x, y, weight, out))
+
+    def attention(self, shape: AttentionShape, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> TokenStep:
+        native = compute.Attention(
+            None, None, *map(_address, (shape.query_norm, shape.key_norm)), 0, shape.heads, shape.kv_heads, shape.width,
+            shape.rotary, shape.query_stride, shape.gate, shape.epsilon, shape.scale,
         )  # fmt: skip
-        call, keep = self._library.flashpack_add_norm, (x, y, weight, out)
-
-        def step(_keep: object = keep) -> None:
-            call(*arguments)
-
+        inputs = tuple(t.data_ptr() for t in (query, key, value))
+        addresses = ctypes.addressof(native), *inputs, None, None, out.data_ptr()
+        step = self._step("attend", addresses, (0,), 0.0, (native, shape, query, key, value, out), _AttentionStep)
+        step.native = native
         return step
 
-    def attention(
-        self, shape: compute.Attention, query: Tensor, key: Tensor, value: Tensor, out: Tensor
-    ) -> Callable[[Tensor, Tensor, int, Tensor, Tensor], None]:
-        """A function of keys and values [KV heads, capacity, width], the token's position, cosine and sine."""
-        call, handle = self._library.flashpack_attend, self._handle
-        pointers = tuple(t.data_ptr() for t in (query, key, value))
-        address = out.data_ptr()
-        keep = (shape, query, key, value, out)
-
-        def step(keys: Tensor, values: Tensor, position: int, cosine: Tensor, sine: Tensor) -> None:
-            shape.keys, shape.values, shape.capacity = keys.data_ptr(), values.data_ptr(), keys.shape[1]
-            if call(handle, ctypes.byref(shape), *pointers, position, cosine.data_ptr(), sine.data_ptr(), address):
-                raise ValueError(f"the kernels refuse an attention of {len(keep)} arrays")
-
-        return step
-
-    def delta(self, shape: compute.Delta, inputs: Sequence[Tensor], out: Tensor) -> Callable[[Tensor, Tensor], None]:
-        """A function of a convolution's window [channels, taps] and states [value heads, key width, value width], which
-        it brings up to date. ``inputs``: where query, key, values, gates, betas and alphas begin."""
-        call, handle = self._library.flashpack_delta, self._handle
-        arguments = (*(t.data_ptr() for t in inputs), out.data_ptr())
-        keep = (shape, *inputs, out)
-
-        def step(window: Tensor, state: Tensor) -> None:
-            shape.window, shape.state = window.data_ptr(), state.data_ptr()
-            if call(handle, ctypes.byref(shape), *arguments):
-                raise ValueError(f"the kernels refuse a recurrent layer of {len(keep)} arrays")
-
+    def delta(self, shape: DeltaShape, inputs: Sequence[Tensor], out: Tensor) -> TokenStep:
+        weights = shape.filter, shape.filter_bias, shape.rate, shape.rate_bias, shape.norm
+        native = compute.Delta(
+            None, None, *map(_address, weights), shape.key_heads, shape.value_heads, shape.key_width, shape.value_width,
+            shape.taps, shape.key_stride, shape.value_stride, shape.number_stride, shape.epsilon,
+        )  # fmt: skip
+        addresses = ctypes.addressof(native), *(t.data_ptr() for t in inputs), out.data_ptr()
+        step = self._step("delta", addresses, (), 0.0, (native, shape, *inputs, out), _DeltaStep)
+        step.native = native
         return step
 
     def route(
         self, logits: Tensor, bias: Tensor | None, top_k: int, mode: str, divide: bool, factor: float, chosen: Tensor,
         weights: Tensor,
     ) -> Step:  # fmt: skip
-        """The ``top_k`` experts of a token: int32 ``chosen`` and ``weights``. ``mode``: one of ``compute.MODES``."""
-        arguments = (
-            logits.data_ptr(), bias.data_ptr() if bias is not None else None, logits.numel(), top_k,
-            compute.MODES[mode], int(divide), factor, chosen.data_ptr(), weights.data_ptr(),
-        )  # fmt: skip
-        call, keep = self._library.flashpack_route, (logits, bias, chosen, weights)
+        arrays = logits, bias, chosen, weights
+        numbers = logits.numel(), top_k, MODES.index(mode), int(divide)
+        return self._step("route", tuple(map(_address, arrays)), numbers, factor, arrays)
 
-        def step(_keep: object = keep) -> None:
-            if call(*arguments):
-                raise FloatingPointError("a router's logits are not numbers")
+    def sequence(self, steps: Sequence[Step]) -> Step:
+        made = [step for step in steps if isinstance(step, NativeStep)]
+        assert len(made) == len(steps)
+        return NativeStep(self._library, self._handle, [call for step in made for call in step.calls], made)
 
+    def _step(
+        self, function: str, addresses: Sequence[int | None], numbers: Sequence[int], real: float, keep: object,
+        kind: type[Made] | None = None,
+    ) -> Made:  # fmt: skip
+        call = compute.Call(
+            (ctypes.c_void_p * 8)(*addresses), (ctypes.c_int64 * 4)(*numbers), compute.FUNCTIONS[function], real
+        )
+        made: Any = kind or NativeStep
+        step: Made = made(self._library, self._handle, [call], keep)
         return step
 
+    def record(self, view: RecordView) -> RecordView | None:
+        record = native_record(view)
+        return record if record.native else None
+
     def experts(self, x: Tensor, activation: Activation, out: Tensor) -> Callable[[Sequence[RecordView], int], None]:
-        """A function of records and the first row of ``out`` [.., hidden] that the first one's result goes to."""
         assert activation.name is not None
         kernels = self._kernels
         function, limit = ACTIVATIONS.index(activation.name), activation.limit
@@ -131,14 +169,19 @@ class Steps:
         return step
 
     def combine(self, outputs: Tensor, places: Tensor, weights: Tensor, out: Tensor) -> Step:
-        """``out`` [hidden]: the sum of the rows ``places`` of ``outputs`` times ``weights``."""
-        arguments = (
-            self._handle, outputs.data_ptr(), places.data_ptr(), weights.data_ptr(), 1, places.numel(), out.numel(),
-            out.data_ptr(),
-        )  # fmt: skip
-        call, keep = self._library.flashpack_combine, (outputs, places, weights, out)
+        arrays = outputs, places, weights, out
+        return self._step("combine", tuple(map(_address, arrays)), (places.numel(), out.numel()), 0.0, arrays)
 
-        def step(_keep: object = keep) -> None:
-            call(*arguments)
+    def experts_combined(self, x: Tensor, activation: Activation, weights: Tensor, out: Tensor) -> None:
+        return None
 
-        return step
+    def read(self, array: Tensor) -> list[int]:
+        numbers: list[int] = array.tolist()
+        return numbers
+
+    def write(self, array: Tensor, numbers: Sequence[int]) -> None:
+        array.numpy()[: len(numbers)] = numbers  # cheaper to write to than a tensor
+
+
+def _address(array: Tensor | None) -> int | None:
+    return None if array is None else array.data_ptr()

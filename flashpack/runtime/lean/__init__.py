@@ -37,10 +37,8 @@ class LeanDecoder:
     """A model's layers, ``lean_layers`` of them as steps; ``NotLean`` if the model is built in another way."""
 
     def __init__(self, model: PreTrainedModel, kernels: Kernels, context: int) -> None:
-        from flashpack.kernels.cpu.compiled import NativeKernels
-        from flashpack.kernels.cpu.steps import Steps
-
-        if not isinstance(kernels, NativeKernels):
+        steps = kernels.steps()
+        if steps is None:
             raise NotLean("the native kernels are not there")
         if model.dtype != torch.float32:
             raise NotLean("activations are not float32")
@@ -52,8 +50,9 @@ class LeanDecoder:
             raise NotLean(f"{type(self._decoder).__name__} has not all of {', '.join(parts)}")
         hidden = self._model.config.get_text_config(decoder=True).hidden_size
         with library_calls("rotary positions"):
-            cosine, _ = self._decoder.rotary_emb(torch.zeros(1, 1, hidden), torch.zeros(1, 1, dtype=torch.long))
-        self.board = Board(Steps(kernels), hidden, cosine.shape[-1])
+            nowhere = torch.zeros(1, 1, dtype=torch.long, device=kernels.device)
+            cosine, _ = self._decoder.rotary_emb(torch.zeros(1, 1, hidden, device=kernels.device), nowhere)
+        self.board = Board(steps, hidden, cosine.shape[-1])
         self.layers: list[LeanLayer | PlainLayer] = []
         for layer in self._decoder.layers:
             try:
@@ -91,7 +90,7 @@ class LeanDecoder:
             if isinstance(layer, LeanLayer) and type(cache.layers[i]) is DynamicLayer:
                 cache.layers[i] = RoomyLayer.of(cache.layers[i], self._context)
         embedded = self._decoder.embed_tokens(ids)
-        positions = torch.tensor([[position]])
+        positions = torch.tensor([[position]], device=embedded.device)
         cosine, sine = self._decoder.rotary_emb(embedded, positions)
         plain = {
             "attention_mask": None,
@@ -180,7 +179,9 @@ def _match(model: PreTrainedModel, decoder: LeanDecoder, sites: list[ExpertsModu
     """
     whole: Any = model
     vocabulary = whole.get_input_embeddings().num_embeddings
-    ids = torch.randint(vocabulary, (1, 1 + _PROBES), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(vocabulary, (1, 1 + _PROBES), generator=torch.Generator().manual_seed(2)).to(
+        decoder.board.x.device
+    )
     modules: list[Any] = [site.module for site in sites]
     real = [module.flashpack for module in modules]
     try:
@@ -213,15 +214,17 @@ class _StandIn:
         self.numbers = torch.linspace(-1, 1, experts)
 
     def __call__(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        return x * (self.numbers[index] * weights.float()).sum(-1, keepdim=True)
+        return x * (self.numbers.to(x.device)[index] * weights.float()).sum(-1, keepdim=True)
 
 
 def _stand_in(block: Experts, board: Board) -> Any:
     def routed() -> None:
-        numbers = _StandIn(block.experts_count).numbers[block.router.chosen.long()]
-        block.compute(block.beside, 0)
+        numbers = _StandIn(block.experts_count).numbers.to(board.x.device)[block.router.chosen.long()]
+        if block.beside:
+            block.compute(block.beside, 0)
         block.outputs[len(block.beside) :] = board.normed * numbers.unsqueeze(1)
-        block.places[: len(numbers)] = torch.arange(len(block.beside), len(block.outputs))
+        board.steps.read(block.router.chosen)
+        board.steps.write(block.places, range(len(block.beside), len(block.outputs)))
         block.combine()
 
     return routed

@@ -7,8 +7,7 @@ from typing import Any
 from torch import nn
 from transformers.cache_utils import DynamicLayer
 
-from flashpack.kernels.cpu.native.compute import MOST_WIDTH
-from flashpack.kernels.cpu.native.compute import Attention as AttentionShape
+from flashpack.kernels.interface import MOST_WIDTH, AttentionShape, Step
 from flashpack.runtime.dense import PackedLinear
 from flashpack.runtime.lean.board import Board, NotLean, Token, norm_of, products, refuse_limits
 from flashpack.runtime.lean.cache import RoomyLayer
@@ -39,27 +38,25 @@ class Attention:
         epsilons = {n[1] for n in norms if n is not None}
         if len(epsilons) > 1:
             raise NotLean(f"{type(module).__name__} has norms of two kinds")
-        weights = [None if n is None else n[0] for n in norms]
+        query_norm, key_norm = (None if n is None else n[0] for n in norms)
         shape = AttentionShape(
-            None, None, *(None if w is None else w.data_ptr() for w in weights), 0, heads, kv_heads, width, rotary,
-            stride, width if stride > width else 0, next(iter(epsilons), 0.0), part.scaling,
+            query_norm, key_norm, heads, kv_heads, width, rotary, stride, width if stride > width else 0,
+            next(iter(epsilons), 0.0), part.scaling,
         )  # fmt: skip
-        self._keep = weights
         self._layer = part.layer_idx
         q, k, v = (board.array(n, p.out_features) for n, p in (("q", query), ("k", key), ("v", value)))
         attended = board.array("attended", heads * width)
-        self._inputs = products(board, board.normed, [query, key, value], [q, k, v])
+        inputs = products(board, board.normed, [query, key, value], [q, k, v])
         self._attend = board.steps.attention(shape, q, k, v, attended)
-        self._output = products(board, attended, [output], [board.y])
+        self.steps: list[Step] = [inputs, self._attend, products(board, attended, [output], [board.y])]
 
     def takes(self, layer: Any) -> bool:
         """Whether a cache's layer is of the kind that the steps can go on with."""
         return type(layer) in (DynamicLayer, RoomyLayer) and layer.keys is not None and len(layer.keys) == 1
 
-    def __call__(self, token: Token) -> None:
+    def begin(self, token: Token) -> None:
+        """Before the steps of a token."""
         layer: RoomyLayer = token.cache.layers[self._layer]
-        self._inputs()
         keys, values = layer.room()
-        self._attend(keys[0], values[0], token.position, token.cosine, token.sine)
+        self._attend.given(keys[0], values[0], token.position, token.cosine, token.sine)
         layer.grow()
-        self._output()

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flashpack.kernels.activations import recognize
-from flashpack.kernels.cpu.compiled import native_record
-from flashpack.kernels.cpu.native.compute import MODES
-from flashpack.kernels.cpu.steps import Step
-from flashpack.kernels.interface import RecordView
-from flashpack.runtime.dense import PackedLinear
+from flashpack.kernels.interface import MODES, RecordView, Step
+from flashpack.runtime.dense import PackedLinear, as_stored
 from flashpack.runtime.experts import RoutedExperts
-from flashpack.runtime.lean.board import PROBES, Board, NotLean, Token, norm_of, products
+from flashpack.runtime.lean.board import PROBES, Board, NotLean, norm_of, products
 
 
 class Router:
@@ -26,29 +23,30 @@ class Router:
 
     def __init__(self, board: Board, module: nn.Module) -> None:
         part: Any = module
-        weight = getattr(part, "weight", None)
+        weight = as_stored(module, "weight")
         if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != len(board.x):
             raise NotLean(f"router {type(module).__name__} has no weight [experts, hidden]")
         weight = weight.detach()
         bias = getattr(part, "bias", None)
         correction = getattr(part, "e_score_correction_bias", None)
-        probe = torch.randn(PROBES, len(board.x), generator=torch.Generator().manual_seed(1))
+        probe = torch.randn(PROBES, len(board.x), generator=torch.Generator().manual_seed(1)).to(board.x.device)
         index, found = _routing(module, probe)
         top_k = index.shape[1]
         self._board, self._weight, self._bias, self._correction = board, weight, bias, correction
         self._values = logits = board.array("router", len(weight))
         self.chosen = board.array("chosen", top_k, torch.int32)
-        self.all_weights = torch.ones(top_k + 1)
+        self.all_weights = torch.ones(top_k + 1, device=board.x.device)
         self.weights = self.all_weights[:top_k]
-        self._logits = board.steps.products(board.normed, [weight], [bias], [logits])
-        if self._logits is None:
+        product = board.steps.products(board.normed, [weight], [bias], [logits])
+        if product is None:
             raise NotLean(f"router {type(module).__name__} is stored in a way the kernels do not know")
         for mode in MODES:
             for divide in (False, True):
                 for factor in {1.0, float(getattr(part, "routed_scaling_factor", 1.0))}:
-                    self._route = board.steps.route(
+                    route = board.steps.route(
                         logits, correction, top_k, mode, divide, factor, self.chosen, self.weights
                     )
+                    self.steps = [product, route]
                     if all(self._agrees(board, p, i, w) for p, i, w in zip(probe, index, found, strict=True)):
                         self._kind = mode, divide, factor
                         return
@@ -56,16 +54,16 @@ class Router:
 
     def _agrees(self, board: Board, probe: Tensor, index: Tensor, weights: Tensor) -> bool:
         board.normed.copy_(probe)
-        self()
+        for step in self.steps:
+            step()
         mine, theirs = self.chosen.long().argsort(), index.argsort()
         return torch.equal(self.chosen.long()[mine], index[theirs]) and torch.allclose(
             self.weights[mine], weights.float()[theirs], rtol=1e-3, atol=1e-6
         )
 
-    def __call__(self) -> None:
-        assert self._logits is not None
-        self._logits()
-        self._route()
+    def read(self) -> list[int]:
+        """The experts chosen."""
+        return self._board.steps.read(self.chosen)
 
     def shares(self) -> tuple[list[float], list[float]]:
         """Of every expert: the weight before those of the chosen are divided by their sum, and what it is chosen by."""
@@ -78,7 +76,7 @@ class Router:
     def weigh(self, shares: list[float]) -> None:
         """Set ``weights`` for ``chosen`` as the router would if these were the largest."""
         mode, divide, factor = self._kind
-        found = torch.tensor([shares[e] for e in self.chosen.tolist()])
+        found = torch.tensor([shares[e] for e in self.read()])
         self.weights.copy_((found / (found.sum() + 1e-20) if divide or mode == "top-softmax" else found) * factor)
 
     def on(self, x: Tensor) -> Callable[[], list[int]]:
@@ -94,8 +92,7 @@ class Router:
         def choose() -> list[int]:
             product()
             route()
-            experts: list[int] = chosen.tolist()
-            return experts
+            return steps.read(chosen)
 
         return choose
 
@@ -117,6 +114,8 @@ def _routing(module: nn.Module, probe: Tensor) -> tuple[Tensor, Tensor]:
 class Network:
     """A gated feed-forward network for every token, computed like an expert; as a block it answers with ``y``."""
 
+    steps: Sequence[Step] = ()
+
     def __init__(self, board: Board, module: nn.Module) -> None:
         part: Any = module
         names = ("gate_proj", "up_proj", "down_proj")
@@ -127,20 +126,21 @@ class Network:
         hidden, inner = len(board.x), gate.out_features
         if [p.matrix.shape for p in (gate, up, down)] != [(inner, hidden), (inner, hidden), (hidden, inner)]:
             raise NotLean(f"{type(module).__name__} has matrices that do not fit each other")
-        self.record = native_record(RecordView((gate.matrix, up.matrix), down.matrix, (gate.bias, up.bias), down.bias))
+        record = board.steps.record(RecordView((gate.matrix, up.matrix), down.matrix, (gate.bias, up.bias), down.bias))
         function = part.act_fn
         self.activation = recognize(lambda x: function(x[:, : x.shape[1] // 2]) * x[:, x.shape[1] // 2 :], gated=True)
-        if self.record.native is None or self.activation.name is None:
+        if record is None or self.activation.name is None:
             raise NotLean(f"{type(module).__name__} is stored or activated in a way the kernels do not know")
+        self.record = record
         self._compute = board.steps.experts(board.normed, self.activation, board.y.view(1, -1))
-        probe = torch.randn(2, hidden, generator=torch.Generator().manual_seed(2))
+        probe = torch.randn(2, hidden, generator=torch.Generator().manual_seed(2)).to(board.x.device)
         for x, expected in zip(probe, module(probe), strict=True):
             board.normed.copy_(x)
             self._compute([self.record], 0)
             if not torch.allclose(board.y, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
                 raise NotLean(f"{type(module).__name__} computes something else than a gated network")
 
-    def __call__(self, token: Token) -> None:
+    def __call__(self) -> None:
         self._compute([self.record], 0)
 
 
@@ -164,7 +164,9 @@ class Experts:
     """A router and routed experts, and perhaps a network beside them that every token uses: one more expert, whose
     weight is 1 or what a switch says, the sigmoid of a linear layer's only value.
 
-    ``routed`` computes ``y`` when the router has chosen; a match replaces it for a moment.
+    ``steps`` come before it is called. ``routed`` computes ``y`` when the router has chosen; a match replaces it for a
+    moment. ``combine``: ``outputs`` to ``y``; row 0 is that of the network beside, if there is one, whose place is the
+    last.
     ``guess``: of a later layer, whose experts may be read while this one's are computed. ``prefer``: changes what the
     router has chosen (``Preference``).
     """
@@ -190,22 +192,26 @@ class Experts:
             raise NotLean(f"{type(module).__name__} has activations of two kinds")
         self.experts_count = self._experts.num_experts
         self.router = Router(board, routers[0])
+        self.steps = self.router.steps
         self.beside = [n.record for n in networks]
         top_k = len(self.router.chosen)
         rows = top_k + len(self.beside)
         weights = self.router.all_weights[:rows]
         self.outputs = board.array("outputs", rows * len(board.x)).view(rows, -1)
-        self.places = torch.zeros(rows, dtype=torch.int32)
-        self._routed_places = self.places[:top_k].numpy()  # cheaper to write to than a tensor
-        self._switch: list[Step] = []
+        self.places = torch.zeros(rows, dtype=torch.int32, device=board.x.device)
+        self.switch: list[Step] = []
         if switches:
             logit, only = board.array("switch", 1), board.array("only", 1, torch.int32)
-            self._switch = [
+            self.switch = [
                 products(board, board.normed, switches, [logit]),
                 board.steps.route(logit, None, 1, "sigmoid-top", False, 1.0, only, weights[top_k:]),
             ]
         self.compute = board.steps.experts(board.normed, self._experts.activation, self.outputs)
-        self._combine = board.steps.combine(self.outputs, self.places, weights, board.y)
+        combine = board.steps.combine(self.outputs, self.places, weights, board.y)
+        self._weigh = board.steps.sequence(self.switch)
+        self.combine = board.steps.sequence([*self.switch, combine])
+        self._at_once = board.steps.experts_combined(board.normed, self._experts.activation, weights, board.y)
+        self._write = board.steps.write
         self.routed: Step = self._routed
 
     @property
@@ -217,42 +223,44 @@ class Experts:
         """Whether an expert is in memory, or on its way."""
         return self._experts.store.holds(self.layer, expert)
 
-    def __call__(self, token: Token) -> None:
-        self.router()
+    def __call__(self) -> None:
         if self.prefer is not None:
             self.prefer()
         self.routed()
 
-    def combine(self) -> None:
-        """``outputs`` to ``y``. Row 0 is that of the network beside, if there is one, whose place is the last."""
-        for step in self._switch:
-            step()
-        self._combine()
-
     def _routed(self) -> None:
-        chosen: list[int] = self.router.chosen.tolist()
+        chosen = self.router.read()
         row: dict[int, int] = {}
         records, end = list(self.beside), 0  # computed with the first batch: while others are being read
         store = self._experts.store
+        whole = False
         for batch in store.batches(self.layer, sorted(chosen)):
             if not end and self.guess is not None and store.guessing:  # after this layer's own reads have begun
                 store.prefetch(self.guess.layer, self.guess())
+            if self._at_once and len(batch) == len(chosen):
+                found, whole = dict(batch), True
+                self._weigh()
+                self._at_once([*(found[e] for e in chosen), *records])
+                continue
             records += [record for _, record in batch]
             self.compute(records, end)
             end += len(records)
             row.update((expert, end - len(batch) + i) for i, (expert, _) in enumerate(batch))
             records = []
-        self._routed_places[:] = [row[e] for e in chosen]
-        self.combine()
+        if not whole:
+            self._write(self.places, [row[e] for e in chosen])
+            self.combine()
 
 
 class PlainBlock:
     """The library's own feed-forward block on ``normed``."""
 
+    steps: Sequence[Step] = ()
+
     def __init__(self, board: Board, module: nn.Module) -> None:
         self._board, self._module = board, module
 
-    def __call__(self, token: Token) -> None:
+    def __call__(self) -> None:
         out = self._module(self._board.normed.view(1, 1, -1))
         if not isinstance(out, Tensor):
             raise NotLean(f"{type(self._module).__name__} answers more than a tensor")

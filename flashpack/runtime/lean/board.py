@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from flashpack.kernels.cpu.steps import Step, Steps
+from flashpack.kernels.interface import Step, Steps
 from flashpack.runtime.dense import PackedLinear
 
 PROBES = 8
@@ -52,12 +52,12 @@ class Board:
 
     def __init__(self, steps: Steps, hidden: int, rotary: int) -> None:
         self.steps, self.rotary = steps, rotary
-        self.x, self.normed, self.y = torch.zeros(hidden), torch.zeros(hidden), torch.zeros(hidden)
+        self.x, self.normed, self.y = (torch.zeros(hidden, device=steps.device) for _ in range(3))
         self._shared: dict[tuple[str, int], Tensor] = {}
 
     def array(self, name: str, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """An array that layers of equal sizes share."""
-        return self._shared.setdefault((name, size), torch.zeros(size, dtype=dtype))
+        return self._shared.setdefault((name, size), torch.zeros(size, dtype=dtype, device=self.steps.device))
 
 
 def norm_of(module: nn.Module, width: int, gate: Tensor | None = None) -> tuple[Tensor, float]:
@@ -69,7 +69,7 @@ def norm_of(module: nn.Module, width: int, gate: Tensor | None = None) -> tuple[
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or weight.shape != (width,) or not isinstance(epsilon, float) or width % 8:
         raise NotLean(f"{type(module).__name__} is no RMS norm of {width}")
-    probe = torch.randn(PROBES, width, generator=torch.Generator().manual_seed(0))
+    probe = torch.randn(PROBES, width, generator=torch.Generator().manual_seed(0)).to(weight.device)
     normed = probe * torch.rsqrt(probe.square().mean(-1, keepdim=True) + epsilon)
     factor = 1 if gate is None else silu(gate)
     found = module(probe) if gate is None else module(probe, gate)

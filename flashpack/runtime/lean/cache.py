@@ -53,7 +53,7 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
                 batch, heads, _, width = buffer.shape
                 capacity = max(self._capacity, self.length + self.length // 2 + 1)
                 with torch.inference_mode(False):  # of use in both modes
-                    larger = torch.empty(batch, heads, capacity, width, dtype=buffer.dtype)
+                    larger = torch.empty(batch, heads, capacity, width, dtype=buffer.dtype, device=buffer.device)
                 larger[:, :, : self.length] = buffer[:, :, : self.length]
                 self._buffers[name] = buffer = larger
             both.append(buffer)

@@ -32,8 +32,14 @@ class LeanLayer:
         self.block = _block(board, block)
         self._board, self._block_norm = board, part.post_attention_layernorm
         first, second = (norm_of(getattr(part, name), len(board.x)) for name in norms)
-        self._first = board.steps.add_norm(board.x, board.y, *first, board.normed)
-        self._second = board.steps.add_norm(board.x, board.y, *second, board.normed)
+        self._steps = board.steps.sequence(
+            [
+                board.steps.add_norm(board.x, board.y, *first, board.normed),
+                *self.mixer.steps,
+                board.steps.add_norm(board.x, board.y, *second, board.normed),
+                *self.block.steps,
+            ]
+        )
 
     def expects(self, later: LeanLayer) -> None:
         """Have experts that ``later``, the next layer with experts, is likely to ask for read ahead."""
@@ -41,10 +47,9 @@ class LeanLayer:
             self.block.guess = Guess(self._board, later._block_norm, later.block)
 
     def __call__(self, token: Token) -> None:
-        self._first()
-        self.mixer(token)
-        self._second()
-        self.block(token)
+        self.mixer.begin(token)
+        self._steps()
+        self.block()
 
 
 def _block(board: Board, module: nn.Module) -> Experts | Network | PlainBlock:

@@ -23,7 +23,7 @@ class Preference:
 
     def __call__(self) -> None:
         router, ratio = self._router, self._ratio
-        chosen: list[int] = router.chosen.tolist()
+        chosen = router.read()
         absent = [e for e in chosen if not self._holds(e)]
         if not absent:
             return

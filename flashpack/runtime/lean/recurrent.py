@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import LinearAttentionLayer
 
-from flashpack.kernels.cpu.native.compute import MOST_WIDTH
-from flashpack.kernels.cpu.native.compute import Delta as DeltaShape
+from flashpack.kernels.interface import MOST_WIDTH, DeltaShape, Step
 from flashpack.runtime.dense import PackedLinear
 from flashpack.runtime.lean.board import PROBES, Board, NotLean, Token, norm_of, products
 
@@ -46,7 +45,7 @@ class DeltaRule:
         shapes = filters.shape, part.A_log.shape, part.dt_bias.shape
         if shapes != ((channels, 1, taps), (value_heads,), (value_heads,)) or part.activation not in ("silu", "swish"):
             raise NotLean(f"{name} convolves other channels than {channels}, or uses another function than silu")
-        gate = torch.randn(PROBES, value_width, generator=torch.Generator().manual_seed(1))
+        gate = torch.randn(PROBES, value_width, generator=torch.Generator().manual_seed(1)).to(board.x.device)
         norm, epsilon = norm_of(part.norm, value_width, gate)
 
         group = value_heads // key_heads
@@ -64,18 +63,28 @@ class DeltaRule:
             starts += [arrays[1], arrays[1][group:]]
             strides = stride, stride, 2 * group
         rates = -part.A_log.float().exp(), part.dt_bias.float()
-        weights = [None if w is None else w.float().contiguous() for w in (filters, bias, *rates, norm)]
+        filter_bias = None if bias is None else bias.float().contiguous()
+        weights, rate, rate_bias, norm = (w.float().contiguous() for w in (filters, *rates, norm))
         shape = DeltaShape(
-            None, None, *(None if w is None else w.data_ptr() for w in weights), key_heads, value_heads, key_width,
-            value_width, taps, *strides, epsilon,
-        )  # fmt: skip
-        self._keep = weights
+            weights,
+            filter_bias,
+            rate,
+            rate_bias,
+            norm,
+            key_heads,
+            value_heads,
+            key_width,
+            value_width,
+            taps,
+            *strides,
+            epsilon,
+        )
         self._layer = part.layer_idx
         self._shapes = (1, channels, taps), (1, value_heads, key_width, value_width)
         result = board.array("delta", values)
-        self._inputs = products(board, board.normed, linear[:-1], arrays)
+        inputs = products(board, board.normed, linear[:-1], arrays)
         self._update = board.steps.delta(shape, starts, result)
-        self._output = products(board, result, linear[-1:], [board.y])
+        self.steps: list[Step] = [inputs, self._update, products(board, result, linear[-1:], [board.y])]
 
     def takes(self, layer: Any) -> bool:
         """Whether a cache's layer is of the kind that the steps can go on with."""
@@ -84,11 +93,10 @@ class DeltaRule:
         states = layer.conv_states[0], layer.recurrent_states[0]
         return all(_fits(state, shape) for state, shape in zip(states, self._shapes, strict=True))
 
-    def __call__(self, token: Token) -> None:
+    def begin(self, token: Token) -> None:
+        """Before the steps of a token."""
         layer = token.cache.layers[self._layer]
-        self._inputs()
-        self._update(layer.conv_states[0], layer.recurrent_states[0])
-        self._output()
+        self._update.given(layer.conv_states[0], layer.recurrent_states[0])
 
 
 def _fits(state: Tensor | None, shape: tuple[int, ...]) -> bool:

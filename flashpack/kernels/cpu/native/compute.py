@@ -8,17 +8,14 @@ from collections.abc import Sequence
 
 from flashpack.kernels.cpu.native.library import load
 
-ABI = 2
+ABI = 3
 """What `flashpack_kernels_abi` must answer: a library left by another version is not used."""
+
+FUNCTIONS = {"linear": 0, "add_norm": 1, "attend": 2, "delta": 3, "route": 4, "combine": 5}
+"""What may be part of a sequence, by the numbers of kernels.h."""
 
 KINDS = {"BF16": 0, "F16": 1, "F32": 2, "affine": 3, "mxfp4": 4}
 """How a matrix is stored, by the numbers of kernels.h."""
-
-MODES = {"softmax-top": 0, "top-softmax": 1, "sigmoid-top": 2}
-"""How a router's logits become weights, by the numbers of kernels.h."""
-
-MOST_WIDTH = 512
-"""Values of an attention head; more are not known to the kernels."""
 
 
 class Matrix(ctypes.Structure):
@@ -89,6 +86,17 @@ class Delta(ctypes.Structure):
     ]
 
 
+class Call(ctypes.Structure):
+    """``fp_step`` of kernels.h."""
+
+    _fields_ = [
+        ("pointers", ctypes.c_void_p * 8),
+        ("numbers", ctypes.c_int64 * 4),
+        ("function", ctypes.c_int32),
+        ("real", ctypes.c_float),
+    ]
+
+
 def address(expert: Expert) -> int:
     """Where an expert's description lies; it must be kept."""
     return ctypes.addressof(expert)
@@ -111,12 +119,7 @@ def library() -> ctypes.CDLL | str:
         ]  # fmt: skip
         found.flashpack_combine.argtypes = [pointer, pointer, pointer, pointer, wide, wide, wide, pointer]
         found.flashpack_combine.restype = None
-        real = ctypes.c_float
-        found.flashpack_add_norm.argtypes = [pointer, pointer, pointer, pointer, real, wide, pointer]
-        found.flashpack_add_norm.restype = None
-        found.flashpack_attend.argtypes = [*[pointer] * 5, wide, pointer, pointer, pointer]
-        found.flashpack_delta.argtypes = [pointer] * 9
-        found.flashpack_route.argtypes = [pointer, pointer, number, number, number, number, real, pointer, pointer]
+        found.flashpack_run.argtypes = [pointer, pointer, number]
     except (OSError, AttributeError) as e:
         return str(e)
     return found

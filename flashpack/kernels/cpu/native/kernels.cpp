@@ -5,7 +5,7 @@
 #include "level.h"
 #include "pool.h"
 
-#define FP_ABI 2 /* goes up when anything in kernels.h or below changes; the loader compares it with its own */
+#define FP_ABI 3 /* goes up when anything in kernels.h or below changes; the loader compares it with its own */
 
 #if defined(_WIN32)
 #define FP_EXPORT extern "C" __declspec(dllexport)
@@ -429,7 +429,7 @@ FP_EXPORT void flashpack_combine(
 }
 
 /* x [width] += y (null: nothing), then out = x normalized (normalize in decode.h). */
-FP_EXPORT void flashpack_add_norm(
+static void add_norm(
     void *workers, float *x, const float *y, const float *weight, float epsilon, int64_t width, float *out)
 {
     for (int64_t i = 0; y && i < width; i++)
@@ -439,7 +439,7 @@ FP_EXPORT void flashpack_add_norm(
 
 /* One token's attention: query [heads, query_stride], key and value [kv_heads, width], cosine and sine [rotary] of its
  * position -> out [heads, width]; its key and value are kept. Returns as flashpack_linear. */
-FP_EXPORT int flashpack_attend(
+static int attend(
     void *workers, const fp_attention *attention, const float *query, const float *key, const float *value,
     int64_t position, const float *cosine, const float *sine, float *out)
 {
@@ -467,7 +467,7 @@ FP_EXPORT int flashpack_attend(
  * FP_SOFTMAX_TOP: softmax over all, divided by the sum of the chosen if `divide`. FP_TOP_SOFTMAX: softmax over the
  * chosen. FP_SIGMOID_TOP: chosen by sigmoid plus `bias` (null: 0), weights without it, divided if `divide`. All times
  * `factor`. */
-FP_EXPORT int flashpack_route(
+static int route(
     const float *logits, const float *bias, int experts, int top_k, int mode, int divide, float factor, int32_t *chosen,
     float *weights)
 {
@@ -507,7 +507,7 @@ FP_EXPORT int flashpack_route(
 
 /* A token of a gated delta layer. By key heads, at the layer's strides: query and key, the values and gates of its value
  * heads, and their betas and alphas -> out [value_heads, value_width]. Returns as flashpack_linear. */
-FP_EXPORT int flashpack_delta(
+static int delta(
     void *workers, const fp_delta *layer, const float *query, const float *key, const float *value, const float *gate,
     const float *beta, const float *alpha, float *out)
 {
@@ -541,6 +541,53 @@ FP_EXPORT int flashpack_delta(
         });
     } catch (const std::bad_alloc &) {
         return -2;
+    }
+    return 0;
+}
+
+/* `count` calls one after the other. Returns 0, or of the first that failed: 4 times its place, counted from 1, minus what
+ * it returned. */
+FP_EXPORT int flashpack_run(void *workers, const fp_step *const *steps, int count)
+{
+    for (int i = 0; i < count; i++) {
+        const fp_step &step = *steps[i];
+        void *const *p = step.pointers;
+        const int64_t *n = step.numbers;
+        const auto real = [&](int at) { return static_cast<const float *>(p[at]); };
+        const auto out = [&](int at) { return static_cast<float *>(p[at]); };
+        int status = 0;
+        switch (step.function) {
+        case FP_LINEAR:
+            status = flashpack_linear(
+                workers, real(0), 1, static_cast<const fp_matrix *>(p[1]), (int)n[0], static_cast<float *const *>(p[2]));
+            break;
+        case FP_ADD_NORM:
+            add_norm(workers, out(0), real(1), real(2), step.real, n[0], out(3));
+            break;
+        case FP_ATTEND:
+            status = attend(
+                workers, static_cast<const fp_attention *>(p[0]), real(1), real(2), real(3), n[0], real(4), real(5),
+                out(6));
+            break;
+        case FP_DELTA:
+            status = delta(
+                workers, static_cast<const fp_delta *>(p[0]), real(1), real(2), real(3), real(4), real(5), real(6),
+                out(7));
+            break;
+        case FP_ROUTE:
+            status = route(
+                real(0), real(1), (int)n[0], (int)n[1], (int)n[2], (int)n[3], step.real,
+                static_cast<int32_t *>(p[2]), out(3));
+            break;
+        case FP_COMBINE:
+            flashpack_combine(
+                workers, real(0), static_cast<const int32_t *>(p[1]), real(2), 1, n[0], n[1], out(3));
+            break;
+        default:
+            status = -1;
+        }
+        if (status)
+            return 4 * (i + 1) - status;
     }
     return 0;
 }

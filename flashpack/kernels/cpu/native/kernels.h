@@ -89,4 +89,14 @@ typedef struct {
 /* How a router's logits become weights. */
 enum { FP_SOFTMAX_TOP = 0, FP_TOP_SOFTMAX = 1, FP_SIGMOID_TOP = 2 };
 
+/* One call of a sequence (flashpack_run): which function, and its arguments by their type, each in its order. */
+enum { FP_LINEAR = 0, FP_ADD_NORM = 1, FP_ATTEND = 2, FP_DELTA = 3, FP_ROUTE = 4, FP_COMBINE = 5 };
+
+typedef struct {
+    void *pointers[8];
+    int64_t numbers[4];
+    int32_t function;
+    float real;
+} fp_step;
+
 #endif

@@ -5,7 +5,7 @@ namespace {
 /* Rows stored as numbers, in blocks of eight values that go to two sums in turn. R rows times T tokens. */
 template <int R, int T>
 inline void plain_tile(
-    const float (*weights)[64 * SEGMENT], const Activations *tokens, int first, int64_t begin, int64_t end,
+    const float *const *weights, const Activations *tokens, int first, int64_t begin, int64_t end,
     Floats (*sums)[TOKENS][2])
 {
     Floats own[R][T][2];
@@ -40,7 +40,8 @@ inline void plain_tile(
 void plain_rows(
     const fp_matrix &m, int64_t row, int rows, const Activations *tokens, int count, float *out, int64_t stride)
 {
-    alignas(64) float wide[ROWS][64 * SEGMENT];
+    alignas(64) float space[ROWS][64 * SEGMENT];
+    const float *wide[ROWS];
     alignas(64) Floats sums[ROWS][TOKENS][2];
     for (int r = 0; r < rows; r++)
         for (int t = 0; t < count; t++)
@@ -52,7 +53,9 @@ void plain_rows(
             const int64_t at = (row + r) * m.width + begin;
             for (int64_t i = 0; i < (end - begin) * bytes; i += 64)
                 prefetch(m.weight + at * bytes + i + AHEAD);
-            widen_numbers(m.weight, m.kind, at, end - begin, wide[r]);
+            wide[r] = m.kind == FP_F32 ? (const float *)m.weight + at : space[r];
+            if (m.kind != FP_F32)
+                widen_numbers(m.weight, m.kind, at, end - begin, space[r]);
         }
         int r = 0;
         for (; r + 4 <= rows; r += 4) {

@@ -8,7 +8,7 @@ import mmap
 import torch
 
 
-class Arena:
+class HostArena:
     """``size`` bytes of private anonymous memory: page-aligned, as direct reads need it, and taken from the system only
     when it is written to. It is given back when nobody refers to it any more."""
 
@@ -18,5 +18,11 @@ class Arena:
             # Only a wish: systems without huge pages refuse it.
             with contextlib.suppress(OSError):
                 mapping.madvise(mmap.MADV_HUGEPAGE)
-        self.bytes = memoryview(mapping)
+        self._bytes = memoryview(mapping)
         self.tensor = torch.frombuffer(mapping, dtype=torch.uint8)
+
+    def room(self, start: int, size: int) -> memoryview:
+        return self._bytes[start : start + size]
+
+    def landed(self, start: int, record: memoryview) -> None:
+        pass
