@@ -1,0 +1,246 @@
+// Runs a grid: groups one after the other, each with a fiber per thread. A thread runs until it must wait for others.
+#include "runtime.h"
+
+#include "fiber.h"
+
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+using emulated::Place;
+using emulated::SimdGroup;
+
+namespace {
+constexpr uint WIDTH = SimdGroup::width;
+constexpr uint MOST_THREADS = 1024; // of a threadgroup
+constexpr size_t STACK = 128 << 10;
+
+enum class State { ready, at_simd, at_barrier, done };
+
+struct Fiber : emulated::Thread {
+    Stack stack;
+    State state;
+    uint index;
+    const char* operation; // what it waits at
+    int line;
+};
+struct Lanes : SimdGroup {
+    uint count, arrived;
+    Fiber* fibers;  // its lanes
+    Fiber* waiting; // one at a SIMD operation
+    Fiber* gone;    // one that has returned
+};
+
+Fiber fibers[MOST_THREADS];
+Lanes simd_groups[MOST_THREADS / WIDTH];
+Stack scheduler;
+Place place; // of the group that runs; a thread adds its own part
+uint thread_count, returned, at_barrier;
+Fiber *waiting, *gone; // one at the group's barrier, one that has returned
+void* buffers[BUFFERS];
+uint64_t random_state;
+
+Fiber& self() { return *static_cast<Fiber*>(emulated::current); }
+Lanes& lanes_of(Fiber& fiber) { return *static_cast<Lanes*>(fiber.simd); }
+
+void wait_for_others(State state, const char* operation, int line)
+{
+    Fiber& fiber = self();
+    fiber.state = state;
+    fiber.operation = operation;
+    fiber.line = line;
+    switch_stack(fiber.stack, scheduler);
+}
+
+[[noreturn]] void diverged(const char* operation, int line, const Fiber& here, const Fiber& other)
+{
+    if (other.state == State::done)
+        emulated::fail("line %d: %s in divergent flow: thread %u is here, thread %u has returned", line, operation,
+            here.index, other.index);
+    emulated::fail("line %d: %s in divergent flow: thread %u is here, thread %u at %s of line %d", line, operation,
+        here.index, other.index, other.operation, other.line);
+}
+
+uint64_t random_number()
+{
+    random_state ^= random_state << 13;
+    random_state ^= random_state >> 7;
+    random_state ^= random_state << 17;
+    return random_state;
+}
+
+std::vector<uint> ordered(uint count, uint32_t order)
+{
+    std::vector<uint> numbers(count);
+    std::iota(numbers.begin(), numbers.end(), 0u);
+    if (order == REVERSED)
+        for (uint i = 0; i < count; i++) numbers[i] = count - 1 - i;
+    if (order == RANDOM)
+        for (uint i = count; i > 1; i--) std::swap(numbers[i - 1], numbers[random_number() % i]);
+    return numbers;
+}
+
+void thread_main()
+{
+    Fiber& fiber = self();
+    Place mine = place;
+    const uint3 size = place.threads_per_threadgroup;
+    const uint i = fiber.index;
+    mine.thread_position_in_threadgroup = uint3 {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
+    const uint* full = launched->group;
+    mine.thread_position_in_grid = place.threadgroup_position_in_grid * uint3 {full[0], full[1], full[2]}
+        + mine.thread_position_in_threadgroup;
+    mine.thread_index_in_threadgroup = i;
+    mine.thread_index_in_simdgroup = fiber.lane;
+    mine.simdgroup_index_in_threadgroup = i / WIDTH;
+    launched->body(mine, buffers);
+
+    fiber.state = State::done;
+    Lanes& lanes = lanes_of(fiber);
+    lanes.gone = gone = &fiber;
+    for (const Fiber* other : {lanes.waiting, waiting})
+        if (other) diverged(other->operation, other->line, *other, fiber);
+    returned++;
+    switch_stack(fiber.stack, scheduler);
+    __builtin_trap(); // a thread that is done is never resumed
+}
+
+void start_group(unsigned char* stacks)
+{
+    returned = at_barrier = 0;
+    waiting = gone = nullptr;
+    poison_threadgroup_memory();
+    for (uint i = 0; i < thread_count; i++) {
+        Fiber& fiber = fibers[i];
+        Lanes& lanes = simd_groups[i / WIDTH];
+        if (i % WIDTH == 0) {
+            lanes.count = thread_count - i < WIDTH ? thread_count - i : WIDTH;
+            lanes.active = lanes.count == WIDTH ? ~0u : (1u << lanes.count) - 1;
+            lanes.arrived = 0;
+            lanes.fibers = &fiber;
+            lanes.waiting = lanes.gone = nullptr;
+        }
+        fiber.index = i;
+        fiber.lane = i % WIDTH;
+        fiber.simd = &lanes;
+        fiber.state = State::ready;
+        // Tops at different distances from a page: else all stacks would share few lines of the cache.
+        prepare_stack(fiber.stack, stacks + i * STACK, STACK - i % 16 * 64, thread_main);
+    }
+}
+
+void run_group(const std::vector<uint>& order)
+{
+    while (returned < thread_count) {
+        bool progress = false;
+        for (uint i : order) {
+            if (fibers[i].state != State::ready) continue;
+            progress = true;
+            emulated::current = &fibers[i];
+            switch_stack(scheduler, fibers[i].stack);
+        }
+        if (progress) continue;
+        // Nobody can go on: SIMD groups wait where others, at a barrier, do not come.
+        for (uint i = 0; i < thread_count && waiting; i++)
+            if (fibers[i].state == State::at_simd) diverged(fibers[i].operation, fibers[i].line, fibers[i], *waiting);
+        emulated::fail("no thread can go on");
+    }
+}
+
+void run_grid(const Launch& launch)
+{
+    static unsigned char* stacks = make_stacks(MOST_THREADS, STACK);
+    const uint3 threads = {launch.threads[0], launch.threads[1], launch.threads[2]};
+    const uint3 size = {launch.group[0], launch.group[1], launch.group[2]};
+    const uint3 groups = (threads + size - 1u) / size;
+    random_state = launch.seed * 2 + 1;
+    place.threads_per_grid = threads;
+    place.threadgroups_per_grid = groups;
+    place.threads_per_simdgroup = WIDTH;
+    for (uint group : ordered(groups.x * groups.y * groups.z, launch.order)) {
+        const uint3 at = {group % groups.x, group / groups.x % groups.y, group / (groups.x * groups.y)};
+        const uint3 left = threads - at * size;
+        const uint3 mine = {left.x < size.x ? left.x : size.x, left.y < size.y ? left.y : size.y,
+            left.z < size.z ? left.z : size.z};
+        place.threadgroup_position_in_grid = at;
+        place.threads_per_threadgroup = mine;
+        thread_count = mine.x * mine.y * mine.z;
+        place.simdgroups_per_threadgroup = (thread_count + WIDTH - 1) / WIDTH;
+        start_group(stacks);
+        run_group(ordered(thread_count, launch.order));
+    }
+}
+} // namespace
+
+const Launch* launched;
+sigjmp_buf failed;
+char message[512];
+
+namespace emulated {
+Thread* current;
+
+bool arrive(const char* operation, int line)
+{
+    Fiber& fiber = self();
+    Lanes& lanes = lanes_of(fiber);
+    const Fiber* other = lanes.gone ? lanes.gone : lanes.waiting;
+    if (other && (other->state == State::done || other->line != line || strcmp(other->operation, operation)))
+        diverged(operation, line, fiber, *other);
+    if (++lanes.arrived == lanes.count) return true;
+    lanes.waiting = &fiber;
+    wait_for_others(State::at_simd, operation, line);
+    return false;
+}
+
+void depart()
+{
+    Lanes& lanes = lanes_of(self());
+    lanes.arrived = 0;
+    lanes.waiting = nullptr;
+    for (uint i = 0; i < lanes.count; i++) lanes.fibers[i].state = State::ready;
+}
+
+void group_barrier(mem_flags, int line)
+{
+    const char* operation = "threadgroup_barrier";
+    const Fiber* other = gone ? gone : waiting;
+    if (other && (other->state == State::done || other->line != line)) diverged(operation, line, self(), *other);
+    if (++at_barrier < thread_count) {
+        waiting = &self();
+        return wait_for_others(State::at_barrier, operation, line);
+    }
+    at_barrier = 0;
+    waiting = nullptr;
+    for (uint i = 0; i < thread_count; i++) fibers[i].state = State::ready;
+}
+
+void fail(const char* format, ...)
+{
+    va_list values;
+    va_start(values, format);
+    vsnprintf(message, sizeof message, format, values);
+    va_end(values);
+    siglongjmp(failed, 1);
+}
+
+void misaligned(uint buffer, size_t alignment)
+{
+    fail("argument '%s' is not aligned to %zu bytes", launched->buffers[buffer].name, alignment);
+}
+} // namespace emulated
+
+// 0, or 1 with what went wrong in `error`. One launch at a time.
+extern "C" int metal_launch(const Launch* launch, char* error, size_t size)
+{
+    launched = launch;
+    bring_in(*launch, buffers);
+    catch_faults(true);
+    bool good = sigsetjmp(failed, 1) == 0;
+    if (good) run_grid(*launch);
+    catch_faults(false);
+    good = bring_back(*launch) && good;
+    if (!good) snprintf(error, size, "kernel %s: %s", launch->kernel, message);
+    return good ? 0 : 1;
+}
