@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .library import ORDERS, Library
+from .watch import Watch, storages
+
+Run = Callable[[int, int, int], None]
+NO_GUARD, AT_END, AT_START = range(3)
 
 
 class FakeMps:
-    """Runs launches at once, or lazily: as late as an Apple GPU might.
+    """Runs kernels in the emulator: at once, or lazily, as late as a GPU might.
 
     ``schedule``: in which order groups and threads run: "forward", "reversed" or "random".
     ``guarded``: each argument is copied for a launch so that what lies beside it cannot be read or written.
-    ``launches``, ``commits``, ``waits`` count calls. A kernel that does wrong is a ``RuntimeError`` that names it.
+    ``lazy``: launches run at ``wait``, or when an operation of torch in a thread that launches touches memory that a
+    queued launch uses. Memory written or read without torch (numpy, preadv) does not make them run: on a GPU it is not
+    in order with launches either.
+    ``launches``, ``commits``, ``waits`` count calls; lazy, ``waits`` also counts ``cpu()`` and ``item()``.
+    A kernel that does wrong is a ``RuntimeError`` that names it, raised where it runs.
     """
 
     device = torch.device("cpu")
 
     def __init__(self, lazy: bool = False, schedule: str = "forward", seed: int = 0, guarded: bool = True) -> None:
-        self.lazy = lazy
-        self.schedule = schedule
-        self.seed = seed
-        self.guarded = guarded
+        if schedule not in ORDERS:
+            raise ValueError(f"schedule={schedule!r}: one of {', '.join(ORDERS)}")
         self.launches = self.commits = self.waits = 0
+        self._lazy = lazy
+        self._order = ORDERS[schedule]
+        # Ends are what kernels overrun most; starts are looked at when threads run in reverse.
+        self._guards = {"forward": [AT_END], "reversed": [AT_START], "random": [AT_END, AT_START]}[schedule]
+        if not guarded:
+            self._guards = [NO_GUARD]
+        self._seed = seed
+        self._queue: list[tuple[set[int], Callable[[], None]]] = []
+        self._lock = threading.RLock()
+        self._watches = threading.local()
 
     def compile(self, source: str) -> Library:
         return Library(source, self._submit)
@@ -38,9 +55,38 @@ class FakeMps:
 
     def wait(self) -> None:
         self.waits += 1
+        self._leave()
+        self._run_queue()
 
-    def _submit(self, run: Callable[[int, int, int], None], tensors: list[Tensor]) -> None:
-        self.launches += 1
-        # Ends are what kernels overrun most; starts are looked at when the threads run in reverse.
-        guard = {"forward": 1, "reversed": 2, "random": 1 + self.launches % 2}[self.schedule] if self.guarded else 0
-        run(ORDERS[self.schedule], guard, self.seed + self.launches)
+    def _submit(self, run: Run, tensors: list[Tensor]) -> None:
+        with self._lock:
+            self.launches += 1
+            guard = self._guards[self.launches % len(self._guards)]
+            seed = self._seed + self.launches
+            if self._lazy:
+                self._queue.append((storages(tensors), lambda: run(self._order, guard, seed)))
+                self._enter()
+            else:
+                run(self._order, guard, seed)
+
+    def _run_queue(self) -> None:
+        with self._lock:
+            queue, self._queue = self._queue, []
+            for _, run in queue:
+                run()
+
+    def _touch(self, touched: set[int], reads: bool) -> None:
+        """Before an operation of torch: ``reads``: which hands a number to the processor, so waits."""
+        self.waits += reads
+        if any(used & touched for used, _ in self._queue):
+            self._run_queue()
+
+    def _enter(self) -> None:
+        if not hasattr(self._watches, "here"):
+            self._watches.here = Watch(self._touch)
+            self._watches.here.enter()
+
+    def _leave(self) -> None:
+        if hasattr(self._watches, "here"):
+            self._watches.here.leave()
+            del self._watches.here
