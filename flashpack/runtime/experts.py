@@ -30,7 +30,8 @@ class RoutedExperts:
     def __init__(self, store: ExpertStore, kernels: Kernels, site: ExpertsModule) -> None:
         module: Any = site.module
         self.store = store
-        self._kernels = kernels
+        self.kernels = kernels
+        self.compute = kernels.experts
         self.layer = site.layer
         self.num_experts = site.num_experts
         self.activation = _activation(site)
@@ -50,7 +51,7 @@ class RoutedExperts:
 
     def _chunk(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         tokens, top_k = index.shape
-        self._kernels.wait()  # for the router's choice: what was asked of the kernels before is done, too
+        self.kernels.wait()  # for the router's choice: what was asked of the kernels before is done, too
         pairs: dict[int, list[int]] = {}
         for pair, expert in enumerate(index.reshape(-1).tolist()):
             # Indices past the last expert mean "no expert" (masked tokens).
@@ -67,11 +68,11 @@ class RoutedExperts:
                     end += 1
             rows = [[pair // top_k for pair in pairs[expert]] for expert, _ in batch]
             out = outputs[begin:end]
-            self._kernels.experts(x, [record for _, record in batch], rows, self.activation, out)
+            self.compute(x, [record for _, record in batch], rows, self.activation, out)
             if self._norm is not None:
                 out.copy_(self._norm(out.to(x.dtype)))
         where = torch.tensor(places, dtype=torch.int32, device=x.device).view(tokens, top_k)
-        return self._kernels.combine(outputs, where, weights).to(x.dtype)
+        return self.kernels.combine(outputs, where, weights).to(x.dtype)
 
 
 def _activation(site: ExpertsModule) -> Activation:

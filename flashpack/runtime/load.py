@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import Cache, PretrainedConfig, PreTrainedModel
 
     from flashpack.runtime.budget import Budget
+    from flashpack.runtime.lean import LeanDecoder
     from flashpack.runtime.store import ExpertStore
     from flashpack.skeleton import ExpertsModule
 
@@ -49,6 +50,8 @@ class Runtime:
     context: int
     kernels: str
     decoding: str
+    decoder: LeanDecoder | None
+    """What decodes where it is not the library."""
     experts_per_token: tuple[int, int]
     """Used, and what the model was trained with."""
     prefer_cached: float | None
@@ -151,7 +154,9 @@ def load(
     if not kernels.asynchronous:  # else the dense part is memory of the process, which the budget counts as such
         base = usage().anonymous
     total = parse_size(memory) if memory not in (None, "smallest") else memory
-    budget = budgets.divide(opened, base, cache, work, total, spare())
+    # Memory that a GPU uses is wired; what is left to the page cache caches experts, too (docs/metal.md).
+    unasked = spare() // 2 if kernels.asynchronous else spare()
+    budget = budgets.divide(opened, base, cache, work, total, unasked)
     ahead = prefetch and prefer_cached is None and not kernels.asynchronous  # guesses cost a wait for the device
     store = ExpertStore(opened, kernels, budget.slots, check, ahead)
     remembered = opened if history.wanted(warm) else None
@@ -165,9 +170,13 @@ def load(
         _give_cache(model, own_cache)
     if not kernels.asynchronous:
         confine(model, torch.get_num_threads())
-    decoding = "the library's: asked for" if reference else lean.install(model, kernels, sites, context, prefer_cached)
+    decoding, decoder = "the library's: asked for", None
+    if not reference:
+        decoding, decoder = lean.install(model, kernels, sites, context, prefer_cached)
     used = own_top_k if experts_per_token is None else experts_per_token
-    runtime: Any = Runtime(opened, store, budget, context, kernels.name, decoding, (used, own_top_k), prefer_cached)
+    runtime: Any = Runtime(
+        opened, store, budget, context, kernels.name, decoding, decoder, (used, own_top_k), prefer_cached
+    )
     model.flashpack = runtime
     weakref.finalize(model, _finish, store, remembered)
     return model

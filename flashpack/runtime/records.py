@@ -26,17 +26,17 @@ class Records:
     """The open shards of a pack.
 
     ``check``: ``"first"`` compares a record with its digest when it is first read, ``"always"`` at every read,
-    ``"never"`` not at all. ``arena``, ``available``: see ``open_for_reading``.
+    ``"never"`` not at all. ``arena``, ``available``, ``page_cache``: see ``open_for_reading``.
     """
 
-    def __init__(self, pack: Pack, check: str, arena: Arena, available: int) -> None:
+    def __init__(self, pack: Pack, check: str, arena: Arena, available: int, page_cache: bool = False) -> None:
         self._pack = pack
         self._check = check
         self._checked: set[Key] = set()
         self._scratch = threading.local()
         self._shards = {layer.index: pack.open_shard(layer) for layer in pack.manifest.layers}
         self._kinds: dict[Key, RecordKind] = {}
-        self.drive = open_for_reading(pack, self._shards, arena, available)
+        self.drive = open_for_reading(pack, self._shards, arena, available, page_cache)
 
     def kind(self, key: Key) -> RecordKind:
         """The record kind of an expert."""

@@ -55,7 +55,7 @@ class ExpertStore:
         self._kernels = kernels
         room = available()
         self._arena = kernels.arena(sum(stride * count for stride, count in slots.items()))
-        self._records = Records(pack, check, self._arena, room)
+        self._records = Records(pack, check, self._arena, room, kernels.asynchronous)
         self._caches: dict[int, ExpertCache] = {}
         self._free = dict(slots)
         start = 0

@@ -114,8 +114,9 @@ class LeanDecoder:
 
 def install(
     model: PreTrainedModel, kernels: Kernels, sites: list[ExpertsModule], context: int, prefer: float | None = None
-) -> str:
-    """Make single tokens of ``model`` go through steps where that gives the same; returns what was done in a line.
+) -> tuple[str, LeanDecoder | None]:
+    """Make single tokens of ``model`` go through steps where that gives the same; returns what was done in a line, and
+    what decodes if it is not the library.
 
     ``prefer``: the ratio of a ``Preference`` in all layers with experts; ``UsageError`` where one of them is no step.
     """
@@ -131,7 +132,7 @@ def install(
     except NotLean as e:
         if prefer is not None:
             raise UsageError(f"--prefer-cached: {type(model).__name__} is decoded by the library: {e}") from e
-        return f"the library's: {e}"
+        return f"the library's: {e}", None
     if prefer is not None:
         for block in decoder.experts:
             block.prefer = Preference(block, prefer)
@@ -169,7 +170,7 @@ def install(
         )
 
     whole.forward = forward
-    return f"lean: {decoder.lean_layers} of {len(decoder.layers)} layers"
+    return f"lean: {decoder.lean_layers} of {len(decoder.layers)} layers", decoder
 
 
 def _match(model: PreTrainedModel, decoder: LeanDecoder, sites: list[ExpertsModule]) -> None:

@@ -210,7 +210,7 @@ class Experts:
         combine = board.steps.combine(self.outputs, self.places, weights, board.y)
         self._weigh = board.steps.sequence(self.switch)
         self.combine = board.steps.sequence([*self.switch, combine])
-        self._at_once = board.steps.experts_combined(board.normed, self._experts.activation, weights, board.y)
+        self.at_once = board.steps.experts_combined(board.normed, self._experts.activation, weights, board.y)
         self._write = board.steps.write
         self.routed: Step = self._routed
 
@@ -237,10 +237,10 @@ class Experts:
         for batch in store.batches(self.layer, sorted(chosen)):
             if not end and self.guess is not None and store.guessing:  # after this layer's own reads have begun
                 store.prefetch(self.guess.layer, self.guess())
-            if self._at_once and len(batch) == len(chosen):
+            if self.at_once and len(batch) == len(chosen):
                 found, whole = dict(batch), True
                 self._weigh()
-                self._at_once([*(found[e] for e in chosen), *records])
+                self.at_once([*(found[e] for e in chosen), *records])
                 continue
             records += [record for _, record in batch]
             self.compute(records, end)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from flashpack.kernels.interface import Step
 from flashpack.runtime.lean.attention import Attention
 from flashpack.runtime.lean.blocks import Experts, Guess, Network, PlainBlock
 from flashpack.runtime.lean.board import Board, NotLean, Token, library_calls, norm_of
@@ -18,7 +19,11 @@ MIXERS: dict[str, type[Attention | DeltaRule]] = {"self_attn": Attention, "linea
 
 class LeanLayer:
     """A layer of attention or a recurrent part (``mixer``) and a feed-forward block, each behind a norm and added to
-    the stream."""
+    the stream.
+
+    ``stages`` are called for a token: the steps ``mixing``, up to the mixer's result, and ``choosing``, up to the
+    router's, as one; then the block.
+    """
 
     def __init__(self, board: Board, layer: nn.Module) -> None:
         part: Any = layer
@@ -32,14 +37,9 @@ class LeanLayer:
         self.block = _block(board, block)
         self._board, self._block_norm = board, part.post_attention_layernorm
         first, second = (norm_of(getattr(part, name), len(board.x)) for name in norms)
-        self._steps = board.steps.sequence(
-            [
-                board.steps.add_norm(board.x, board.y, *first, board.normed),
-                *self.mixer.steps,
-                board.steps.add_norm(board.x, board.y, *second, board.normed),
-                *self.block.steps,
-            ]
-        )
+        self.mixing = [board.steps.add_norm(board.x, board.y, *first, board.normed), *self.mixer.steps]
+        self.choosing = [board.steps.add_norm(board.x, board.y, *second, board.normed), *self.block.steps]
+        self.stages: list[Step] = [board.steps.sequence([*self.mixing, *self.choosing]), self.block]
 
     def expects(self, later: LeanLayer) -> None:
         """Have experts that ``later``, the next layer with experts, is likely to ask for read ahead."""
@@ -48,8 +48,8 @@ class LeanLayer:
 
     def __call__(self, token: Token) -> None:
         self.mixer.begin(token)
-        self._steps()
-        self.block()
+        for stage in self.stages:
+            stage()
 
 
 def _block(board: Board, module: nn.Module) -> Experts | Network | PlainBlock:
