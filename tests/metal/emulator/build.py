@@ -18,12 +18,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from . import source as metal
+from .instrument import instrumented
 
 HERE = Path(__file__).resolve().parent
 KEPT = 24 * 3600  # seconds after its last use
 
 # What Metal 3.1 is: C++14 without exceptions and run-time types; nothing of the processor's own is defined.
-LANGUAGE = ["-std=c++14", "-fno-exceptions", "-fno-rtti", "-D__METAL_VERSION__=310"]
+LANGUAGE = ["-std=c++14", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-D__METAL_VERSION__=310"]
 WARNINGS = [
     *("-Wall", "-Wextra", "-Werror", "-Werror=c++17-extensions", "-Wimplicit-float-conversion", "-Wdouble-promotion"),
     *("-Wno-unused-function", "-Wno-unknown-attributes"),
@@ -79,11 +80,14 @@ def compiled(source: str) -> Path:
         text = preprocess(source)
         code = target.with_suffix(".cpp")
         code.write_text(metal.generated(text, metal.kernels(text)), encoding="ascii")
-        flags = [*LANGUAGE, *WARNINGS, *NUMBERS, *CHECKS, *PROCESSOR, *OPTIMIZED, "-fvisibility=hidden"]
+        flags = [*LANGUAGE, *WARNINGS, *NUMBERS, *CHECKS, *PROCESSOR, *OPTIMIZED]
         include = ["-nostdinc++", "-isystem", str(HERE / "include")]
+        plain = ["-S", "-emit-llvm", "-Xclang", "-disable-llvm-passes", "-gline-tables-only"]
+        checked = target.with_suffix(".ll")
+        checked.write_text(instrumented(run_clang(*plain, *flags, *include, str(code), "-o", "-")), encoding="ascii")
         # Linked apart: with -fsanitize the linker would add clang's own runtime.
         object_file = str(target.with_suffix(".o"))
-        run_clang("-c", *flags, *include, str(code), "-o", object_file)
+        run_clang("-c", *OPTIMIZED, *PROCESSOR, str(checked), "-o", object_file)
         run_clang(*SHARED, object_file, "-o", str(target))
 
     return cached("kernels", source, make)

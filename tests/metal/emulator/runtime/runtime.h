@@ -1,8 +1,9 @@
-// Shared by the parts of the runtime; kernels see include/emulator/execution.h only.
+// Shared by the parts of the runtime; kernels see include/emulator only.
 #pragma once
 #include <csetjmp>
 #include <cstddef>
 #include <cstdint>
+#include <emulator/access.h>
 #include <emulator/execution.h>
 
 // The shim's address spaces are macros that libraries' headers must not see.
@@ -11,6 +12,8 @@
 #undef threadgroup
 #undef thread
 #undef kernel
+
+typedef unsigned char Byte;
 
 struct Buffer {
     void* data;
@@ -34,12 +37,34 @@ extern const Launch* launched; // the one that runs
 extern sigjmp_buf failed;      // where a failing thread goes; the message is in `message`
 extern char message[512];
 
-constexpr size_t BUFFERS = 31; // that Metal has
+constexpr size_t BUFFERS = 31;   // that Metal has
+constexpr size_t VARIABLES = 64; // of a threadgroup, more than fit
+constexpr Byte POISON = 0xff;    // NaN as float, half and bfloat
+
+// Memory that a kernel may use: an argument or a threadgroup variable.
+struct Extent {
+    Byte* begin;
+    size_t bytes;
+    size_t number;    // of the argument's copy, or of the variable
+    const char* name; // for messages
+};
+void say_outside(const Extent& extent, const void* at); // into `message`
 
 // memory.cpp
-void poison_threadgroup_memory();                      // before a group
-void bring_in(const Launch& launch, void** buffers);   // copies of the arguments between unreadable pages
-bool bring_back(const Launch& launch);                 // what was written; false (and `message`) if also beside
-void catch_faults(bool on);
-unsigned char* make_stacks(size_t count, size_t size); // each with an unreadable page below
-void say_fault(const void* address);                   // `message` for an access outside of everything
+Byte* reserve(size_t bytes);                    // addresses without memory
+void open_pages(Byte* at, size_t bytes);        // makes whole pages of them readable and writable
+Byte* make_stacks(size_t count, size_t size);   // each with an unreadable page below
+void forget_threadgroup_memory();               // before a group
+Extent threadgroup_variable(uintptr_t address); // the nearest one
+void catch_faults(bool on);                     // while threads run
+
+// arguments.cpp
+void bring_in(const Launch& launch, void** buffers); // copies of the arguments between unreadable pages
+bool bring_back();                                   // what was written; false (and `message`) if also beside it
+bool say_argument(const void* address);              // say_outside, if the address is near an argument
+Extent written_argument(uintptr_t address);
+
+// races.cpp
+void start_launch();
+void start_group();
+void start_epoch(emulated::mem_flags ordered); // all threads of the group are at a barrier

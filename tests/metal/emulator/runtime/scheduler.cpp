@@ -22,7 +22,6 @@ enum class State { ready, at_simd, at_barrier, done };
 struct Fiber : emulated::Thread {
     Stack stack;
     State state;
-    uint index;
     const char* operation; // what it waits at
     int line;
 };
@@ -107,11 +106,12 @@ void thread_main()
     __builtin_trap(); // a thread that is done is never resumed
 }
 
-void start_group(unsigned char* stacks)
+void prepare_group(Byte* stacks)
 {
     returned = at_barrier = 0;
     waiting = gone = nullptr;
-    poison_threadgroup_memory();
+    forget_threadgroup_memory();
+    start_group();
     for (uint i = 0; i < thread_count; i++) {
         Fiber& fiber = fibers[i];
         Lanes& lanes = simd_groups[i / WIDTH];
@@ -151,7 +151,7 @@ void run_group(const std::vector<uint>& order)
 
 void run_grid(const Launch& launch)
 {
-    static unsigned char* stacks = make_stacks(MOST_THREADS, STACK);
+    static Byte* stacks = make_stacks(MOST_THREADS, STACK);
     const uint3 threads = {launch.threads[0], launch.threads[1], launch.threads[2]};
     const uint3 size = {launch.group[0], launch.group[1], launch.group[2]};
     const uint3 groups = (threads + size - 1u) / size;
@@ -168,7 +168,7 @@ void run_grid(const Launch& launch)
         place.threads_per_threadgroup = mine;
         thread_count = mine.x * mine.y * mine.z;
         place.simdgroups_per_threadgroup = (thread_count + WIDTH - 1) / WIDTH;
-        start_group(stacks);
+        prepare_group(stacks);
         run_group(ordered(thread_count, launch.order));
     }
 }
@@ -202,7 +202,7 @@ void depart()
     for (uint i = 0; i < lanes.count; i++) lanes.fibers[i].state = State::ready;
 }
 
-void group_barrier(mem_flags, int line)
+void group_barrier(mem_flags flags, int line)
 {
     const char* operation = "threadgroup_barrier";
     const Fiber* other = gone ? gone : waiting;
@@ -213,6 +213,7 @@ void group_barrier(mem_flags, int line)
     }
     at_barrier = 0;
     waiting = nullptr;
+    start_epoch(flags);
     for (uint i = 0; i < thread_count; i++) fibers[i].state = State::ready;
 }
 
@@ -229,18 +230,27 @@ void misaligned(uint buffer, size_t alignment)
 {
     fail("argument '%s' is not aligned to %zu bytes", launched->buffers[buffer].name, alignment);
 }
+
+void misaligned_access(uintptr_t address, size_t alignment, int line)
+{
+    fail("line %d: an address is %zu more than a multiple of the %zu bytes that it must be aligned to", line,
+        address % alignment, alignment);
+}
 } // namespace emulated
 
 // 0, or 1 with what went wrong in `error`. One launch at a time.
 extern "C" int metal_launch(const Launch* launch, char* error, size_t size)
 {
     launched = launch;
-    bring_in(*launch, buffers);
-    catch_faults(true);
     bool good = sigsetjmp(failed, 1) == 0;
-    if (good) run_grid(*launch);
+    if (good) {
+        bring_in(*launch, buffers);
+        start_launch();
+        catch_faults(true);
+        run_grid(*launch);
+    }
     catch_faults(false);
-    good = bring_back(*launch) && good;
+    good = bring_back() && good;
     if (!good) snprintf(error, size, "kernel %s: %s", launch->kernel, message);
     return good ? 0 : 1;
 }

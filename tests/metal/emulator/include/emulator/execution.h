@@ -3,10 +3,10 @@
 #pragma once
 #include <emulator/types.h>
 
+namespace emulated {
 enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
 inline mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags(int(a) | int(b)); }
 
-namespace emulated {
 // A thread's place, by the names of Metal's attributes.
 struct Place {
     uint3 thread_position_in_grid, threads_per_grid;
@@ -34,7 +34,7 @@ struct alignas(16) SimdGroup {
     uint active;        // a bit per lane
 };
 struct Thread {
-    uint lane;
+    uint index, lane; // in the threadgroup, in the SIMD group
     SimdGroup* simd;
 };
 extern Thread* current;
@@ -43,6 +43,7 @@ extern Thread* current;
 // then calls depart; false for the others, after that.
 __attribute__((convergent, nomerge)) bool arrive(const char* operation, int line);
 void depart();
+void order_lanes(mem_flags flags); // memory that they use before and after a barrier of the SIMD group
 __attribute__((convergent, nomerge)) void group_barrier(mem_flags flags, int line);
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
@@ -81,13 +82,16 @@ EMULATED_ARGUMENT(constant)
 } // namespace emulated
 
 namespace metal {
-using ::mem_flags;
+using emulated::mem_flags;
 inline __attribute__((always_inline)) void threadgroup_barrier(mem_flags flags, int line = __builtin_LINE())
 {
     emulated::group_barrier(flags, line);
 }
-inline __attribute__((always_inline)) void simdgroup_barrier(mem_flags, int line = __builtin_LINE())
+inline __attribute__((always_inline)) void simdgroup_barrier(mem_flags flags, int line = __builtin_LINE())
 {
-    if (emulated::arrive("simdgroup_barrier", line)) emulated::depart();
+    if (emulated::arrive("simdgroup_barrier", line)) {
+        emulated::order_lanes(flags);
+        emulated::depart();
+    }
 }
 } // namespace metal
