@@ -13,6 +13,18 @@ from flashpack.errors import UsageError
 
 if TYPE_CHECKING:
     from flashpack.runtime.generate import Result
+    from flashpack.runtime.timing import Split
+
+_PARTS = {
+    "attention": "attention",
+    "recurrent": "recurrent layers' part",
+    "router": "routers",
+    "hits": "experts in memory: computing",
+    "waits": "experts not in memory: waiting for reads",
+    "misses": "experts not in memory: computing",
+    "sums": "experts: sums, and the store itself",
+    "blocks": "blocks without experts",
+}
 
 
 def run(
@@ -36,6 +48,7 @@ def run(
     prefer_cached: float | None = typer.Option(
         None, help="Experts in memory replace absent ones from this share of their weight on (0 to 1): another output."
     ),
+    timing: bool = typer.Option(False, help="Say where the time of decoding went; decoding takes longer."),
     reference: bool = typer.Option(False, help="Compute with torch and transformers alone: slow, to compare with."),
     expect: str | None = typer.Option(None, help="Identity that the pack must have; any other pack is refused."),
     json: bool = typer.Option(False, "--json", help="Print text and statistics as one JSON object."),
@@ -68,6 +81,7 @@ def run(
         note(missing)
 
     from flashpack.runtime.generate import Sampling, encode_prompt, generate, load_tokenizer
+    from flashpack.runtime.timing import Timing
 
     tokenizer = load_tokenizer(pack)
     ids = encode_prompt(tokenizer, text, raw, None if thinking is None else thinking == "on")
@@ -79,12 +93,15 @@ def run(
         sys.stdout.flush()
 
     sampling = Sampling(temperature, top_p, top_k, seed)
-    result = generate(model, tokenizer, ids, max_tokens, sampling, None if json else show)
+    split = Timing(model) if timing else None
+    result = generate(model, tokenizer, ids, max_tokens, sampling, None if json else show, split)
     if json:
         answer_json(result.to_json())
     else:
         print()
         note(_statistics(result))
+        if timing:
+            _show_split(result.split)
 
 
 def _statistics(r: Result) -> str:
@@ -94,3 +111,22 @@ def _statistics(r: Result) -> str:
         f"{r.generate_rate:.1f}/s; experts {r.store['hit_rate']:.1%} hits, {gb(total['bytes_read'])} read "
         f"({r.store['io']}); {r.kernels}; peak memory {gb(r.peak.anonymous)} + {gb(r.peak.file)} mapped]"
     )
+
+
+def _show_split(split: Split | None) -> None:
+    if split is None:
+        note("--timing: no token was decoded after the first")
+        return
+    how = "waited for" if split.waited else "done"
+    note(f"milliseconds per token, mean of {split.tokens}; each part is {how} by itself: slower than without --timing")
+    note(f"{'':42}{'token':>9}{'layer':>9}{'layers':>8}{'share':>7}")
+    for name, (seconds, layers) in split.total.items():
+        note(f"{_PARTS[name]:42}{_ms(seconds)}{_ms(seconds / layers)}{layers:8}{seconds / split.whole:7.0%}")
+    rest = f"the rest, with {split.left} layers of the library" if split.left else "embedding, head, sampling, the rest"
+    note(f"{rest:42}{_ms(split.rest)}{'':17}{split.rest / split.whole:7.0%}")
+    note(f"{'all':42}{_ms(split.whole)}")
+    note(f"experts in memory {split.hit_rate:.1%}; {gb(split.read)} read per token")
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:9.3f}"

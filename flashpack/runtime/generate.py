@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from flashpack.runtime.load import Runtime
+    from flashpack.runtime.timing import Split, Timing
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Result:
     decoding: str
     experts_per_token: tuple[int, int]
     prefer_cached: float | None
+    split: Split | None
 
     @property
     def prompt_rate(self) -> float:
@@ -74,6 +76,7 @@ class Result:
             "experts_per_token": dict(zip(("used", "model"), self.experts_per_token, strict=True)),
             "prefer_cached": self.prefer_cached,
             "experts": self.store,
+            "timing": self.split.to_json() if self.split else None,
         }
 
 
@@ -106,8 +109,10 @@ def generate(
     max_tokens: int = 512,
     sampling: Sampling | None = None,
     on_text: Callable[[str], object] | None = None,
+    timing: Timing | None = None,
 ) -> Result:
-    """Continue ``ids``; ``on_text`` gets the text piece by piece as it comes.
+    """Continue ``ids``; ``on_text`` gets the text piece by piece as it comes. ``timing``, of ``model``, splits the time
+    of the tokens after the first.
 
     Raises ``ContextError`` if the prompt fills the context, ``UsageError`` for an empty prompt.
     """
@@ -139,6 +144,8 @@ def generate(
 
         def put(self, value: torch.Tensor) -> None:
             self.times.append(time.perf_counter())
+            if timing and len(self.times) == 2:
+                timing.start()
             now = usage()
             self.peak = Usage(max(now.anonymous, self.peak.anonymous), max(now.file, self.peak.file))
             if value.numel() > 1 or value.item() not in stops:
@@ -185,6 +192,7 @@ def generate(
         decoding=runtime.decoding,
         experts_per_token=runtime.experts_per_token,
         prefer_cached=runtime.prefer_cached,
+        split=timing.split(len(new) - 1, last - first) if timing and len(new) > 1 else None,
     )
 
 
