@@ -39,7 +39,8 @@ CHECKS = [
     "-fno-sanitize-recover=all",
 ]
 PROCESSOR = ["-mf16c", "-mfma"] if platform.machine() == "x86_64" else []
-OPTIMIZED = ["-O2", "-fPIC"]
+# With frame pointers the runtime tells calls from each other: see scheduler.cpp.
+OPTIMIZED = ["-O2", "-fPIC", "-fno-omit-frame-pointer", "-fno-optimize-sibling-calls"]
 SHARED = ["-shared", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])]
 
 
@@ -78,17 +79,17 @@ def compiled(source: str) -> Path:
 
     def make(target: Path) -> None:
         text = preprocess(source)
-        code = target.with_suffix(".cpp")
-        code.write_text(metal.generated(text, metal.kernels(text)), encoding="ascii")
-        flags = [*LANGUAGE, *WARNINGS, *NUMBERS, *CHECKS, *PROCESSOR, *OPTIMIZED]
-        include = ["-nostdinc++", "-isystem", str(HERE / "include")]
-        plain = ["-S", "-emit-llvm", "-Xclang", "-disable-llvm-passes", "-gline-tables-only"]
-        checked = target.with_suffix(".ll")
-        checked.write_text(instrumented(run_clang(*plain, *flags, *include, str(code), "-o", "-")), encoding="ascii")
-        # Linked apart: with -fsanitize the linker would add clang's own runtime.
-        object_file = str(target.with_suffix(".o"))
-        run_clang("-c", *OPTIMIZED, *PROCESSOR, str(checked), "-o", object_file)
-        run_clang(*SHARED, object_file, "-o", str(target))
+        with tempfile.TemporaryDirectory() as folder:
+            code, checked, compiled_code = (str(Path(folder) / name) for name in ("a.cpp", "a.ll", "a.o"))
+            Path(code).write_text(metal.generated(text, metal.kernels(text)), encoding="ascii")
+            flags = [*LANGUAGE, *WARNINGS, *NUMBERS, *CHECKS, *PROCESSOR, *OPTIMIZED]
+            include = ["-nostdinc++", "-isystem", str(HERE / "include")]
+            plain = ["-S", "-emit-llvm", "-Xclang", "-disable-llvm-passes", "-gline-tables-only"]
+            plain_code = run_clang(*plain, *flags, *include, code, "-o", "-")
+            Path(checked).write_text(instrumented(plain_code), encoding="ascii")
+            run_clang("-c", *OPTIMIZED, *PROCESSOR, checked, "-o", compiled_code)
+            # Linked apart: with -fsanitize the linker would add clang's own runtime.
+            run_clang(*SHARED, compiled_code, "-o", str(target))
 
     return cached("kernels", source, make)
 

@@ -19,10 +19,16 @@ PLACE = re.compile(r"^!(\d+) = (?:distinct )?!DILocation\(line: (\d+)", re.M)
 
 
 def instrumented(code: str) -> str:
-    """LLVM's text of a kernel library, before any optimization, with the calls. Volatile accesses, of atomics, have none."""
-    lines_of = {number: line for number, line in PLACE.findall(code)}
+    """LLVM's text before any optimization, with the calls. Volatile accesses, which are those of atomics, have none."""
+    lines_of = dict(PLACE.findall(code))
     out: list[str] = []
+    own = True
     for line in code.split("\n"):
+        if line.startswith("define "):
+            own = "emulated" not in line.partition("@")[2].partition("(")[0]  # not of the emulator's headers
+        elif own and "addrspacecast" in line:
+            place = re.search(r"!dbg !(\d+)", line)
+            raise SyntaxError(f"line {lines_of[place[1]] if place else '?'}: a cast to another address space")
         for kind, pattern in ((READ, LOAD), (WRITE, STORE)):
             if match := pattern.search(line):
                 out += calls(match, kind, line, lines_of, f"%emulated.{len(out)}")
@@ -35,7 +41,8 @@ def calls(match: re.Match[str], kind: int, instruction: str, lines_of: dict[str,
     size = int(count) * SIZES[element] if count else SIZES[whole]
     place = re.search(r"!dbg !(\d+)", instruction)
     debug, line = (f", !dbg !{place[1]}", lines_of[place[1]]) if place else ("", "0")
+    arguments = f"i64 {name}, i64 {size}, i64 {alignment}, i32 {space}, i32 {kind}, i32 {line}"
     return [
         f"  {name} = ptrtoint ptr addrspace({space}) {pointer} to i64{debug}",
-        f"  call void @emulated_access(i64 {name}, i64 {size}, i64 {alignment}, i32 {space}, i32 {kind}, i32 {line}){debug}",
+        f"  call void @emulated_access({arguments}){debug}",
     ]

@@ -132,9 +132,9 @@ class Kernel:
     def __init__(self, library: ctypes.CDLL, kernel: source.Kernel, submit: Submit) -> None:
         self.name = kernel.name
         self._kernel = kernel
-        self._body = ctypes.cast(library[f"launch_{kernel.name}"], ctypes.c_void_p)
+        self._body = ctypes.cast(library[f"emulated_launch_{kernel.name}"], ctypes.c_void_p)
         self._submit = submit
-        self.static_thread_group_memory_length = int(library[f"threadgroup_bytes_{kernel.name}"]())
+        self.static_thread_group_memory_length = int(library[f"emulated_bytes_{kernel.name}"]())
         if self.static_thread_group_memory_length > MOST_THREADGROUP_BYTES:
             raise RuntimeError(
                 f"kernel {self.name}: {self.static_thread_group_memory_length} bytes of threadgroup memory, "

@@ -174,11 +174,11 @@ def launcher(kernel: Kernel) -> str:
     ]
     return f"""# 1 "launcher of {kernel.name}"
 #define LAUNCHER extern "C" __attribute__((visibility("default")))
-LAUNCHER void launch_{kernel.name}(const emulated::Place& place, void* const* buffers)
+LAUNCHER void emulated_launch_{kernel.name}(const emulated::Place& place, void* const* buffers)
 {{
     (void)place, (void)buffers;
     ::{kernel.name}({", ".join(arguments)});
 }}
-LAUNCHER uint threadgroup_bytes_{kernel.name}() {{ return emulated_{kernel.name}::threadgroup_bytes; }}
+LAUNCHER uint emulated_bytes_{kernel.name}() {{ return emulated_{kernel.name}::threadgroup_bytes; }}
 #undef LAUNCHER
 """

@@ -24,6 +24,7 @@ struct Fiber : emulated::Thread {
     State state;
     const char* operation; // what it waits at
     int line;
+    size_t path;
 };
 struct Lanes : SimdGroup {
     uint count, arrived;
@@ -40,16 +41,33 @@ uint thread_count, returned, at_barrier;
 Fiber *waiting, *gone; // one at the group's barrier, one that has returned
 void* buffers[BUFFERS];
 uint64_t random_state;
+Byte* stacks;
 
 Fiber& self() { return *static_cast<Fiber*>(emulated::current); }
 Lanes& lanes_of(Fiber& fiber) { return *static_cast<Lanes*>(fiber.simd); }
 
-void wait_for_others(State state, const char* operation, int line)
+// Tells by which calls a thread came here: the return addresses on its stack, in one number. A helper that is called
+// in both branches of a condition has one line, and two paths.
+__attribute__((always_inline)) inline size_t path_here()
+{
+    const uintptr_t lowest = uintptr_t(stacks) + self().index * STACK;
+    size_t path = 0;
+    for (auto frame = uintptr_t(__builtin_frame_address(0)); frame - lowest < STACK;) {
+        const uintptr_t* words = reinterpret_cast<const uintptr_t*>(frame);
+        path = path * 31 + words[1];
+        if (words[0] <= frame) break;
+        frame = words[0];
+    }
+    return path;
+}
+
+void wait_for_others(State state, const char* operation, int line, size_t path)
 {
     Fiber& fiber = self();
     fiber.state = state;
     fiber.operation = operation;
     fiber.line = line;
+    fiber.path = path;
     switch_stack(fiber.stack, scheduler);
 }
 
@@ -58,6 +76,9 @@ void wait_for_others(State state, const char* operation, int line)
     if (other.state == State::done)
         emulated::fail("line %d: %s in divergent flow: thread %u is here, thread %u has returned", line, operation,
             here.index, other.index);
+    if (other.line == line && !strcmp(other.operation, operation))
+        emulated::fail("line %d: %s in divergent flow: threads %u and %u came here through different calls", line,
+            operation, here.index, other.index);
     emulated::fail("line %d: %s in divergent flow: thread %u is here, thread %u at %s of line %d", line, operation,
         here.index, other.index, other.operation, other.line);
 }
@@ -106,7 +127,7 @@ void thread_main()
     __builtin_trap(); // a thread that is done is never resumed
 }
 
-void prepare_group(Byte* stacks)
+void prepare_group()
 {
     returned = at_barrier = 0;
     waiting = gone = nullptr;
@@ -151,7 +172,7 @@ void run_group(const std::vector<uint>& order)
 
 void run_grid(const Launch& launch)
 {
-    static Byte* stacks = make_stacks(MOST_THREADS, STACK);
+    if (!stacks) stacks = make_stacks(MOST_THREADS, STACK);
     const uint3 threads = {launch.threads[0], launch.threads[1], launch.threads[2]};
     const uint3 size = {launch.group[0], launch.group[1], launch.group[2]};
     const uint3 groups = (threads + size - 1u) / size;
@@ -168,7 +189,7 @@ void run_grid(const Launch& launch)
         place.threads_per_threadgroup = mine;
         thread_count = mine.x * mine.y * mine.z;
         place.simdgroups_per_threadgroup = (thread_count + WIDTH - 1) / WIDTH;
-        prepare_group(stacks);
+        prepare_group();
         run_group(ordered(thread_count, launch.order));
     }
 }
@@ -186,11 +207,12 @@ bool arrive(const char* operation, int line)
     Fiber& fiber = self();
     Lanes& lanes = lanes_of(fiber);
     const Fiber* other = lanes.gone ? lanes.gone : lanes.waiting;
-    if (other && (other->state == State::done || other->line != line || strcmp(other->operation, operation)))
+    const size_t path = path_here();
+    if (other && (other->state == State::done || other->path != path || other->line != line || strcmp(other->operation, operation)))
         diverged(operation, line, fiber, *other);
     if (++lanes.arrived == lanes.count) return true;
     lanes.waiting = &fiber;
-    wait_for_others(State::at_simd, operation, line);
+    wait_for_others(State::at_simd, operation, line, path);
     return false;
 }
 
@@ -206,10 +228,11 @@ void group_barrier(mem_flags flags, int line)
 {
     const char* operation = "threadgroup_barrier";
     const Fiber* other = gone ? gone : waiting;
-    if (other && (other->state == State::done || other->line != line)) diverged(operation, line, self(), *other);
+    const size_t path = path_here();
+    if (other && (other->state == State::done || other->path != path)) diverged(operation, line, self(), *other);
     if (++at_barrier < thread_count) {
         waiting = &self();
-        return wait_for_others(State::at_barrier, operation, line);
+        return wait_for_others(State::at_barrier, operation, line, path);
     }
     at_barrier = 0;
     waiting = nullptr;
