@@ -6,14 +6,12 @@ folder that cannot be written to is no error.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flashpack import user_cache
 from flashpack.errors import FormatError
 from flashpack.formats.header import parse_json
 
@@ -35,17 +33,13 @@ def wanted(warm: bool | None) -> bool:
     return os.environ.get("FLASHPACK_WARM", "1") != "0" if warm is None else warm
 
 
-def cache_folder() -> Path:
-    """flashpack's folder among the user's caches."""
-    chosen = os.environ.get("XDG_CACHE_HOME", "")
-    if chosen and Path(chosen).is_absolute():  # others are to be ignored, says the standard
-        return Path(chosen) / "flashpack"
-    return Path("~/Library/Caches" if sys.platform == "darwin" else "~/.cache").expanduser() / "flashpack"
-
-
 def history_path(pack: Pack) -> Path:
     """The file about this pack, wherever it lies."""
-    return cache_folder() / "experts" / f"{pack.identity[:32]}.json"
+    return user_cache.folder() / _name(pack)
+
+
+def _name(pack: Pack) -> str:
+    return f"experts/{pack.identity[:32]}.json"
 
 
 def read(pack: Pack) -> dict[Key, float]:
@@ -65,18 +59,7 @@ def write(pack: Pack, ranking: Iterable[tuple[Key, float]]) -> None:
     if not kept:
         return
     text = json.dumps({"version": _VERSION, "pack": pack.identity, "experts": kept}, separators=(",", ":"))
-    with contextlib.suppress(OSError, RuntimeError):
-        path = history_path(pack)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # A name of its own: other processes may write at the same time. Only its owner can read it.
-        fd, partial = tempfile.mkstemp(prefix=".", dir=path.parent)
-        try:
-            with open(fd, "w") as f:
-                f.write(text)
-            os.replace(partial, path)
-        except BaseException:
-            os.unlink(partial)
-            raise
+    user_cache.write(_name(pack), text)
 
 
 def _parse(data: object, pack: Pack) -> dict[Key, float]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import flashpack
+from flashpack import user_cache
 from flashpack.formats import Pack
 from flashpack.kernels import get_kernels
 from flashpack.runtime import warm
@@ -96,11 +97,11 @@ def test_the_folder_is_the_systems_for_caches(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
     monkeypatch.setattr("sys.platform", "linux")
-    assert warm.cache_folder() == tmp_path / ".cache/flashpack"
+    assert user_cache.folder() == tmp_path / ".cache/flashpack"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert warm.cache_folder() == tmp_path / ".cache/flashpack"
+    assert user_cache.folder() == tmp_path / ".cache/flashpack"
     monkeypatch.setattr("sys.platform", "darwin")
-    assert warm.cache_folder() == tmp_path / "Library/Caches/flashpack"
+    assert user_cache.folder() == tmp_path / "Library/Caches/flashpack"
 
 
 def test_the_variable_decides_unless_the_caller_does(monkeypatch: pytest.MonkeyPatch) -> None:
