@@ -27,7 +27,7 @@ KEPT = 24 * 3600  # seconds after its last use
 LANGUAGE = ["-std=c++14", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-D__METAL_VERSION__=310"]
 WARNINGS = [
     *("-Wall", "-Wextra", "-Werror", "-Werror=c++17-extensions", "-Wimplicit-float-conversion", "-Wdouble-promotion"),
-    *("-Wno-unused-function", "-Wno-unknown-attributes"),
+    *("-Wno-unused-function", "-Wno-unused-parameter", "-Wno-unknown-attributes"),
 ]
 # torch compiles with safe math: no contraction, no reordering. half and bfloat are rounded after each operation.
 NUMBERS = [
@@ -39,8 +39,8 @@ CHECKS = [
     "-fno-sanitize-recover=all",
 ]
 PROCESSOR = ["-mf16c", "-mfma"] if platform.machine() == "x86_64" else []
-# With frame pointers the runtime tells calls from each other: see scheduler.cpp.
-OPTIMIZED = ["-O2", "-fPIC", "-fno-omit-frame-pointer", "-fno-optimize-sibling-calls"]
+# With frame pointers the runtime tells calls from each other: see scheduler.cpp. Threads' stacks are small.
+OPTIMIZED = ["-O2", "-fPIC", "-fno-omit-frame-pointer", "-fno-optimize-sibling-calls", "-fstack-clash-protection"]
 SHARED = ["-shared", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])]
 
 
@@ -68,7 +68,7 @@ def run_clang(*arguments: str, stdin: str | None = None) -> str:
 
 def preprocess(source: str) -> str:
     """Source with its macros expanded, the standard library's not; markers tell the lines."""
-    own = re.sub(r"^[ \t]*#[ \t]*include[ \t]*<metal_\w+>.*$", "", source, flags=re.M)
+    own = re.sub(r"^[ \t]*#[ \t]*include[ \t]*<metal_stdlib>.*$", "", source, flags=re.M)
     return run_clang("-E", "-undef", "-nostdinc", *LANGUAGE, "-x", "c++", "-", stdin=own).replace(
         '"<stdin>"', '"metal"'
     )

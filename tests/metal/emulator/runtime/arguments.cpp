@@ -66,7 +66,6 @@ Rooms& rooms_of(bool written)
 
 void copy_in(Copy& copy, Room& room, Guard guard)
 {
-    if (copy.bytes() > LARGEST / 2) emulated::fail("%s: too large for a guarded copy", copy.name);
     const size_t remainder = uintptr_t(copy.original) % 16; // so that vectors stay as aligned as they were
     const size_t opened = room.open(copy.bytes() + 16, guard);
     copy.room = &room;
@@ -117,6 +116,11 @@ void bring_in(const Launch& launch, void** buffers)
         copy.written |= buffer.written != 0;
         copy_of[by_address[k]] = copy_count - 1;
     }
+    for (size_t k = 0; k < copy_count; k++)
+        if (copies[k].bytes() > LARGEST / 2) {
+            copy_count = 0; // nothing to bring back
+            emulated::fail("%s: too large for a guarded copy", copies[k].name);
+        }
     for (size_t k = 0; k < copy_count; k++)
         copy_in(copies[k], rooms_of(copies[k].written).rooms[k], Guard(launch.guard));
     for (uint32_t i = 0; i < launch.count; i++) {

@@ -249,9 +249,14 @@ void fail(const char* format, ...)
     siglongjmp(failed, 1);
 }
 
-void misaligned(uint buffer, size_t alignment)
+void check_argument(uint buffer, size_t size, size_t alignment)
 {
-    fail("argument '%s' is not aligned to %zu bytes", launched->buffers[buffer].name, alignment);
+    const Buffer& argument = launched->buffers[buffer];
+    if (argument.bytes < size)
+        fail("argument '%s' of %llu bytes is bound to a type of %zu", argument.name,
+            static_cast<unsigned long long>(argument.bytes), size);
+    if (uintptr_t(buffers[buffer]) % alignment)
+        fail("argument '%s' is not aligned to %zu bytes", argument.name, alignment);
 }
 
 void misaligned_access(uintptr_t address, size_t alignment, int line)
@@ -265,11 +270,11 @@ void misaligned_access(uintptr_t address, size_t alignment, int line)
 extern "C" int metal_launch(const Launch* launch, char* error, size_t size)
 {
     launched = launch;
+    catch_faults(true);
     bool good = sigsetjmp(failed, 1) == 0;
     if (good) {
         bring_in(*launch, buffers);
         start_launch();
-        catch_faults(true);
         run_grid(*launch);
     }
     catch_faults(false);

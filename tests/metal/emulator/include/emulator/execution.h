@@ -63,18 +63,18 @@ template <class T, class Kernel, uint index>
 const uint Variable<T, Kernel, index>::counted = Kernel::threadgroup_bytes += (sizeof(T) + 15) / 16 * 16;
 
 // Argument i of a kernel's buffers as the pointer or reference that its parameter is.
-[[noreturn]] void misaligned(uint buffer, size_t alignment);
+void check_argument(uint buffer, size_t size, size_t alignment); // of what a reference refers to
 template <class T> struct Argument;
-#define EMULATED_ARGUMENT(SPACE)                                                         \
-    template <class T> struct Argument<SPACE T*> {                                       \
+#define EMULATED_ARGUMENT(SPACE)                                                          \
+    template <class T> struct Argument<SPACE T*> {                                        \
         static SPACE T* of(void* const* buffers, uint i) { return (SPACE T*)buffers[i]; } \
-    };                                                                                   \
-    template <class T> struct Argument<SPACE T&> {                                       \
-        static SPACE T& of(void* const* buffers, uint i)                                 \
-        {                                                                                \
-            if (reinterpret_cast<uintptr_t>(buffers[i]) % alignof(T)) misaligned(i, alignof(T)); \
-            return *(SPACE T*)buffers[i];                                                \
-        }                                                                                \
+    };                                                                                    \
+    template <class T> struct Argument<SPACE T&> {                                        \
+        static SPACE T& of(void* const* buffers, uint i)                                  \
+        {                                                                                 \
+            check_argument(i, sizeof(T), alignof(T));                                     \
+            return *(SPACE T*)buffers[i];                                                 \
+        }                                                                                 \
     };
 EMULATED_ARGUMENT(device)
 EMULATED_ARGUMENT(constant)

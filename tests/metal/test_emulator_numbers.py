@@ -1,0 +1,238 @@
+"""Functions of Metal's library compute what it says, on all lanes and in all threads, in every schedule."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.metal.emulator import FakeMps
+
+SOURCE = """#include <metal_stdlib>
+using namespace metal;
+
+#define LANES(name, T, expression)                                                                  \\
+    kernel void name(device const T* x [[buffer(0)]], device T* y [[buffer(1)]],                    \\
+                     uint i [[thread_position_in_grid]], uint lane [[thread_index_in_simdgroup]]) { \\
+        T v = x[i];                                                                                 \\
+        y[i] = expression;                                                                          \\
+    }
+LANES(sum_float, float, simd_sum(v))
+LANES(sum_int, int, simd_sum(v))
+LANES(sum_half, half, simd_sum(v))
+LANES(product, float, simd_product(v))
+LANES(largest, float, simd_max(v))
+LANES(smallest, int, simd_min(v))
+LANES(all_bits, uint, simd_and(v))
+LANES(any_bits, uint, simd_or(v))
+LANES(odd_bits, uint, simd_xor(v))
+LANES(any_set, uint, simd_any(v == 7u) ? 1u : 0u)
+LANES(all_set, uint, simd_all(v < 90u) ? 1u : 0u)
+LANES(before, float, simd_prefix_exclusive_sum(v))
+LANES(up_to, float, simd_prefix_inclusive_sum(v))
+LANES(of_lane, float, simd_shuffle(v, ushort(lane / 2)))
+LANES(of_first, float, simd_broadcast_first(v))
+LANES(of_third, float, simd_broadcast(v, 3))
+LANES(exchanged, float, simd_shuffle_xor(v, 1))
+LANES(from_above, float, simd_shuffle_down(v, 5))
+LANES(from_below, float, simd_shuffle_up(v, 5))
+LANES(vector_sum, float4, simd_sum(v))
+
+kernel void count(device atomic_uint* total [[buffer(0)]], device atomic_float* sum [[buffer(1)]],
+                  device atomic_int* largest [[buffer(2)]], device uint* order [[buffer(3)]],
+                  uint i [[thread_position_in_grid]]) {
+    threadgroup atomic_uint local;
+    if (i % 64 == 0) atomic_store_explicit(&local, 0u, memory_order_relaxed);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    atomic_fetch_add_explicit(&local, 1u, memory_order_relaxed);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    uint seen = atomic_load_explicit(&local, memory_order_relaxed);
+    if (i % 64 == 63) atomic_fetch_add_explicit(total, seen, memory_order_relaxed);
+    atomic_fetch_add_explicit(sum, 0.5f, memory_order_relaxed);
+    atomic_fetch_max_explicit(largest, int(i), memory_order_relaxed);
+}
+kernel void order(device atomic_uint* next [[buffer(0)]], device uint* taken [[buffer(1)]],
+                  uint i [[thread_position_in_grid]]) {
+    taken[i] = atomic_fetch_add_explicit(next, 1u, memory_order_relaxed);
+}
+kernel void halves(device const half* a [[buffer(0)]], device const bfloat* b [[buffer(1)]],
+                   device half* sum [[buffer(2)]], device bfloat* rounded [[buffer(3)]],
+                   uint i [[thread_position_in_grid]]) {
+    half x = a[i];
+    sum[i] = x * x + x - half(0.25f);
+    rounded[i] = bfloat(float(b[i]) * 3.0f);
+}
+kernel void bits(device const uint* x [[buffer(0)]], device float* y [[buffer(1)]],
+                 uint i [[thread_position_in_grid]]) {
+    uchar4 q = as_type<uchar4>(x[i]);
+    float4 f = float4(q);
+    f.xy = f.yx;
+    float4 g = float4(float2(1.0f, 2.0f), f.zw);
+    float2 h = float2(as_type<half2>(x[i] & 0x3fff3fffu));
+    device float* out = y + i * 8;
+    *(device float4*)out = fma(f, g, float4(0.5f));
+    out[4] = h.x + h.y;
+    out[5] = as_type<float>((x[i] >> 9) | 0x3f800000u);
+    out[6] = dot(f, g);
+    out[7] = float(popcount(x[i]) * 1000u + clz(x[i] >> 8) * 10u + max(int3(q.xyz), int3(3, 300, -1)).y);
+}
+kernel void functions(device const float* x [[buffer(0)]], device float* y [[buffer(1)]],
+                      uint i [[thread_position_in_grid]], uint n [[threads_per_grid]]) {
+    float v = x[i];
+    float values[] = {exp(v), log(v), rsqrt(v), tanh(v), sin(v), pow(v, 1.5f), floor(v), rint(v),
+        clamp(v, 0.5f, 1.0f), precise::exp2(v), fast::divide(1.0f, v), float2(sqrt(float2(v, 4.0f))).y, abs(-v),
+        select(1.0f, 2.0f, v > 1.0f), metal::sign(v), ldexp(v, 3)};
+    for (uint k = 0; k < 16; k++) y[k * n + i] = values[k];
+}
+kernel void places(device uint* y [[buffer(0)]],
+    uint3 in_grid [[thread_position_in_grid]], uint3 grid [[threads_per_grid]],
+    uint3 group [[threadgroup_position_in_grid]], uint3 groups [[threadgroups_per_grid]],
+    uint3 in_group [[thread_position_in_threadgroup]], uint3 size [[threads_per_threadgroup]],
+    ushort index [[thread_index_in_threadgroup]], ushort lane [[thread_index_in_simdgroup]],
+    ushort width [[threads_per_simdgroup]], ushort simd [[simdgroup_index_in_threadgroup]],
+    ushort simds [[simdgroups_per_threadgroup]]) {
+    device uint* out = y + 23 * ((in_grid.z * grid.y + in_grid.y) * grid.x + in_grid.x);
+    uint3 vectors[] = {in_grid, grid, group, groups, in_group, size};
+    for (uint k = 0; k < 18; k++) out[k] = vectors[k / 3][k % 3];
+    out[18] = index; out[19] = lane; out[20] = width; out[21] = simd; out[22] = simds;
+}
+"""
+
+
+def lanes(gpu: FakeMps, name: str, x: Tensor) -> np.ndarray:
+    """What each lane gets, as a SIMD group per row; ``x``: two full SIMD groups per threadgroup."""
+    y = torch.zeros_like(x)
+    getattr(gpu.compile(SOURCE), name)(x, y, threads=x.numel(), group_size=64)
+    return y.numpy().reshape(-1, 32)
+
+
+def test_sums_of_lanes(gpu: FakeMps) -> None:
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
+    v = x.numpy()
+    every = np.ones((1, 32), np.float32)
+    np.testing.assert_allclose(lanes(gpu, "sum_float", x), v.sum(1, keepdims=True) * every, rtol=1e-5)
+    np.testing.assert_allclose(lanes(gpu, "product", x), v.prod(1, keepdims=True) * every, rtol=1e-5)
+    assert (lanes(gpu, "largest", x) == v.max(1, keepdims=True)).all()
+    np.testing.assert_allclose(lanes(gpu, "before", x), np.cumsum(v, 1) - v, atol=1e-5)
+    np.testing.assert_allclose(lanes(gpu, "up_to", x), np.cumsum(v, 1), atol=1e-5)
+    np.testing.assert_allclose(lanes(gpu, "sum_half", x.half()), v.sum(1, keepdims=True) * every, atol=0.02)
+
+
+def test_integers_of_lanes(gpu: FakeMps) -> None:
+    x = torch.randint(0, 100, (4, 32), dtype=torch.int32, generator=torch.Generator().manual_seed(2))
+    x[1] = 7
+    v = x.numpy()
+    assert (lanes(gpu, "sum_int", x) == v.sum(1, keepdims=True)).all()
+    assert (lanes(gpu, "smallest", x) == v.min(1, keepdims=True)).all()
+    assert (lanes(gpu, "all_bits", x) == np.bitwise_and.reduce(v, 1, keepdims=True)).all()
+    assert (lanes(gpu, "any_bits", x) == np.bitwise_or.reduce(v, 1, keepdims=True)).all()
+    assert (lanes(gpu, "odd_bits", x) == np.bitwise_xor.reduce(v, 1, keepdims=True)).all()
+    assert (lanes(gpu, "any_set", x) == (v == 7).any(1, keepdims=True)).all()
+    assert (lanes(gpu, "all_set", x) == (v < 90).all(1, keepdims=True)).all()
+
+
+def test_shuffles(gpu: FakeMps) -> None:
+    x = torch.arange(128.0)
+    v, lane = x.numpy().reshape(4, 32), np.arange(32)
+    assert (lanes(gpu, "of_lane", x) == v[:, lane // 2]).all()
+    assert (lanes(gpu, "of_first", x) == v[:, :1]).all()
+    assert (lanes(gpu, "of_third", x) == v[:, 3:4]).all()
+    assert (lanes(gpu, "exchanged", x) == v[:, lane ^ 1]).all()
+    assert (lanes(gpu, "from_above", x) == v[:, np.where(lane < 27, lane + 5, lane)]).all()
+    assert (lanes(gpu, "from_below", x) == v[:, np.where(lane >= 5, lane - 5, lane)]).all()
+
+
+def test_a_vector_of_each_lane(gpu: FakeMps) -> None:
+    x = torch.arange(32.0 * 4)
+    y = torch.zeros(128)
+    gpu.compile(SOURCE).vector_sum(x, y, threads=32, group_size=32)
+    assert torch.equal(y.view(32, 4), x.view(32, 4).sum(0).expand(32, 4))
+
+
+@pytest.mark.parametrize("threads", [1, 31, 33, 70, 100])
+def test_groups_of_fewer_lanes(gpu: FakeMps, threads: int) -> None:
+    """The last SIMD group of a threadgroup, and the last threadgroup of a grid, have the threads that are left."""
+    x, y = torch.arange(1.0, threads + 1), torch.zeros(threads)
+    gpu.compile(SOURCE).sum_float(x, y, threads=threads, group_size=70)
+    for start in range(0, threads, 70):
+        for first in range(start, min(start + 70, threads), 32):
+            mine = slice(first, min(first + 32, start + 70))
+            assert (y[mine] == x[mine].sum()).all()
+
+
+def test_atomics(gpu: FakeMps) -> None:
+    total, largest = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    halves = torch.zeros(1)
+    gpu.compile(SOURCE).count(total, halves, largest, total.clone(), threads=256, group_size=64)
+    assert (total.item(), halves.item(), largest.item()) == (256, 128.0, 255)
+
+
+def test_schedules_differ() -> None:
+    def taken(schedule: str, seed: int = 0) -> list[int]:
+        order = torch.zeros(96, dtype=torch.int32)
+        gpu = FakeMps(schedule=schedule, seed=seed)
+        gpu.compile(SOURCE).order(torch.zeros(1, dtype=torch.int32), order, threads=96, group_size=32)
+        return order.tolist()
+
+    assert taken("forward") == list(range(96))
+    assert taken("reversed") == list(range(95, -1, -1))
+    assert sorted(taken("random")) == list(range(96))
+    assert taken("random", 1) == taken("random", 1)
+    assert taken("random", 1) != taken("random", 2)
+    first_of_groups = [min(taken("random", 1)[i : i + 32]) for i in (0, 32, 64)]
+    assert first_of_groups != sorted(first_of_groups), "groups are shuffled too"
+
+
+def test_half_and_bfloat_round_after_each_operation(gpu: FakeMps) -> None:
+    a = torch.linspace(-3, 3, 64).half()
+    b = torch.linspace(-3, 3, 64).bfloat16()
+    total, rounded = torch.zeros(64).half(), torch.zeros(64).bfloat16()
+    gpu.compile(SOURCE).halves(a, b, total, rounded, threads=64, group_size=32)
+    v = a.numpy()
+    np.testing.assert_array_equal(total.numpy(), v * v + v - np.float16(0.25))
+    assert torch.equal(rounded, (b.float() * 3).bfloat16())
+
+
+def test_bits_and_vectors(gpu: FakeMps) -> None:
+    x = torch.randint(-(2**31), 2**31, (32,), dtype=torch.int32, generator=torch.Generator().manual_seed(3))
+    y = torch.zeros(32, 8)
+    gpu.compile(SOURCE).bits(x, y, threads=32, group_size=32)
+    words = x.numpy().view(np.uint32)
+    q = words.view(np.uint8).reshape(32, 4).astype(np.float32)
+    f = q[:, [1, 0, 2, 3]]
+    g = np.concatenate([np.tile(np.float32([1, 2]), (32, 1)), f[:, 2:]], 1)
+    np.testing.assert_array_equal(y[:, :4], f * g + 0.5)
+    h = (words & 0x3FFF3FFF).view(np.float16).astype(np.float32).reshape(32, 2)
+    np.testing.assert_array_equal(y[:, 4], h.sum(1))
+    np.testing.assert_array_equal(y[:, 5], ((words >> 9) | 0x3F800000).view(np.float32))
+    np.testing.assert_allclose(y[:, 6], (f * g).sum(1), rtol=1e-6)
+    ones = [bin(w).count("1") for w in words]
+    zeros = [32 - int(w >> 8).bit_length() for w in words]
+    expected = [1000 * o + 10 * z + max(int(v), 300) for o, z, v in zip(ones, zeros, q[:, 1], strict=True)]
+    assert y[:, 7].tolist() == expected
+
+
+def test_functions(gpu: FakeMps) -> None:
+    x = torch.linspace(0.1, 3, 40)
+    y = torch.zeros(16, 40)
+    gpu.compile(SOURCE).functions(x, y, threads=40, group_size=40)
+    expected = [x.exp(), x.log(), x.rsqrt(), x.tanh(), x.sin(), x**1.5, x.floor(), x.round(), x.clamp(0.5, 1)]
+    expected += [x.exp2(), 1 / x, torch.full((40,), 2.0), x, torch.where(x > 1, 2.0, 1.0), x.sign(), x * 8]
+    torch.testing.assert_close(y, torch.stack(expected), rtol=1e-6, atol=1e-6)
+
+
+def test_places_in_three_dimensions(gpu: FakeMps) -> None:
+    grid, group = (7, 5, 3), (4, 3, 2)
+    y = torch.zeros(math.prod(grid), 23, dtype=torch.int32)
+    gpu.compile(SOURCE).places(y, threads=grid, group_size=group)
+    for row, (z, yy, x) in zip(y.tolist(), np.ndindex(3, 5, 7), strict=True):
+        at = (x, yy, z)
+        inside = tuple(a % g for a, g in zip(at, group, strict=True))
+        of_group = tuple(a // g for a, g in zip(at, group, strict=True))
+        size = tuple(min(g, n - o * g) for g, n, o in zip(group, grid, of_group, strict=True))
+        index = (inside[2] * size[1] + inside[1]) * size[0] + inside[0]
+        simds = -(-math.prod(size) // 32)
+        assert row == [*at, *grid, *of_group, 2, 2, 2, *inside, *size, index, index % 32, 32, index // 32, simds]
