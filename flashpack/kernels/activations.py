@@ -27,6 +27,21 @@ _FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def named(name: str, gated: bool, limit: float = 0.0) -> Activation:
+    """The one of ``ACTIVATIONS`` that is called so."""
+    if name == "swiglu_oai":
+        return Activation(lambda x: _swiglu_oai(*x.chunk(2, dim=-1), limit), name, limit)
+    formula = _FORMULAS[name]
+    if not gated:
+        return Activation(formula, name)
+
+    def function(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return formula(gate) * up
+
+    return Activation(function, name)
+
+
 def recognize(function: Callable[[Tensor], Tensor], gated: bool, limit: float | None = None) -> Activation:
     """``function`` as an ``Activation``, with a name if it computes one of ``ACTIVATIONS``.
 
