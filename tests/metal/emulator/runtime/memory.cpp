@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -16,9 +17,14 @@ const size_t PAGE = size_t(sysconf(_SC_PAGESIZE));
 Byte* rooms;
 size_t sizes[VARIABLES]; // of the variables that the group has come to; 0 of others
 Byte *stacks_begin, *stacks_end;
+pthread_t launching;
 
-void on_fault(int, siginfo_t* info, void*)
+void on_fault(int number, siginfo_t* info, void*)
 {
+    if (!pthread_equal(pthread_self(), launching)) { // not a kernel's: as if nobody were here
+        signal(number, SIG_DFL);
+        return;
+    }
     const Byte* at = static_cast<const Byte*>(info->si_addr);
     if (at >= stacks_begin && at < stacks_end)
         snprintf(message, sizeof message, "a thread's own variables do not fit its stack");
@@ -85,6 +91,7 @@ void catch_faults(bool on)
     static stack_t stack_before;
     static Byte stack[64 << 10]; // a thread's own stack may be what is full
     if (on) {
+        launching = pthread_self();
         stack_t own = {};
         own.ss_sp = stack;
         own.ss_size = sizeof stack;

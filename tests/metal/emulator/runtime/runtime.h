@@ -34,6 +34,7 @@ struct Launch {
 };
 
 extern const Launch* launched; // the one that runs
+extern void* bound[];          // its buffers as its threads see them
 extern sigjmp_buf failed;      // where a failing thread goes; the message is in `message`
 extern char message[512];
 
@@ -49,6 +50,9 @@ struct Extent {
     const char* name; // for messages
 };
 void say_outside(const Extent& extent, const void* at); // into `message`
+
+// scheduler.cpp
+void run_grid(const Launch& launch);
 
 // memory.cpp
 Byte* reserve(size_t bytes);                    // addresses without memory

@@ -3,10 +3,7 @@
 
 #include "fiber.h"
 
-#include <cstdarg>
-#include <cstdio>
 #include <cstring>
-#include <numeric>
 #include <vector>
 
 using emulated::Place;
@@ -39,8 +36,8 @@ Stack scheduler;
 Place place; // of the group that runs; a thread adds its own part
 uint thread_count, returned, at_barrier;
 Fiber *waiting, *gone; // one at the group's barrier, one that has returned
-void* buffers[BUFFERS];
 uint64_t random_state;
+std::vector<uint> group_order, thread_order;
 Byte* stacks;
 
 Fiber& self() { return *static_cast<Fiber*>(emulated::current); }
@@ -91,15 +88,12 @@ uint64_t random_number()
     return random_state;
 }
 
-std::vector<uint> ordered(uint count, uint32_t order)
+void put_in_order(std::vector<uint>& numbers, uint count, uint32_t order)
 {
-    std::vector<uint> numbers(count);
-    std::iota(numbers.begin(), numbers.end(), 0u);
-    if (order == REVERSED)
-        for (uint i = 0; i < count; i++) numbers[i] = count - 1 - i;
+    numbers.resize(count);
+    for (uint i = 0; i < count; i++) numbers[i] = order == REVERSED ? count - 1 - i : i;
     if (order == RANDOM)
         for (uint i = count; i > 1; i--) std::swap(numbers[i - 1], numbers[random_number() % i]);
-    return numbers;
 }
 
 void thread_main()
@@ -115,7 +109,7 @@ void thread_main()
     mine.thread_index_in_threadgroup = i;
     mine.thread_index_in_simdgroup = fiber.lane;
     mine.simdgroup_index_in_threadgroup = i / WIDTH;
-    launched->body(mine, buffers);
+    launched->body(mine, bound);
 
     fiber.state = State::done;
     Lanes& lanes = lanes_of(fiber);
@@ -152,11 +146,11 @@ void prepare_group()
     }
 }
 
-void run_group(const std::vector<uint>& order)
+void run_group()
 {
     while (returned < thread_count) {
         bool progress = false;
-        for (uint i : order) {
+        for (uint i : thread_order) {
             if (fibers[i].state != State::ready) continue;
             progress = true;
             emulated::current = &fibers[i];
@@ -170,6 +164,8 @@ void run_group(const std::vector<uint>& order)
     }
 }
 
+} // namespace
+
 void run_grid(const Launch& launch)
 {
     if (!stacks) stacks = make_stacks(MOST_THREADS, STACK);
@@ -180,7 +176,8 @@ void run_grid(const Launch& launch)
     place.threads_per_grid = threads;
     place.threadgroups_per_grid = groups;
     place.threads_per_simdgroup = WIDTH;
-    for (uint group : ordered(groups.x * groups.y * groups.z, launch.order)) {
+    put_in_order(group_order, groups.x * groups.y * groups.z, launch.order);
+    for (uint group : group_order) {
         const uint3 at = {group % groups.x, group / groups.x % groups.y, group / (groups.x * groups.y)};
         const uint3 left = threads - at * size;
         const uint3 mine = {left.x < size.x ? left.x : size.x, left.y < size.y ? left.y : size.y,
@@ -190,14 +187,10 @@ void run_grid(const Launch& launch)
         thread_count = mine.x * mine.y * mine.z;
         place.simdgroups_per_threadgroup = (thread_count + WIDTH - 1) / WIDTH;
         prepare_group();
-        run_group(ordered(thread_count, launch.order));
+        put_in_order(thread_order, thread_count, launch.order);
+        run_group();
     }
 }
-} // namespace
-
-const Launch* launched;
-sigjmp_buf failed;
-char message[512];
 
 namespace emulated {
 Thread* current;
@@ -239,46 +232,4 @@ void group_barrier(mem_flags flags, int line)
     start_epoch(flags);
     for (uint i = 0; i < thread_count; i++) fibers[i].state = State::ready;
 }
-
-void fail(const char* format, ...)
-{
-    va_list values;
-    va_start(values, format);
-    vsnprintf(message, sizeof message, format, values);
-    va_end(values);
-    siglongjmp(failed, 1);
-}
-
-void check_argument(uint buffer, size_t size, size_t alignment)
-{
-    const Buffer& argument = launched->buffers[buffer];
-    if (argument.bytes < size)
-        fail("argument '%s' of %llu bytes is bound to a type of %zu", argument.name,
-            static_cast<unsigned long long>(argument.bytes), size);
-    if (uintptr_t(buffers[buffer]) % alignment)
-        fail("argument '%s' is not aligned to %zu bytes", argument.name, alignment);
-}
-
-void misaligned_access(uintptr_t address, size_t alignment, int line)
-{
-    fail("line %d: an address is %zu more than a multiple of the %zu bytes that it must be aligned to", line,
-        address % alignment, alignment);
-}
 } // namespace emulated
-
-// 0, or 1 with what went wrong in `error`. One launch at a time.
-extern "C" int metal_launch(const Launch* launch, char* error, size_t size)
-{
-    launched = launch;
-    catch_faults(true);
-    bool good = sigsetjmp(failed, 1) == 0;
-    if (good) {
-        bring_in(*launch, buffers);
-        start_launch();
-        run_grid(*launch);
-    }
-    catch_faults(false);
-    good = bring_back() && good;
-    if (!good) snprintf(error, size, "kernel %s: %s", launch->kernel, message);
-    return good ? 0 : 1;
-}
