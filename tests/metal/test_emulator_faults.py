@@ -7,7 +7,7 @@ import mmap
 import pytest
 import torch
 
-from tests.metal.emulator import FakeMps
+from tests.metal.emulator import FakeMps, time_limit
 
 # One library for all: kernels are compiled together in little more time than one.
 SOURCE = """#include <metal_stdlib>
@@ -132,6 +132,10 @@ kernel void overflow(ARGUMENTS) { y[i] = float(0x7fffffff + int(i + 1)); }
 kernel void division(ARGUMENTS) { y[i] = float(7u / uint(x[i])); }
 kernel void too_large(ARGUMENTS) { y[i] = float(int((x[i] + 1.0f) * 1e20f)); }
 
+kernel void endless(ARGUMENTS) {
+    while (x[i] < 1.0f) x[i] *= 0.5f;
+    y[i] = x[i];
+}
 kernel void unset_memory(ARGUMENTS) {
     threadgroup float shared[256];
     if (i < 255) shared[i] = x[i];
@@ -267,6 +271,12 @@ def test_unset_threadgroup_memory_is_nan(gpu: FakeMps) -> None:
     library.unset_memory(x, y, threads=256, group_size=256)
     assert y[:255].eq(1).all()
     assert y[255].isnan()
+
+
+def test_a_kernel_without_end(quick_gpu: FakeMps) -> None:
+    library = quick_gpu.compile(SOURCE)
+    with pytest.raises(RuntimeError, match="kernel endless: no end after 1 seconds"), time_limit(1):
+        library.endless(torch.zeros(32), torch.zeros(32), threads=32, group_size=32)
 
 
 def test_after_a_fault_the_process_goes_on(gpu: FakeMps) -> None:

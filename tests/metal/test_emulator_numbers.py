@@ -215,6 +215,15 @@ def test_bits_and_vectors(gpu: FakeMps) -> None:
     assert y[:, 7].tolist() == expected
 
 
+def test_small_numbers_are_zeros_where_a_gpu_may_flush_them() -> None:
+    """In one schedule, so that a kernel that depends on either differs between schedules. Halves are never flushed."""
+    for schedule, expected in (("forward", 2.0**-129), ("reversed", 0.0), ("random", 2.0**-129)):
+        gpu = FakeMps(schedule=schedule)
+        assert lanes(gpu, "product", torch.tensor([2.0**-130, 2.0] + [1.0] * 30)).max() == expected
+        assert lanes(gpu, "sum_half", torch.tensor([2.0**-24] * 2 + [0.0] * 30).half()).max() == 2.0**-23
+    assert torch.tensor(2.0**-130) * 1.0 == 2.0**-130, "the processor is as it was"
+
+
 def test_functions(gpu: FakeMps) -> None:
     x = torch.linspace(0.1, 3, 40)
     y = torch.zeros(16, 40)

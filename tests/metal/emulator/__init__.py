@@ -5,5 +5,6 @@ threads as fibers, SIMD groups of 32, barriers and threadgroup memory.
 """
 
 from .fake_mps import FakeMps
+from .library import time_limit
 
-__all__ = ["FakeMps"]
+__all__ = ["FakeMps", "time_limit"]

@@ -18,7 +18,8 @@ NO_GUARD, AT_END, AT_START = range(3)
 class FakeMps:
     """Runs kernels in the emulator: at once, or lazily, as late as a GPU might.
 
-    ``schedule``: in which order groups and threads run: "forward", "reversed" or "random".
+    ``schedule``: in which order groups and threads run: "forward", "reversed" or "random". Reversed, float32 numbers
+    below 2^-126 are zeros, which a GPU may make of them, too.
     ``guarded``: each argument is copied for a launch so that what lies beside it cannot be read or written.
     ``lazy``: launches run at ``wait``, or when an operation of torch in a thread that launches touches memory that a
     queued launch uses. Memory written or read without torch (numpy, preadv) does not make them run: on a GPU it is not

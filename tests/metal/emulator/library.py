@@ -6,7 +6,8 @@ import ctypes
 import functools
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -94,6 +95,17 @@ class Runtime:
         with cls.lock:
             if library.metal_launch(ctypes.byref(launch), error, len(error)):
                 raise RuntimeError(error.value.decode())
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Launches may take no longer than this of the processor's time."""
+    limit = ctypes.c_uint.in_dll(Runtime.load(), "metal_seconds")
+    before, limit.value = limit.value, seconds
+    try:
+        yield
+    finally:
+        limit.value = before
 
 
 @functools.cache

@@ -4,6 +4,10 @@
 #include <cstdarg>
 #include <cstdio>
 
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
 const Launch* launched;
 void* bound[BUFFERS];
 sigjmp_buf failed;
@@ -36,6 +40,19 @@ void misaligned_access(uintptr_t address, size_t alignment, int line)
 }
 } // namespace emulated
 
+// GPUs may take float32 numbers below 2^-126 for zero, and make zeros of them; float16's are as they are.
+static void flush_small_numbers(bool on)
+{
+#if defined(__x86_64__)
+    const unsigned bits = 1 << 15 | 1 << 6; // of results, of operands
+    _mm_setcsr(on ? _mm_getcsr() | bits : _mm_getcsr() & ~bits);
+#elif defined(__aarch64__)
+    uint64_t control;
+    asm volatile("mrs %0, fpcr" : "=r"(control));
+    asm volatile("msr fpcr, %0" : : "r"(on ? control | 1 << 24 : control & ~(uint64_t(1) << 24)));
+#endif
+}
+
 // 0, or 1 with what went wrong in `error`.
 extern "C" int metal_launch(const Launch* launch, char* error, size_t size)
 {
@@ -45,9 +62,11 @@ extern "C" int metal_launch(const Launch* launch, char* error, size_t size)
     if (sigsetjmp(failed, 1) == 0) {
         bring_in(*launch, bound);
         start_launch();
+        flush_small_numbers(launch->order == REVERSED);
         run_grid(*launch);
         good = true;
     }
+    flush_small_numbers(false);
     catch_faults(false);
     if (!bring_back()) good = false;
     if (!good) snprintf(error, size, "kernel %s: %s", launch->kernel, message);

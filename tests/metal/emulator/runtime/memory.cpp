@@ -8,6 +8,7 @@
 #include <cstring>
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/time.h>
 #include <unistd.h>
 
 namespace {
@@ -21,9 +22,16 @@ pthread_t launching;
 
 void on_fault(int number, siginfo_t* info, void*)
 {
-    if (!pthread_equal(pthread_self(), launching)) { // not a kernel's: as if nobody were here
-        signal(number, SIG_DFL);
+    if (!pthread_equal(pthread_self(), launching)) {
+        if (number == SIGVTALRM)
+            pthread_kill(launching, number);
+        else
+            signal(number, SIG_DFL); // not a kernel's fault: as if nobody were here
         return;
+    }
+    if (number == SIGVTALRM) {
+        snprintf(message, sizeof message, "no end after %u seconds", metal_seconds);
+        siglongjmp(failed, 1);
     }
     const Byte* at = static_cast<const Byte*>(info->si_addr);
     if (at >= stacks_begin && at < stacks_end)
@@ -84,12 +92,15 @@ void say_outside(const Extent& extent, const void* at)
         byte < 0 ? "before its start" : "beyond its end");
 }
 
+unsigned metal_seconds = 60;
+
 void catch_faults(bool on)
 {
-    static const int signals[] = {SIGSEGV, SIGBUS};
-    static struct sigaction before[2];
+    static const int signals[] = {SIGSEGV, SIGBUS, SIGVTALRM};
+    static struct sigaction before[3];
     static stack_t stack_before;
     static Byte stack[64 << 10]; // a thread's own stack may be what is full
+    struct itimerval limit = {};
     if (on) {
         launching = pthread_self();
         stack_t own = {};
@@ -99,9 +110,12 @@ void catch_faults(bool on)
         struct sigaction action = {};
         action.sa_sigaction = on_fault;
         action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-        for (int i = 0; i < 2; i++) sigaction(signals[i], &action, &before[i]);
+        for (int i = 0; i < 3; i++) sigaction(signals[i], &action, &before[i]);
+        limit.it_value.tv_sec = metal_seconds;
+        setitimer(ITIMER_VIRTUAL, &limit, nullptr);
     } else {
-        for (int i = 0; i < 2; i++) sigaction(signals[i], &before[i], nullptr);
+        setitimer(ITIMER_VIRTUAL, &limit, nullptr);
+        for (int i = 0; i < 3; i++) sigaction(signals[i], &before[i], nullptr);
         sigaltstack(&stack_before, nullptr);
     }
 }

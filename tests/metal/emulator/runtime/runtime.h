@@ -61,6 +61,7 @@ Byte* make_stacks(size_t count, size_t size);   // each with an unreadable page 
 void forget_threadgroup_memory();               // before a group
 Extent threadgroup_variable(uintptr_t address); // the nearest one
 void catch_faults(bool on);                     // while threads run
+extern "C" unsigned metal_seconds;              // of the processor's time that a launch may take
 
 // arguments.cpp
 void bring_in(const Launch& launch, void** buffers); // copies of the arguments between unreadable pages
