@@ -57,7 +57,6 @@ def run(
     if thinking not in (None, "on", "off"):
         raise UsageError(f"--thinking {thinking}: on or off")
     quiet_libraries()
-    from flashpack.kernels import missing_kernels
     from flashpack.runtime import load, template
 
     if not raw:
@@ -77,8 +76,9 @@ def run(
         note(f"{used} of the model's {own} experts per token: the output is not the model's own")
     if prefer_cached is not None:
         note(f"experts in memory preferred, from {prefer_cached:g} of the weight: the output is not the model's own")
-    if not reference and (missing := missing_kernels()):
-        note(missing)
+    notices = list(runtime.notices)
+    for line in notices:
+        note(line)
 
     from flashpack.runtime.generate import Sampling, encode_prompt, generate, load_tokenizer
     from flashpack.runtime.timing import Timing
@@ -95,6 +95,8 @@ def run(
     sampling = Sampling(temperature, top_p, top_k, seed)
     split = Timing(model) if timing else None
     result = generate(model, tokenizer, ids, max_tokens, sampling, None if json else show, split)
+    for line in runtime.notices[len(notices) :]:  # of what a kernel was first needed for
+        note(line)
     if json:
         answer_json(result.to_json())
     else:

@@ -13,7 +13,6 @@ __all__ = [
     "StoredMatrix",
     "check_device",
     "get_kernels",
-    "missing_kernels",
 ]
 
 DEVICES = ("cpu", "mps")
@@ -51,14 +50,10 @@ def get_kernels(device: str, threads: int = 1, reference: bool = False) -> Kerne
     if reference or isinstance(compute.library(), str):
         from flashpack.kernels.cpu.reference import ReferenceKernels
 
-        return ReferenceKernels(threads)
+        kernels = ReferenceKernels(threads)
+        if not reference:
+            kernels.notices.append(compute.status())
+        return kernels
     from flashpack.kernels.cpu.compiled import NativeKernels
 
     return NativeKernels(threads)
-
-
-def missing_kernels() -> str | None:
-    """One line about kernels that are not there although they could be; None if nothing is missing."""
-    from flashpack.kernels.cpu.native import compute
-
-    return compute.status() if isinstance(compute.library(), str) else None

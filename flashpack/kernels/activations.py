@@ -29,17 +29,14 @@ _FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def named(name: str, gated: bool, limit: float = 0.0) -> Activation:
     """The one of ``ACTIVATIONS`` that is called so."""
-    if name == "swiglu_oai":
-        return Activation(lambda x: _swiglu_oai(*x.chunk(2, dim=-1), limit), name, limit)
-    formula = _FORMULAS[name]
     if not gated:
-        return Activation(formula, name)
+        return Activation(_FORMULAS[name], name)
 
     def function(x: Tensor) -> Tensor:
         gate, up = x.chunk(2, dim=-1)
-        return formula(gate) * up
+        return _swiglu_oai(gate, up, limit) if name == "swiglu_oai" else _FORMULAS[name](gate) * up
 
-    return Activation(function, name)
+    return Activation(function, name, limit)
 
 
 def recognize(function: Callable[[Tensor], Tensor], gated: bool, limit: float | None = None) -> Activation:

@@ -245,12 +245,14 @@ class Kernels(Protocol):
     """One device's kernels. Activations are float32, float16 or bfloat16; results have their type.
 
     ``device``: where all tensors are. ``asynchronous``: whether kernels may still run, and read records, when a call
-    has returned: then a caller must ``wait`` before it overwrites what they read.
+    has returned: then a caller must ``wait`` before it overwrites what they read. ``notices``: what is computed in a
+    slower way than it could be, a line for each reason; more may come.
     """
 
     name: str
     device: torch.device
     asynchronous: bool
+    notices: list[str]
 
     def view_record(self, record: torch.Tensor, kind: RecordKind) -> RecordView:
         """See the bytes of a record (uint8 [stride]) as matrices, without copying."""

@@ -49,6 +49,8 @@ class Runtime:
     budget: Budget
     context: int
     kernels: str
+    notices: list[str]
+    """``Kernels.notices``."""
     decoding: str
     decoder: LeanDecoder | None
     """What decodes where it is not the library."""
@@ -175,8 +177,9 @@ def load(
         decoding, decoder = lean.install(model, kernels, sites, context, prefer_cached)
     used = own_top_k if experts_per_token is None else experts_per_token
     runtime: Any = Runtime(
-        opened, store, budget, context, kernels.name, decoding, decoder, (used, own_top_k), prefer_cached
-    )
+        opened, store, budget, context, kernels.name, kernels.notices, decoding, decoder, (used, own_top_k),
+        prefer_cached,
+    )  # fmt: skip
     model.flashpack = runtime
     weakref.finalize(model, _finish, store, remembered)
     return model

@@ -17,6 +17,7 @@ from flashpack.formats.encodings import decode
 from flashpack.formats.records import MXFP4, fp8, nvfp4
 from flashpack.formats.writer import RecordBuffer
 from flashpack.kernels import StoredMatrix, get_kernels
+from flashpack.kernels.cpu.native import compute
 from flashpack.kernels.cpu.reference import BLOCK_VALUES, ReferenceKernels
 
 KERNELS = ReferenceKernels(1)
@@ -277,3 +278,11 @@ def halves(h: torch.Tensor) -> torch.Tensor:
 def test_a_device_without_kernels_is_refused() -> None:
     with pytest.raises(DeviceError, match="cuda"):
         get_kernels("cuda")
+
+
+def test_missing_native_kernels_are_a_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "library", lambda: "there was no compiler")
+    assert get_kernels("cpu").notices == [
+        "native kernels: there was no compiler; torch is used, which is several times slower"
+    ]
+    assert get_kernels("cpu", reference=True).notices == []

@@ -46,6 +46,7 @@ class ReferenceKernels:
     asynchronous = False
 
     def __init__(self, threads: int) -> None:
+        self.notices: list[str] = []
         self._pool = pool(threads)
 
     def view_record(self, record: Tensor, kind: RecordKind) -> RecordView:
