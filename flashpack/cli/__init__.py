@@ -15,6 +15,7 @@ from flashpack.cli.plan import plan
 from flashpack.cli.recode import recode
 from flashpack.cli.repair import repair
 from flashpack.cli.run import run
+from flashpack.cli.selftest import selftest
 from flashpack.cli.verify import verify
 from flashpack.errors import FlashpackError
 from flashpack.version import __version__
@@ -46,7 +47,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-for _command in (plan, convert, verify, repair, recode, inspect, run):
+for _command in (plan, convert, verify, repair, recode, inspect, run, selftest):
     app.command()(_guarded(_command))
 
 
