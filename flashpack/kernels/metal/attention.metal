@@ -153,6 +153,7 @@ inline void attend(
     for (uint c = thread_index % columns; mine < parts && c < width; c += columns) {
         for (uint h = 0; h < H; h++)
             sums[h] = 0.0f;
+#pragma unroll(4) // reads that do not wait for each other
         for (uint t = mine; t < cached; t += parts) {
             const float now = block_values[t * width + c];
             for (uint h = 0; h < H; h++)
@@ -226,6 +227,7 @@ kernel void attend_merge(
     const uint parts = MERGE_THREADS / width, part = thread_index / width, column = thread_index % width;
     if (part < parts) {
         float sum = 0.0f, total = 0.0f;
+#pragma unroll(4)
         for (uint b = part; b < blocks; b += parts) {
             const float weight = exp(numbers[2 * b] - most);
             sum = fma(weight, rows[ulong(b) * width + column], sum);

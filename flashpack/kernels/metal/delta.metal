@@ -92,6 +92,7 @@ kernel void delta(
         const float share = logistic(beta[number]);
         if (part < parts) { // what the state answers to the key; parts take every n-th row
             Quad sum = Quad(0.0f);
+#pragma unroll(4) // reads that do not wait for each other
             for (uint i = part; i < keys; i += parts)
                 sum = fma(rows[i * quads], Quad(own_key[i]), sum);
             sums[thread_index] = sum;
