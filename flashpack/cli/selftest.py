@@ -59,14 +59,29 @@ def _lines(report: Report, speed: Speed) -> list[str]:
     lines += [f"WRONG  {line}" for line in report.wrong]
     right = sum(wrong is None for wrong in report.common.values())
     lines.append(f"{right} of {len(report.common)} other checks pass (shared memory, results that depend on company)")
-    lines += _wrapped("errors: ", (f"{name} {error:.0e}" for name, error in sorted(report.errors.items())))
+    lines += _errors(report)
     rates = (f"{name} {rate / 1e9:.0f}" for name, rate in speed.products.items())
     lines += _wrapped("GB/s of a matrix times one token: ", rates)
     lines.append(f"a launch {1e6 * speed.launch:.1f} us, a launch and a wait {1e6 * speed.wait:.0f} us")
-    lines += [f"a {kind} layer of Qwen3.5-397B, 10 experts in memory: {_layer(x)}" for kind, x in speed.layers.items()]
     if speed.token:
-        lines.append(f"a token of all 60 of them: {_layer(speed.token)}")
+        lines.append("Qwen3.5-397B, 4 bits, 10 experts, all in memory")
+        lines += [f"  {kind} layer: {_layer(x)}" for kind, x in speed.layers.items()]
+        lines.append(f"  60 layers: {_layer(speed.token)}")
     return lines
+
+
+def _errors(report: Report) -> list[str]:
+    """A table of products by format, and a line of the others; "-" where a kernel did not run."""
+    from flashpack.kernels.metal.source import FORMATS, PRODUCTS
+
+    def shown(name: str) -> str:
+        return f"{report.errors[name]:.0e}" if name in report.errors else "-"
+
+    lines = ["largest errors, relative"]
+    lines += [f"{'':18}" + "".join(f"{form:>8}" for form in FORMATS)]
+    lines += [f"{kernel:18}" + "".join(f"{shown(f'{kernel}_{form}'):>8}" for form in FORMATS) for kernel in PRODUCTS]
+    others = report.errors.keys() - {f"{kernel}_{form}" for kernel in PRODUCTS for form in FORMATS}
+    return lines + _wrapped("", (f"{name} {shown(name)}" for name in sorted(others)))
 
 
 def _layer(x: LayerSpeed) -> str:

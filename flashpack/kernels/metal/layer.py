@@ -12,10 +12,10 @@ from torch import Tensor
 
 from flashpack.formats.records import Encoding, Projection, RecordKind
 from flashpack.kernels.activations import named
-from flashpack.kernels.interface import AttentionShape, DeltaShape, Kernels, RecordView, Step, StoredMatrix
-from flashpack.kernels.metal.cases import Samples, in_arena, to
+from flashpack.kernels.interface import AttentionShape, DeltaShape, Kernels, RecordView, Step
+from flashpack.kernels.metal.cases.samples import Samples, in_arena, together
 
-STORED = Encoding("affine", "BF16", 4, 64)
+STORED, RAW = Encoding("affine", "BF16", 4, 64), Encoding("raw", "BF16")
 EPSILON = 1e-6
 
 
@@ -68,12 +68,13 @@ class Layer:
     def _array(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, device=self._kernels.device)
 
-    def _products(self, x: Tensor, out: Sequence[Tensor], stored: Encoding = STORED) -> Step:
-        matrices: list[Tensor | StoredMatrix] = []
-        for result in out:
-            matrices.append(to(self._kernels.device, self._samples.matrix(stored, len(result), len(x))))
-            self.nbytes += int(len(result) * len(x) * stored.bits_per_weight() / 8)
-        step = self._steps.products(x, matrices, [None] * len(out), out)
+    def _products(self, x: Tensor, out: Sequence[Tensor], small: int = 0) -> Step:
+        """``small``: so many matrices, the last ones, are not quantized."""
+        encodings = [STORED] * (len(out) - small) + [RAW] * small
+        matrices = [self._samples.matrix(e, len(y), len(x)) for e, y in zip(encodings, out, strict=True)]
+        self.nbytes += sum(int(e.bits_per_weight() / 8 * len(x) * len(y)) for e, y in zip(encodings, out, strict=True))
+        on = together(self._kernels.device, matrices)
+        step = self._steps.products(x, on, [None] * len(out), out)
         assert step is not None
         return step
 
@@ -106,7 +107,7 @@ class Layer:
         state = self._array(s.value_heads, s.delta_width, s.delta_width)
         delta.given(self._array(channels, taps), state)
         self.nbytes += 2 * state.nbytes
-        inputs = self._products(self._normed, [mixed, gates, betas, alphas])
+        inputs = self._products(self._normed, [mixed, gates, betas, alphas], small=2)
         return [inputs, delta, self._products(out, [self._y])]
 
     def _router(self) -> list[Step]:
@@ -116,18 +117,20 @@ class Layer:
         route = self._steps.route(
             logits, None, s.top_k, "softmax-top", True, 1.0, self._chosen, self._weights[: s.top_k]
         )
-        return [self._products(self._normed, [logits], Encoding("raw", "BF16")), route]
+        return [self._products(self._normed, [logits], small=1), route]
 
     def _block(self) -> Callable[[], None]:
         s, steps, device = self._sizes, self._steps, self._kernels.device
         first = [Projection(name, (s.inner, s.hidden), STORED) for name in ("gate", "up")]
         kind = RecordKind((*first, Projection("down", (s.hidden, s.inner), STORED)))
-        records = in_arena(self._kernels, kind, [self._samples.record(kind)] * (s.top_k + 1))
+        record = self._samples.record(kind)
+        # The network beside the experts is of the dense part, which has other memory.
+        records = in_arena(self._kernels, kind, [record] * s.top_k) + in_arena(self._kernels, kind, [record])
         self.nbytes += kind.nbytes * len(records)
         switch, only = self._array(1), torch.zeros(1, dtype=torch.int32, device=device)
         weigh = steps.sequence(
             [
-                self._products(self._normed, [switch]),
+                self._products(self._normed, [switch], small=1),
                 steps.route(switch, None, 1, "sigmoid-top", False, 1.0, only, self._weights[s.top_k :]),
             ]
         )

@@ -13,7 +13,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,7 +22,10 @@ from torch import Tensor
 
 from flashpack import user_cache
 from flashpack.kernels.interface import Kernels
-from flashpack.kernels.metal import cases, device, step_cases
+from flashpack.kernels.metal import device
+from flashpack.kernels.metal.cases import cases
+from flashpack.kernels.metal.cases.case import Case
+from flashpack.kernels.metal.cases.samples import Samples
 from flashpack.kernels.metal.device import Gpu
 from flashpack.kernels.metal.kernels import MetalKernels
 from flashpack.kernels.metal.source import FORMATS, PARTS, PRODUCTS, source
@@ -76,7 +79,7 @@ def examine(gpu: Gpu) -> Report:
     for part in PARTS:
         there |= _compile(part, watched, report)
     kernels = MetalKernels(watched, frozenset(report.refused))
-    for case in _cases(kernels):
+    for case in cases(kernels):
         watched.launched.clear()
         error, wrong = _try(case, kernels)
         if not case.alone or (wrong and not watched.launched):
@@ -118,13 +121,7 @@ def names(*parts: str) -> set[str]:
     return found
 
 
-def _cases(kernels: Kernels) -> Iterator[cases.Case]:
-    yield from cases.cases()
-    if kernels.steps() is not None:
-        yield from step_cases.cases()
-
-
-def _try(case: cases.Case, kernels: Kernels) -> tuple[float, str | None]:
+def _try(case: Case, kernels: Kernels) -> tuple[float, str | None]:
     """The error, and what is wrong."""
     try:
         error = max(_error(found, expected) for found, expected in case.run(kernels))
@@ -143,7 +140,7 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
 def _instead(kernels: MetalKernels) -> str | None:
     """What is wrong with the results where kernels are refused."""
-    tried = ((case.name, _try(case, kernels)[1]) for case in cases.cases() if case.alone)
+    tried = ((case.name, _try(case, kernels)[1]) for case in cases(kernels) if case.alone)
     return next((f"{name}: {wrong}" for name, wrong in tried if wrong), None)
 
 
@@ -156,7 +153,7 @@ def _memory(gpu: Gpu) -> str | None:
         host = gpu.host(part)
         for seed in range(3 if host is not None else 0):
             assert host is not None
-            numbers = cases.Samples(seed).integers(0, 255, part.shape, torch.uint8)
+            numbers = Samples(seed).integers(0, 255, part.shape, torch.uint8)
             host.numpy()[:] = numbers.numpy()
             if not torch.equal(part.cpu(), numbers):
                 return "what the processor wrote is not what the GPU read"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from flashpack.formats.records import MXFP4, Encoding, fp8, nvfp4
-from flashpack.kernels.metal.cases import Samples, to
+from flashpack.kernels.metal.cases.samples import Samples, to
 from flashpack.kernels.metal.device import Gpu
 from flashpack.kernels.metal.kernels import MetalKernels
 from flashpack.kernels.metal.layer import LARGE, Layer, Sizes

@@ -1,4 +1,4 @@
-"""What the self-test computes with the steps of decoding, and with a few lines of torch to compare."""
+"""The other steps of decoding, against a few lines of torch."""
 
 from __future__ import annotations
 
@@ -12,22 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashpack.formats.records import Encoding
-from flashpack.kernels.interface import MODES, AttentionShape, DeltaShape, Kernels, Steps
-from flashpack.kernels.metal.cases import (
-    EXPERT,
-    PRODUCT,
-    REFERENCE,
-    SAME,
-    Case,
-    Pairs,
-    Samples,
-    in_arena,
-    kinds,
-    to,
-)
+from flashpack.kernels.interface import MODES, AttentionShape, DeltaShape, Kernels
+from flashpack.kernels.metal.cases.case import PRODUCT, REFERENCE, Case, Pairs, steps_of
+from flashpack.kernels.metal.cases.samples import Samples, together
 
 ATTENTION = 1e-5
-"""Largest error, as in ``cases``: a softmax's exponentials are summed with their products, in another order."""
+"""Largest error: a softmax's exponentials are summed with their products, in another order."""
 
 RECURRENT = 3e-5
 """Two sums over a head's state, exponentials and a norm."""
@@ -36,12 +26,6 @@ WEIGHTS = 1e-5
 """Of a router: quotients of exponentials."""
 
 EPSILON = 1e-6
-
-
-def steps_of(kernels: Kernels) -> Steps:
-    steps = kernels.steps()
-    assert steps is not None, "steps are tested where no kernel is refused yet"
-    return steps
 
 
 @dataclass(frozen=True)
@@ -58,7 +42,7 @@ class Products:
         matrices = [samples.matrix(e, rows, 192) for e, rows in zip(encodings, (96, 70, 1), strict=True)]
         x, biases = samples.normal(192), [None, samples.normal(70), samples.normal(1)]
         out = [torch.zeros(m.shape[0], device=kernels.device) for m in matrices]
-        on = [to(kernels.device, m) for m in matrices]
+        on = together(kernels.device, matrices)
         step = steps_of(kernels).products(x.to(kernels.device), on, [_maybe(kernels, b) for b in biases], out)
         assert step is not None, "the kernels do not know a matrix"
         step()
@@ -264,64 +248,6 @@ class Route:
         return [(order.values, best), (weights.cpu()[order.indices], 2.5 * found)]
 
 
-@dataclass(frozen=True)
-class Together:
-    """The experts of a token and their weighted sum, at once if the device can, with a network beside them; and one by
-    one, which must give the same bits."""
-
-    index: int
-    at_once: bool
-    tolerance: ClassVar = EXPERT
-    alone: ClassVar = True
-
-    @property
-    def name(self) -> str:
-        return f"step: experts{' and their sum at once' if self.at_once else ''}, {list(kinds())[self.index][0]}"
-
-    def run(self, kernels: Kernels) -> Pairs:
-        found, expected = self.both(kernels, self.at_once)
-        return [(found, expected)]
-
-    def both(self, kernels: Kernels, at_once: bool) -> tuple[Tensor, Tensor]:
-        _, kind, activation = list(kinds())[self.index]
-        samples, device, count = Samples(self.index), kernels.device, 5
-        records = [samples.record(kind) for _ in range(count)]
-        x, weights = samples.normal(kind.projections[-1].shape[0]), samples.normal(count)
-        on, shares = x.to(device), weights.to(device)
-        views, steps = in_arena(kernels, kind, records), steps_of(kernels)
-        out, outputs = torch.zeros(len(x), device=device), torch.zeros(count, len(x), device=device)
-        together = steps.experts_combined(on, activation, shares, out) if at_once else None
-        if together is not None:
-            together(views)
-        else:
-            places = torch.zeros(count, dtype=torch.int32, device=device)
-            compute, combine = steps.experts(on, activation, outputs), steps.combine(outputs, places, shares, out)
-            compute(views[3:], 0)
-            compute(views[:3], 2)
-            steps.read(places)
-            steps.write(places, [2, 3, 4, 0, 1])
-            combine()
-        each = [REFERENCE.expert(x.unsqueeze(0), REFERENCE.view_record(r, kind), activation) for r in records]
-        return out.cpu(), (torch.cat(each) * weights.unsqueeze(1)).sum(0)
-
-
-@dataclass(frozen=True)
-class SameSum:
-    """What is computed at once has the bits of what is computed one by one."""
-
-    index: int
-    tolerance: ClassVar = SAME
-    alone: ClassVar = False
-
-    @property
-    def name(self) -> str:
-        return f"experts at once and one by one, {list(kinds())[self.index][0]}"
-
-    def run(self, kernels: Kernels) -> Pairs:
-        case = Together(self.index, True)
-        return [(case.both(kernels, True)[0], case.both(kernels, False)[0])]
-
-
 def _on(kernels: Kernels, x: Tensor) -> Tensor:
     """A copy on the device: steps write to what they are given."""
     return x.to(kernels.device, copy=True)
@@ -331,8 +257,7 @@ def _maybe(kernels: Kernels, x: Tensor | None) -> Tensor | None:
     return None if x is None else _on(kernels, x)
 
 
-def cases() -> Iterator[Case]:
-    """All of them."""
+def step_cases() -> Iterator[Case]:
     yield Products()
     for width in (8, 192, 4096):
         yield Norm(width, False)
@@ -347,9 +272,3 @@ def cases() -> Iterator[Case]:
     for mode in MODES:
         for experts, top_k, divide in ((8, 2, False), (128, 8, True), (512, 10, mode != "softmax-top")):
             yield Route(mode, experts, top_k, divide)
-    count = len(list(kinds()))
-    for index in range(count):
-        yield Together(index, False)
-        yield Together(index, True)
-    for index in range(count):
-        yield SameSum(index)
