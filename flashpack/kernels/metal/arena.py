@@ -21,7 +21,7 @@ class MetalArena:
         # What had this memory before may still be in use: torch gives it to others in the order of the device.
         gpu.wait()
         alias = gpu.host(self.tensor)
-        self._bytes = None if alias is None else memoryview(alias.numpy())
+        self._bytes = None if alias is None else alias.numpy().data
         self._buffers = threading.local()
 
     def room(self, start: int, size: int) -> memoryview:

@@ -46,6 +46,7 @@ class Mps:
         if missing:
             raise DeviceError(f"device 'mps': {missing}")
         self.device = torch.device("mps")
+        self._event = torch.mps.Event()
 
     def compile(self, source: str) -> Any:
         return torch.mps.compile_shader(source)
@@ -54,12 +55,15 @@ class Mps:
         alias = getattr(torch.mps, "_host_alias_storage", None)  # from torch 2.13 on, and not a public name yet
         if alias is None:
             return None
-        storage = alias(tensor.untyped_storage())
+        try:
+            storage = alias(tensor.untyped_storage())
+        except RuntimeError:  # memory that the processor cannot see
+            return None
         return torch.empty(0, dtype=tensor.dtype).set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
 
     def commit(self) -> None:
         # Recording an event commits what has been encoded; nothing ever waits for this one.
-        torch.mps.Event().record()
+        self._event.record()
 
     def wait(self) -> None:
         torch.mps.synchronize()
