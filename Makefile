@@ -28,7 +28,7 @@ check: venv
 
 venv: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml setup.py constraints.txt $(foreach e,c cpp h inc,$(wildcard flashpack/kernels/cpu/native/*.$(e)))
+$(VENV)/installed: pyproject.toml setup.py constraints.txt flashpack/kernels/blocks.h $(foreach e,c cpp h inc,$(wildcard flashpack/kernels/cpu/native/*.$(e)))
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; say which: make PYTHON=python3.12 ..."; exit 1; }
 	@echo "== installing into $(VENV) (a few minutes the first time)"

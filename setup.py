@@ -34,7 +34,7 @@ setup(
         Extension(
             "flashpack.kernels.cpu.native._kernels",
             [f"{NATIVE}/{name}.cpp" for name in ("kernels", *(f"level_{level}" for level in LEVELS))],
-            depends=[*(f"{NATIVE}/{name}.h" for name in HEADERS), f"{NATIVE}/floats_x86.inc"],
+            depends=["flashpack/kernels/blocks.h", *(f"{NATIVE}/{n}.h" for n in HEADERS), f"{NATIVE}/floats_x86.inc"],
             extra_compile_args=[*FLAGS, "-std=c++17"],
             extra_link_args=["-pthread"],
             language="c++",

@@ -78,13 +78,14 @@ def locate(parts: Sequence[Tensor]) -> Place | None:
 
 def moved(parts: Sequence[Tensor]) -> Place:
     """Copies of the parts, in a slab of their own."""
-    starts = [0]
+    starts, end = [], 0
     for part in parts:
-        starts.append(align(starts[-1] + part.nbytes, BASE))
-    slab = torch.empty(starts[-1], dtype=torch.uint8, device=parts[0].device)
-    for part, start in zip(parts, starts, strict=False):
+        starts.append(align(end, BASE))
+        end = starts[-1] + part.nbytes
+    slab = torch.empty(end, dtype=torch.uint8, device=parts[0].device)
+    for part, start in zip(parts, starts, strict=True):
         slab[start : start + part.nbytes].view(part.dtype).view(part.shape).copy_(part)
-    return Place(slab, 0, tuple(start // OFFSET for start in starts[:-1]))
+    return Place(slab, 0, tuple(start // OFFSET for start in starts))
 
 
 def format_of(weight: Tensor | StoredMatrix) -> str | None:

@@ -8,6 +8,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "../../blocks.h"
 #include "kernels.h"
 
 #if defined(__GNUC__)
@@ -20,6 +21,17 @@
 enum { MXFP4 = 0 };
 
 enum { ORDER_STRAIGHT, ORDER_NIBBLES, ORDER_PAIRS };
+
+/* Host code gives all kernels the same numbers. */
+static_assert((int)FP_BF16 == blocks::BF16 && (int)FP_F16 == blocks::F16 && (int)FP_F32 == blocks::F32, "types");
+
+constexpr bool are_twice_fp4(const int8_t (&table)[16])
+{
+    for (int i = 0; i < 16; i++)
+        if (table[i] != blocks::twice_fp4(i))
+            return false;
+    return true;
+}
 
 namespace {
 

@@ -54,7 +54,8 @@ template <int FORMAT> inline Codes unpack(const uint8_t *unit)
             codes.part[2][half] = vreinterpretq_s16_u16(vandq_u16(vshrq_n_u16(words, 8), mask));
             codes.part[3][half] = vreinterpretq_s16_u16(vshrq_n_u16(words, 12));
         } else if (FORMAT == MXFP4) {
-            static const int8_t twice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+            static constexpr int8_t twice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+            static_assert(are_twice_fp4(twice), "blocks.h");
             const int8x16_t table = vld1q_s8(twice);
             const uint8x16_t bytes = vld1q_u8(unit + 16 * half);
             const int16x8_t even = vreinterpretq_s16_s8(vqtbl1q_s8(table, vandq_u8(bytes, vdupq_n_u8(15))));

@@ -30,7 +30,8 @@ inline void prefetch(const void *address)
 
 template <int FORMAT> inline Codes unpack(const uint8_t *unit)
 {
-    static const int8_t twice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    static constexpr int8_t twice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    static_assert(are_twice_fp4(twice), "blocks.h");
     Codes codes;
     for (int half = 0; half < 2; half++)
         for (int i = 0; i < 32; i++) {

@@ -5,9 +5,10 @@
 
 namespace {
 
+/* Of 64 codes. */
 constexpr int unit_bytes(int format)
 {
-    return format == MXFP4 ? 32 : 8 * format;
+    return blocks::bytes_of(format == MXFP4 ? 4 : format, 64);
 }
 
 template <int TYPE> inline void widen_type(const uint8_t *source, int64_t first, int64_t count, float *out)
@@ -39,7 +40,7 @@ inline void widen_numbers(const uint8_t *source, int type, int64_t first, int64_
 /* 2^(code - 127); 255 is NaN. */
 inline float power_of_two(uint8_t code)
 {
-    return code == 255 ? NAN : float_of(code ? (uint32_t)code << 23 : 0x00400000);
+    return float_of(blocks::e8m0_bits(code));
 }
 
 /* The values of a unit, followed by zeros if there are fewer than 64. */
