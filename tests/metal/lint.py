@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from tests.metal.emulator import build
-from tests.metal.emulator.source import Kernel, kernels, line_of, matching, threadgroup_variables
+from tests.metal.emulator.source import Kernel, functions, kernels, line_of, matching, threadgroup_variables
 
 Finding = tuple[int, str]  # a position in the text, and what is wrong there
 SPACES = r"\b(?:device|constant|threadgroup|thread)\b"
@@ -84,21 +84,8 @@ def pointers(text: str) -> Iterator[Finding]:
             yield match.start(), f"'{' '.join(match[0].split())}': a pointer or reference without an address space"
 
 
-def functions(text: str) -> dict[str, tuple[int, int]]:
-    """Bodies of functions by name, from ``{`` to after ``}``."""
-    found = {}
-    for match in re.finditer(r"\b(\w+)\s*\(", text):
-        if match[1] in ("if", "for", "while", "switch", "alignas", "sizeof", "static_assert", "__attribute__"):
-            continue
-        close = matching(text, match.end() - 1)
-        body = re.compile(r"\s*(?:const\s*)?\{").match(text, close)
-        if body:
-            found[match[1]] = (body.end() - 1, matching(text, body.end() - 1))
-    return found
-
-
 def recursion(text: str) -> Iterator[Finding]:
-    bodies = functions(text)
+    bodies = {name: (start, end) for name, start, end in functions(text)}
     calls = {
         name: set(re.findall(r"\b(\w+)\s*(?:<[^<>;]*>\s*)?\(", text[start:end])) & bodies.keys()
         for name, (start, end) in bodies.items()
@@ -123,7 +110,7 @@ def program_scope(text: str) -> Iterator[Finding]:
             continue
         if "(" not in declaration and not re.search(r"\bconstant\b", declaration):
             yield start, f"'{' '.join(statement.split())[:60]}': a variable of the program is not in constant memory"
-    for start, end in functions(text).values():
+    for _, start, end in functions(text):
         for match in re.finditer(r"\bstatic\b", text[start:end]):
             yield start + match.start(), "'static': a function has no static variables in Metal"
 
@@ -154,7 +141,7 @@ def outer_statements(text: str) -> Iterator[tuple[int, str]]:
 def threadgroup_memory(text: str) -> Iterator[Finding]:
     """Threadgroup variables belong to kernels, and have no values to begin with."""
     names = set(re.findall(r"\bkernel\s+void\s+(\w+)", text))
-    inside = [range(*body) for name, body in functions(text).items() if name in names]
+    inside = [range(start, end) for name, start, end in functions(text) if name in names]
     for start, _, _, declared in threadgroup_variables(text, 0, len(text)):
         if not any(start in body for body in inside):
             yield start, f"'{declared[0]}': a threadgroup variable outside of a kernel"

@@ -114,6 +114,12 @@ kernel void index_beyond(ARGUMENTS) {
     float own[4] = {0.0f, 1.0f, 2.0f, 3.0f};
     y[i] = own[uint(x[i]) + 4u];
 }
+inline void fill(thread float* own, uint n, float v) { for (uint k = 0; k < n; k++) own[k] = v; }
+kernel void own_beyond(ARGUMENTS) {
+    float own[4];
+    fill(own, 5u + uint(x[i]), 1.0f);
+    y[i] = own[uint(x[i])];
+}
 kernel void large_stack(ARGUMENTS) {
     float own[40000];
     for (uint k = 0; k < 40000; k++) own[k] = x[i];
@@ -173,6 +179,7 @@ FAULTS = {
     "lane_32": "simd_shuffle: lane 31 reads lane 32, which is not active",
     "shared_beyond": "a threadgroup variable of 1020 bytes: access at byte 1020, beyond its end",
     "index_beyond": "an index outside of its array",
+    "own_beyond": "an access outside of one of a thread's own arrays",
     "large_stack": "own variables do not fit its stack",
     "misaligned_vector": "is 4 more than a multiple of the 16 bytes",
     "shift": "a shift by",

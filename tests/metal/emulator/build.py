@@ -38,6 +38,8 @@ CHECKS = [
     "-fsanitize=shift,signed-integer-overflow,integer-divide-by-zero,bounds,float-cast-overflow,bool,unreachable,return",
     "-fno-sanitize-recover=all",
 ]
+# After inlining it is known where a pointer to a thread's own array comes from. This check traps: it calls nothing.
+OWN_ARRAYS = ["-fsanitize=local-bounds", "-fsanitize-trap=local-bounds"]
 PROCESSOR = ["-mf16c", "-mfma"] if platform.machine() == "x86_64" else []
 # With frame pointers the runtime tells calls from each other: see scheduler.cpp. Threads' stacks are small.
 OPTIMIZED = ["-O2", "-fPIC", "-fno-omit-frame-pointer", "-fno-optimize-sibling-calls", "-fstack-clash-protection"]
@@ -74,24 +76,39 @@ def preprocess(source: str) -> str:
     )
 
 
-def compiled(source: str) -> Path:
-    """The shared library of Metal source, with a launcher for each kernel; ``SyntaxError`` with clang's text."""
+def compiled(source: str, strict: bool = True) -> Path:
+    """The shared library of Metal source, with a launcher for each kernel; ``SyntaxError`` with clang's text.
+
+    Not ``strict``: without warnings.
+    """
 
     def make(target: Path) -> None:
         text = preprocess(source)
         with tempfile.TemporaryDirectory() as folder:
             code, checked, compiled_code = (str(Path(folder) / name) for name in ("a.cpp", "a.ll", "a.o"))
             Path(code).write_text(metal.generated(text, metal.kernels(text)), encoding="ascii")
-            flags = [*LANGUAGE, *WARNINGS, *NUMBERS, *CHECKS, *PROCESSOR, *OPTIMIZED]
+            flags = [*LANGUAGE, *(WARNINGS if strict else ["-w"]), *NUMBERS, *CHECKS, *PROCESSOR, *OPTIMIZED]
             include = ["-nostdinc++", "-isystem", str(HERE / "include")]
             plain = ["-S", "-emit-llvm", "-Xclang", "-disable-llvm-passes", "-gline-tables-only"]
             plain_code = run_clang(*plain, *flags, *include, code, "-o", "-")
             Path(checked).write_text(instrumented(plain_code), encoding="ascii")
-            run_clang("-c", *OPTIMIZED, *PROCESSOR, checked, "-o", compiled_code)
+            run_clang("-c", *OPTIMIZED, *PROCESSOR, *OWN_ARRAYS, checked, "-o", compiled_code)
             # Linked apart: with -fsanitize the linker would add clang's own runtime.
             run_clang(*SHARED, compiled_code, "-o", str(target))
 
-    return cached("kernels", source, make)
+    return cached("kernels" if strict else "changed", source, make)
+
+
+def refused_lines(source: str) -> set[int]:
+    """Lines of Metal source that clang does not take, with or without warnings."""
+    text = preprocess(source)
+    code = metal.generated(text, metal.kernels(text))
+    include = ["-nostdinc++", "-isystem", str(HERE / "include")]
+    try:
+        run_clang("-fsyntax-only", "-ferror-limit=0", "-w", *LANGUAGE, *include, "-x", "c++", "-", stdin=code)
+    except SyntaxError as e:
+        return {int(line) for line in re.findall(r"^metal:(\d+):\d+: error", str(e), re.M)} or {0}
+    return set()
 
 
 def runtime() -> Path:

@@ -109,9 +109,9 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 
 @functools.cache
-def loaded(text: str) -> tuple[ctypes.CDLL, dict[str, source.Kernel]]:
+def loaded(text: str, strict: bool) -> tuple[ctypes.CDLL, dict[str, source.Kernel]]:
     Runtime.load()
-    return ctypes.CDLL(str(build.compiled(text))), {k.name: k for k in source.kernels(build.preprocess(text))}
+    return ctypes.CDLL(str(build.compiled(text, strict))), {k.name: k for k in source.kernels(build.preprocess(text))}
 
 
 Submit = Callable[[Callable[[int, int, int], None], list[Tensor]], None]
@@ -120,10 +120,10 @@ Submit = Callable[[Callable[[int, int, int], None], list[Tensor]], None]
 class Library:
     """Attributes are kernels. ``submit(run, tensors)`` decides when ``run(order, guard, seed)`` is called."""
 
-    def __init__(self, text: str, submit: Submit) -> None:
+    def __init__(self, text: str, submit: Submit, strict: bool = True) -> None:
         if not text.isascii():
             raise SyntaxError("the source is not ASCII: torch hands it to Metal as ASCII")
-        self._library, self._kernels = loaded(text)
+        self.binary, self._kernels = loaded(text, strict)
         self._submit = submit
 
     def __getattr__(self, name: str) -> Kernel:
@@ -131,7 +131,7 @@ class Library:
             raise AttributeError(name)
         if name not in self._kernels:
             raise RuntimeError(f"Failed to create function state object for: {name}")
-        return Kernel(self._library, self._kernels[name], self._submit)
+        return Kernel(self.binary, self._kernels[name], self._submit)
 
     def __dir__(self) -> list[str]:
         return sorted(self._kernels)

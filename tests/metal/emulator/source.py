@@ -113,6 +113,18 @@ def kernels(text: str) -> list[Kernel]:
     return found
 
 
+def functions(text: str) -> list[tuple[str, int, int]]:
+    """Names of functions and kernels, and where their bodies are, from ``{`` to after ``}``."""
+    found = []
+    for match in re.finditer(r"\b((?:\w+##)?\w+)\s*\(", text):
+        if match[1] in ("if", "for", "while", "switch", "alignas", "sizeof", "static_assert", "__attribute__"):
+            continue
+        body = re.compile(r"[\s\\]*(?:const\s*)?\{").match(text, matching(text, match.end() - 1))
+        if body:
+            found.append((match[1], body.end() - 1, matching(text, body.end() - 1)))
+    return found
+
+
 def parameter(kernel: str, line: int, text: str) -> Parameter:
     text = " ".join(text.split())
     attributes = re.findall(r"\[\[\s*(\w+)\s*(?:\(\s*(\w+)\s*\))?\s*\]\]", text)

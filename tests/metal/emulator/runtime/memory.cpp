@@ -29,12 +29,12 @@ void on_fault(int number, siginfo_t* info, void*)
             signal(number, SIG_DFL); // not a kernel's fault: as if nobody were here
         return;
     }
-    if (number == SIGVTALRM) {
-        snprintf(message, sizeof message, "no end after %u seconds", metal_seconds);
-        siglongjmp(failed, 1);
-    }
     const Byte* at = static_cast<const Byte*>(info->si_addr);
-    if (at >= stacks_begin && at < stacks_end)
+    if (number == SIGVTALRM)
+        snprintf(message, sizeof message, "no end after %u seconds", metal_seconds);
+    else if (number == SIGILL || number == SIGTRAP)
+        snprintf(message, sizeof message, "an access outside of one of a thread's own arrays");
+    else if (at >= stacks_begin && at < stacks_end)
         snprintf(message, sizeof message, "a thread's own variables do not fit its stack");
     else if (rooms && at >= rooms && at < rooms + VARIABLES * ROOM)
         say_outside(threadgroup_variable(uintptr_t(at)), at);
@@ -96,8 +96,8 @@ unsigned metal_seconds = 60;
 
 void catch_faults(bool on)
 {
-    static const int signals[] = {SIGSEGV, SIGBUS, SIGVTALRM};
-    static struct sigaction before[3];
+    static const int signals[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP, SIGVTALRM};
+    static struct sigaction before[5];
     static stack_t stack_before;
     static Byte stack[64 << 10]; // a thread's own stack may be what is full
     struct itimerval limit = {};
@@ -110,12 +110,12 @@ void catch_faults(bool on)
         struct sigaction action = {};
         action.sa_sigaction = on_fault;
         action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-        for (int i = 0; i < 3; i++) sigaction(signals[i], &action, &before[i]);
+        for (int i = 0; i < 5; i++) sigaction(signals[i], &action, &before[i]);
         limit.it_value.tv_sec = metal_seconds;
         setitimer(ITIMER_VIRTUAL, &limit, nullptr);
     } else {
         setitimer(ITIMER_VIRTUAL, &limit, nullptr);
-        for (int i = 0; i < 3; i++) sigaction(signals[i], &before[i], nullptr);
+        for (int i = 0; i < 5; i++) sigaction(signals[i], &before[i], nullptr);
         sigaltstack(&stack_before, nullptr);
     }
 }
