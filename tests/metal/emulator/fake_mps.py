@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -82,12 +83,24 @@ class FakeMps:
         if any(used & touched for used, _ in self._queue):
             self._run_queue()
 
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """This thread's operations are in order with launches throughout. Needed lazily where launches are made inside
+        contexts of torch (``inference_mode``) that end before ``wait``: they would take their order with them."""
+        self._enter()
+        self._watches.kept = True
+        try:
+            yield
+        finally:
+            self._watches.kept = False
+            self._leave()
+
     def _enter(self) -> None:
         if not hasattr(self._watches, "here"):
             self._watches.here = Watch(self._touch)
             self._watches.here.enter()
 
     def _leave(self) -> None:
-        if hasattr(self._watches, "here"):
+        if hasattr(self._watches, "here") and not getattr(self._watches, "kept", False):
             self._watches.here.leave()
             del self._watches.here

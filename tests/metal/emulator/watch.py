@@ -27,7 +27,9 @@ class Operations(TorchDispatchMode):
         self._touch = touch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view:
+        # Composite operations (reshape, contiguous, to) say that they are views, and copy where they must.
+        composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+        if composite or not func.is_view:
             self._touch(storages((args, kwargs)), func is torch.ops.aten._local_scalar_dense.default)
         return func(*args, **(kwargs or {}))
 
