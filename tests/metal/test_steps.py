@@ -131,6 +131,19 @@ def test_the_first_of_equals_is_chosen_first(gpu: FakeMps, mode: str) -> None:
     assert equals(mode).expected()[0] == [40, 72, 0, 1, 2]
 
 
+def check_largest(gpu: Gpu) -> None:
+    """One logit so much larger than all others that only exponentials of differences from it are floats."""
+    for place in range(70):
+        choice = Choice(70, 2, "softmax-top", False, False)
+        choice.logits[:] = 0
+        choice.logits[place] = 300
+        check_choice(gpu, choice)
+
+
+def test_the_largest_logit_may_be_anywhere(gpu: FakeMps) -> None:
+    check_largest(gpu)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_no_number_is_not_chosen(gpu: FakeMps, mode: str) -> None:
     steps = steps_on(gpu)
@@ -207,6 +220,7 @@ def check_choices(gpu: Gpu) -> None:
 CHECKS: dict[str, Callable[[Gpu], Any]] = {
     "add_norm": lambda gpu: [check_norm(gpu, width, width % 2 == 0, width % 3 > 0) for width in WIDTHS],
     "route": check_choices,
+    "route, one large": check_largest,
     **test_steps_attention.CHECKS,
     **test_steps_delta.CHECKS,
 }
