@@ -110,17 +110,24 @@ def test_what_is_not_finite_reaches_the_result(gpu: FakeMps) -> None:
     assert state[:2].isnan().all()
 
 
-@pytest.mark.parametrize("alpha", [-120.0, -30.0, -16.0, 0.0, 19.0, 21.0, 120.0])
-def test_a_state_fades_as_much_as_a_number_says(quick_gpu: FakeMps, alpha: float) -> None:
-    """log(1 + e**alpha): what a float loses of 1 + e is not lost."""
+def check_fading(gpu: Gpu, alpha: float) -> None:
+    """By log(1 + e**alpha), of which what a float loses in 1 + e is not lost."""
     layer = Layer(1, 1, 8, 8, 1, False)
     layer.inputs[5][:] = alpha
     layer.rate_bias[:] = 0
     layer.rate[:] = -1e6 if alpha < 0 else -1e-2
     layer.inputs[4][:] = -300  # nothing is put right, so the state only fades
-    _, _, state = run(steps_on(quick_gpu), layer, False, 1)
+    _, _, state = run(steps_on(gpu), layer, False, 1)
     expected = layer.state.double() * (layer.rate.double() * torch.tensor(alpha).double().exp().log1p()).exp()
     assert_close(state, expected, TOLERANCE)
+
+
+ALPHAS = [-120.0, -30.0, -16.0, 0.0, 19.0, 21.0, 120.0]
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_a_state_fades_as_much_as_a_number_says(gpu: FakeMps, alpha: float) -> None:
+    check_fading(gpu, alpha)
 
 
 @pytest.mark.parametrize("change", [{0: 3}, {0: 0}, {2: 12}, {2: 520}, {3: 0}, {3: 20}, {4: 0}], ids=str)
@@ -144,4 +151,5 @@ def test_the_processor_has_the_same_layer(quick_gpu: FakeMps, sizes: tuple[Any, 
 CHECKS = {
     "delta": lambda gpu: [check(gpu, sizes, sizes[5]) for sizes in SIZES],
     "delta, small": check_small,
+    "delta, fading": lambda gpu: [check_fading(gpu, alpha) for alpha in ALPHAS],
 }

@@ -285,35 +285,31 @@ inline void multiply(
         sums[i] = 0.0f;
     const uint units = (m.width + UNIT - 1) / UNIT;
     for (uint unit = lane; unit < units; unit += LANES) {
-        float codes[R * UNIT], scales[R], biases[R];
-        UNROLL for (uint r = 0; r < R; r++)
-            Format::codes(rows[r], m, unit, codes + r * UNIT);
-        Format::template scales<R>(rows, m, unit, scales, biases);
         const uint start = unit * UNIT, left = m.width - start;
+        float values[T * UNIT], totals[T];
         UNROLL for (uint t = 0; t < T; t++) {
-            if (t >= count)
-                continue;
             device const float* from = x + ulong(tokens[t]) * m.width + start;
-            float values[UNIT];
-            if (!Format::RAGGED || left >= UNIT) {
-                UNROLL for (uint i = 0; i < UNIT; i++)
-                    values[i] = from[i];
-            } else {
-                UNROLL for (uint i = 0; i < UNIT; i++)
-                    values[i] = i < left ? from[i] : 0.0f;
-            }
-            float sum = 0.0f;
+            totals[t] = 0.0f;
             UNROLL for (uint i = 0; i < UNIT; i++) {
-                sum += values[i];
-                values[i] *= Format::place(i);
+                const float value = !Format::RAGGED || i < left ? from[i] : 0.0f;
+                totals[t] += value;
+                values[t * UNIT + i] = value * Format::place(i);
             }
-            UNROLL for (uint r = 0; r < R; r++) {
+        }
+        float scales[R], biases[R];
+        Format::template scales<R>(rows, m, unit, scales, biases);
+        UNROLL for (uint r = 0; r < R; r++) {
+            float codes[UNIT];
+            Format::codes(rows[r], m, unit, codes);
+            UNROLL for (uint t = 0; t < T; t++) {
+                if (t >= count)
+                    continue;
                 float product = 0.0f;
                 UNROLL for (uint i = 0; i < UNIT; i++)
-                    product = fma(codes[r * UNIT + i], values[i], product);
+                    product = fma(codes[i], values[t * UNIT + i], product);
                 const uint at = r * T + t;
                 if (Format::BIASED)
-                    sums[at] = fma(biases[r], sum, sums[at]);
+                    sums[at] = fma(biases[r], totals[t], sums[at]);
                 sums[at] = fma(scales[r], product * float(Format::FACTOR), sums[at]);
             }
         }
