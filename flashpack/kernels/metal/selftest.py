@@ -11,7 +11,6 @@ import json
 import math
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -29,6 +28,7 @@ from flashpack.kernels.metal.cases.samples import Samples
 from flashpack.kernels.metal.device import Gpu
 from flashpack.kernels.metal.kernels import MetalKernels
 from flashpack.kernels.metal.source import FORMATS, PARTS, PRODUCTS, source
+from flashpack.kernels.metal.steps import KERNELS
 from flashpack.kernels.metal.watch import Unshared, Watched
 from flashpack.version import __version__
 
@@ -80,17 +80,19 @@ def examine(gpu: Gpu) -> Report:
         there |= _compile(part, watched, report)
     kernels = MetalKernels(watched, frozenset(report.refused))
     for case in cases(kernels):
-        watched.launched.clear()
+        watched.launched = set()
         error, wrong = _try(case, kernels)
-        if not case.alone or (wrong and not watched.launched):
+        if not case.alone:
+            if watched.launched and watched.launched.isdisjoint(report.refused):
+                report.common[case.name] = wrong
+        elif wrong and not watched.launched:
             report.common[case.name] = wrong
-            continue
-        for name in watched.launched:
+        for name in watched.launched if case.alone else ():
             report.errors[name] = max(error, report.errors.get(name, 0.0))
             if wrong:
                 report.refused.setdefault(name, f"{case.name}: {wrong}")
-    for name in there - report.refused.keys() - report.errors.keys():
-        report.refused[name] = "the self-test does not run it"
+    if not report.refused:  # else some are not run because others are not used
+        report.refused = dict.fromkeys(there - report.errors.keys(), "the self-test does not run it")
     for name, (width, most, group) in watched.limits().items():
         if width != SIMD_WIDTH or most < group:
             report.refused[name] = f"SIMD groups of {width} threads, {most} threads in a group; not 32 and {group}"
@@ -111,14 +113,10 @@ def _compile(part: str, watched: Watched, report: Report) -> set[str]:
 
 
 def names(*parts: str) -> set[str]:
-    """The kernels of some of ``PARTS``, all without any, as the source has them: nothing is compiled."""
-    found = set[str]()
-    for part in parts or PARTS:
-        if part in FORMATS:
-            found |= {f"{kernel}_{part}" for kernel in PRODUCTS}
-        else:
-            found |= set(re.findall(r"\bkernel void (\w+)\(", source(part)))
-    return found
+    """The kernels of some of ``PARTS``, all without any, whether they compile or not."""
+    others = {"combine": {"combine"}, "steps": set(KERNELS)}
+    found = [{f"{name}_{part}" for name in PRODUCTS} if part in FORMATS else others[part] for part in parts or PARTS]
+    return set().union(*found)
 
 
 def _try(case: Case, kernels: Kernels) -> tuple[float, str | None]:

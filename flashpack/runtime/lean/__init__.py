@@ -39,7 +39,7 @@ class LeanDecoder:
     def __init__(self, model: PreTrainedModel, kernels: Kernels, context: int) -> None:
         steps = kernels.steps()
         if steps is None:
-            raise NotLean("the native kernels are not there")
+            raise NotLean("the kernels have no steps")
         if model.dtype != torch.float32:
             raise NotLean("activations are not float32")
         self._model: Any = model

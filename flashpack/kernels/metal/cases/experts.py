@@ -9,32 +9,35 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from flashpack.formats.records import RecordKind
-from flashpack.kernels.interface import Activation, Kernels
+from flashpack.kernels.interface import Kernels
 from flashpack.kernels.metal.cases.case import EXPERT, PRODUCT, REFERENCE, SAME, Case, Pairs, steps_of
 from flashpack.kernels.metal.cases.samples import MANY, ROWS, Samples, in_arena, kinds
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """Three experts with one, few and many tokens, as in a prompt."""
+class Tokens:
+    """Three experts with tokens of their own: ``one`` for all, or one, few and many, as in a prompt."""
 
-    name: str
-    kind: RecordKind
-    activation: Activation
+    index: int
+    one: bool
     tolerance: ClassVar = EXPERT
     alone: ClassVar = True
 
+    @property
+    def name(self) -> str:
+        return f"experts, {'one token' if self.one else 'a prompt'}, {list(kinds())[self.index][0]}"
+
     def run(self, kernels: Kernels) -> Pairs:
-        samples = Samples(len(self.name))
-        records = [samples.record(self.kind) for _ in range(3)]
-        rows = [[0], [8, 2, 3], [*range(MANY), 3]]
-        x = samples.normal(MANY, self.kind.projections[-1].shape[0])
+        _, kind, activation = list(kinds())[self.index]
+        samples = Samples(self.index)
+        records = [samples.record(kind) for _ in range(3)]
+        rows = [[0]] * 3 if self.one else [[0], [8, 2, 3], [*range(MANY), 3]]
+        x = samples.normal(1 if self.one else MANY, kind.projections[-1].shape[0])
         found = torch.zeros(sum(map(len, rows)), x.shape[1], device=kernels.device)
-        kernels.experts(x.to(kernels.device), in_arena(kernels, self.kind, records), rows, self.activation, found)
+        kernels.experts(x.to(kernels.device), in_arena(kernels, kind, records), rows, activation, found)
         expected = torch.zeros(found.shape)
-        views = [REFERENCE.view_record(record, self.kind) for record in records]
-        REFERENCE.experts(x, views, rows, self.activation, expected)
+        views = [REFERENCE.view_record(record, kind) for record in records]
+        REFERENCE.experts(x, views, rows, activation, expected)
         return [(found.cpu(), expected)]
 
 
@@ -165,8 +168,9 @@ class SumStep:
 
 
 def cases() -> Iterator[Case]:
-    for name, kind, activation in kinds():
-        yield Prompt(f"experts, {name}", kind, activation)
+    for index, _ in enumerate(kinds()):
+        yield Tokens(index, True)
+        yield Tokens(index, False)
     yield Sums()
 
 
