@@ -57,7 +57,7 @@ inline float norm_factor(device const float* x, uint width, float epsilon, uint 
     return 1.0f / sqrt(simd_sum(sum) / float(width) + epsilon);
 }
 
-// The share of one block: for `H` heads of a KV head, beginning with head `first`, of the tokens from `start` on.
+// The share of a block, for up to H heads of a KV head.
 // `partial`: [heads, blocks, width] sums of values by weights, then [heads, blocks, 2] a block's largest score and its
 // sum of weights, which are exponentials of scores less that one. `weights` [BLOCK, H] are scores first.
 template <uint H>
@@ -174,7 +174,8 @@ inline void attend(
     }
 }
 
-// Threadgroups: [blocks, KV heads times chunks of H heads].
+// Threadgroups: [blocks, KV heads times chunks of H heads]. `space` is room for the queries of H heads, of eight only if
+// they are at most half of MOST_WIDTH wide: the host sees to it.
 #define ATTEND(H)                                                                                               \
     kernel void attend_##H(                                                                                     \
         constant Attention& shape [[buffer(0)]], device const uint* position [[buffer(1)]],                     \
