@@ -174,8 +174,8 @@ inline void attend(
     }
 }
 
-// Threadgroups: [blocks, KV heads times chunks of H heads]. `space` is room for the queries of H heads, of eight only if
-// they are at most half of MOST_WIDTH wide: the host sees to it.
+// Threadgroups: [blocks, KV heads times chunks of H heads]. `space` is room for the queries of H heads, of eight only
+// if they are at most half of MOST_WIDTH wide: the host sees to it.
 #define ATTEND(H)                                                                                               \
     kernel void attend_##H(                                                                                     \
         constant Attention& shape [[buffer(0)]], device const uint* position [[buffer(1)]],                     \

@@ -1,5 +1,5 @@
-// The steps of one token between its products. They compute what decode.h, recurrent.h and kernels.cpp of the processor's
-// kernels do.
+// The steps of one token between its products. They compute what decode.h, recurrent.h and kernels.cpp of the
+// processor's kernels do.
 #include "sums.metal"
 #include "attention.metal"
 #include "delta.metal"
