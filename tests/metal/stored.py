@@ -57,8 +57,8 @@ def matrix(
 
 
 def together(arrays: list[Tensor]) -> list[Tensor]:
-    """Copies in one piece of memory, each at a multiple of 64 bytes, which the last one ends."""
-    starts, end = [], 0
+    """Copies in one piece of memory, each at a multiple of 64 bytes, not at its beginning; the last one ends it."""
+    starts, end = [], 3 * C.SECTION_ALIGNMENT
     for array in arrays:
         starts.append(align(end, C.SECTION_ALIGNMENT))
         end = starts[-1] + array.nbytes

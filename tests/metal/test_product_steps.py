@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from flashpack.kernels.metal.kernels import MetalKernels
 from flashpack.kernels.metal.layouts import parts_of
 from flashpack.kernels.metal.product_steps import ProductSteps
 from tests.metal.emulator import FakeMps
-from tests.metal.stored import matrix, states, together
+from tests.metal.stored import ONE_OF_EACH, matrix, name_of, states, together
 from tests.metal.test_products_experts import AFFINE4, Slots, kind_of
 
 HIDDEN, INNER = 96, 64
@@ -131,6 +132,25 @@ def check_combined(gpu: Gpu, beside: Encoding = MXFP4) -> None:
         assert torch.equal(y, expected)
 
 
+def check_sum(encoding: Encoding, gpu: Gpu) -> None:
+    """The sum of experts of a format, with results beside multiples of a SIMD group's rows where it can have them."""
+    group = encoding.group_size
+    hidden, kernels = group * 2 or 21, MetalKernels(gpu)
+    steps, views = ProductSteps(kernels), Slots(kind_of(encoding, group or 37, hidden, True, "F16"), 3).views(kernels)
+    x, weights, (y, expected) = states(1, hidden)[0], states(1, 3)[0], torch.full((2, hidden), float("nan"))
+    outputs = torch.cat([kernels.expert(x.unsqueeze(0), view, SILU) for view in views])
+    steps.combine(outputs, torch.arange(3, dtype=torch.int32), weights, expected)()
+    at_once = steps.experts_combined(x, SILU, weights, y)
+    assert at_once is not None
+    at_once(views)
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("encoding", ONE_OF_EACH, ids=name_of)
+def test_sums_of_every_format(encoding: Encoding, gpu: FakeMps) -> None:
+    check_sum(encoding, gpu)
+
+
 @pytest.mark.parametrize("beside", [MXFP4, AFFINE4, Encoding("raw", "F32"), fp8("BF16", (8, 8))], ids=str)
 def test_experts_and_a_network_beside_them(beside: Encoding, gpu: FakeMps) -> None:
     check_experts(gpu, beside)
@@ -194,4 +214,5 @@ CHECKS: dict[str, Callable[[Gpu], None]] = {
     "products of one token": check_products,
     "experts of one token": check_experts,
     "experts of one token and their sum": check_combined,
+    **{f"sum of experts of {name_of(e)}": partial(check_sum, e) for e in ONE_OF_EACH},
 }
