@@ -20,7 +20,7 @@ from flashpack.kernels.metal.layouts import parts_of
 from flashpack.kernels.metal.product_steps import ProductSteps
 from tests.metal.emulator import FakeMps
 from tests.metal.stored import ONE_OF_EACH, matrix, name_of, states, together
-from tests.metal.test_products_experts import AFFINE4, Slots, kind_of
+from tests.metal.test_products_experts import AFFINE4, KINDS_AND_PLACES, Slots, kind_of, share
 
 HIDDEN, INNER = 96, 64
 SILU = named("silu", gated=True)
@@ -49,13 +49,14 @@ def matrices(encodings: Sequence[Encoding], rows: Sequence[int]) -> list[Tensor 
 
 
 def check_products(gpu: Gpu) -> None:
-    """More matrices than a launch takes, of more than one format, with and without biases of all types."""
+    """More matrices than a launch takes, of more than one format, one in another piece of memory; with and without
+    biases of all types."""
     kernels = MetalKernels(gpu)
-    encodings = [*[AFFINE4] * 6, Encoding("raw", "BF16"), MXFP4, fp8("F32", (0, 0))]
-    rows = [1, 9, 4, 17, 3, 8, 5, 2, 6]
-    weights = in_one_piece(matrices(encodings, rows))
+    encodings = [*[AFFINE4] * 6, Encoding("raw", "BF16"), MXFP4, fp8("F32", (0, 0)), AFFINE4]
+    rows = [1, 9, 4, 17, 3, 8, 5, 2, 6, 7]
+    weights = [*in_one_piece(matrices(encodings[:-1], rows[:-1])), *matrices(encodings[-1:], rows[-1:])]
     types = [torch.bfloat16, None, torch.float16, torch.float32, None] * 2
-    biases = [t and states(1, n, seed=n)[0].to(t) for n, t in zip(rows, types, strict=False)]
+    biases = [t and states(1, n, seed=n)[0].to(t) for n, t in zip(rows, types, strict=True)]
     x, out = torch.zeros(HIDDEN), [torch.full((n,), float("nan")) for n in rows]
     step = ProductSteps(kernels).products(x, weights, biases, out)
     assert step is not None
@@ -132,6 +133,24 @@ def check_combined(gpu: Gpu, beside: Encoding = MXFP4) -> None:
         assert torch.equal(y, expected)
 
 
+@pytest.mark.parametrize(("encodings", "shared"), KINDS_AND_PLACES.values(), ids=KINDS_AND_PLACES.keys())
+def test_records_of_different_kinds_and_places_together(encodings: list[Encoding], shared: bool, gpu: FakeMps) -> None:
+    kernels, slots = MetalKernels(gpu), [Slots(kind_of(e, 64, 192), 2) for e in encodings]
+    if shared:
+        share(slots)
+    first, second = (s.views(kernels) for s in slots)
+    records, x = [first[0], second[1], second[0], first[1]], states(1, 192)[0]
+    outputs, weights, (y, expected) = torch.empty(4, 192), states(1, 4)[0], torch.empty(2, 192)
+    steps = ProductSteps(kernels)
+    steps.experts(x, SILU, outputs)(records, 0)
+    assert torch.equal(outputs, torch.cat([kernels.expert(x.unsqueeze(0), r, SILU) for r in records]))
+    steps.combine(outputs, torch.arange(4, dtype=torch.int32), weights, expected)()
+    at_once = steps.experts_combined(x, SILU, weights, y)
+    assert at_once is not None
+    at_once(records)
+    assert torch.equal(y, expected)
+
+
 def check_sum(encoding: Encoding, gpu: Gpu) -> None:
     """The sum of experts of a format, with results beside multiples of a SIMD group's rows where it can have them."""
     group = encoding.group_size
@@ -188,6 +207,17 @@ def test_tables_are_not_written_to_while_they_are_read(
     d.kernels.wait()
     for out, right in zip(outputs, expected, strict=True):
         assert torch.equal(out, right)
+
+
+def test_tables_begin_anew_after_a_wait(quick_gpu: FakeMps) -> None:
+    kernels = MetalKernels(quick_gpu)
+    first, second = kernels.tables.table([1, 2, 3]), kernels.tables.table([4])
+    assert (first.tolist(), second.tolist()) == ([1, 2, 3], [4])
+    assert (first.storage_offset(), second.storage_offset()) == (0, 64)
+    kernels.wait()
+    again = kernels.tables.table([5, 6])
+    assert again.data_ptr() == first.data_ptr()
+    assert again.tolist() == [5, 6]
 
 
 def test_refused_kernels_are_torchs_operations(quick_gpu: FakeMps) -> None:

@@ -50,9 +50,9 @@ class Slots:
 
     def __post_init__(self) -> None:
         stride = self.kind.stride
-        self.arena = torch.cat([record(self.kind, seed) for seed in range(self.count)])
-        self.arena = self.arena[: self.arena.numel() - stride + self.kind.nbytes].clone()
-        self.records = [self.arena[i * stride :][: self.kind.nbytes] for i in range(self.count)]
+        arena = torch.cat([record(self.kind, seed) for seed in range(self.count)])
+        arena = arena[: len(arena) - stride + self.kind.nbytes].clone()
+        self.records = [arena[i * stride :][: self.kind.nbytes] for i in range(self.count)]
 
     def views(self, kernels: MetalKernels | ReferenceKernels) -> list[RecordView]:
         return [kernels.view_record(r, self.kind) for r in self.records]
@@ -167,17 +167,35 @@ def test_results_do_not_depend_on_what_is_beside_them(encoding: Encoding, gpu: F
     assert torch.equal(out[2:7], alone[[7, 3, 19, 2, 5]])
 
 
-def test_records_of_different_kinds_together(gpu: FakeMps) -> None:
-    """In two arenas: each goes to the kernels of its own format, each result to its own rows."""
-    kinds = [kind_of(AFFINE4, 64, 96), kind_of(Encoding("affine", "BF16", 2, 32), 32, 96)]
-    slots = [Slots(kind, 2) for kind in kinds]
+def share(slots: Sequence[Slots]) -> None:
+    """Move records of all kinds to one arena."""
+    strides = [s.kind.stride for s in slots for _ in s.records]
+    arena = torch.zeros(sum(strides), dtype=torch.uint8)
+    places = iter(torch.split(arena, strides))
+    for s in slots:
+        s.records = [place[: len(r)].copy_(r) for r, place in zip(s.records, places, strict=False)]
+
+
+KINDS_AND_PLACES = {
+    "two kinds in one arena": ([AFFINE4, Encoding("affine", "BF16", 2, 32)], True),
+    "two kinds of one format in one arena": ([AFFINE4, Encoding("affine", "BF16", 4, 64)], True),
+    "one kind in two arenas": ([AFFINE4, AFFINE4], False),
+}
+
+
+@pytest.mark.parametrize(("encodings", "shared"), KINDS_AND_PLACES.values(), ids=KINDS_AND_PLACES.keys())
+def test_records_of_different_kinds_and_places_together(encodings: list[Encoding], shared: bool, gpu: FakeMps) -> None:
+    """Each goes to the kernels of its own format, each result to its own rows."""
+    slots = [Slots(kind_of(e, 64, 192), 2) for e in encodings]
+    if shared:
+        share(slots)
     order = [(1, 0), (0, 1), (1, 1), (0, 0)]
     rows = [[0], [1, 2, 3], [0, 2], [3]]
-    x = states(4, 96)
+    x = states(4, 192)
     results = []
     for kernels in (MetalKernels(gpu), ReferenceKernels(1)):
         views = [s.views(kernels) for s in slots]
-        results.append(torch.full((7, 96), float("nan")))
+        results.append(torch.full((7, 192), float("nan")))
         kernels.experts(x, [views[a][b] for a, b in order], rows, SILU, results[-1])
     assert_same(*results)
 

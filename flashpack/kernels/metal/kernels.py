@@ -130,14 +130,14 @@ class MetalKernels:
     ) -> None:
         x = x.float().contiguous()
         starts = list(itertools.accumulate((len(some) for some in rows), initial=0))
-        pairs = [row for some in rows for row in some] if len(x) > 1 else [0] * starts[-1]
+        pairs = [row for some in rows for row in some]
         tiles: list[tuple[int, int, int]] = []
         groups: list[tuple[MetalRecord, int, int]] = []
         for members in _alike(records):
             first = metal_record(records[members[0]])
             if not self.can_compute(first.bound.network):
                 for i in members:
-                    states = x if len(x) == 1 else x[torch.tensor(rows[i], device=self.device)]
+                    states = x[torch.tensor(rows[i], dtype=torch.long, device=self.device)]
                     out[starts[i] : starts[i + 1]] = fallback.expert(states, records[i], activation)
                 continue
             begin = len(tiles)
@@ -259,8 +259,8 @@ class MetalKernels:
     def placed(self, weight: Tensor | StoredMatrix) -> Placed | None:
         """Where a matrix of the dense part lies; None if there are no kernels for it, which a notice says."""
         known = self._placed.get(id(weight))
-        if known is None or known[0] is not weight:
-            known = self._placed[id(weight)] = (weight, layouts.place(weight))  # callers keep their matrices
+        if known is None:
+            known = self._placed[id(weight)] = (weight, layouts.place(weight))  # kept, so that its id is
             if known[1] is None and isinstance(weight, Tensor):
                 self.notice(f"no kernel knows {weight.dtype}: torch operations compute with it")
         return known[1]
