@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,15 +18,20 @@ import flashpack
 from flashpack import user_cache
 from flashpack.cli import app
 from flashpack.kernels.interface import Kernels
-from flashpack.kernels.metal import device, selftest, speed
+from flashpack.kernels.metal import device, fallback, selftest, speed
 from flashpack.kernels.metal import kernels as kernels_module
 from flashpack.kernels.metal.cases import cases
 from flashpack.kernels.metal.cases.case import Case
 from flashpack.kernels.metal.layer import SMALL
-from flashpack.kernels.metal.source import PARTS, PRODUCTS, source
+from flashpack.kernels.metal.source import FORMATS, PARTS, PRODUCTS, source
 from flashpack.kernels.metal.steps import KERNELS
+from flashpack.kernels.metal.watch import Watched
+from flashpack.runtime import timing
 from flashpack.runtime.generate import Result, generate, load_tokenizer
-from tests.conftest import PackOf
+from flashpack.runtime.lean.layers import LeanLayer
+from flashpack.runtime.timing import Timing
+from tests.cli.test_cli import flashpack as command
+from tests.conftest import ROOT, PackOf
 from tests.metal.emulator import FakeMps, library
 
 PROMPT = list(range(40, 48))
@@ -170,7 +177,23 @@ def test_memory_that_is_not_shared_after_all_is_copied_to(machine: Machine, pack
         def host(self, tensor: Tensor) -> Tensor:
             raise AttributeError("_host_alias_storage")
 
-    wrongs = {Apart: "what the processor wrote is not what the GPU read", Broken: "AttributeError: _host_alias"}
+    class Behind(FakeMps):
+        """The GPU's latest number is not there yet."""
+
+        def host(self, tensor: Tensor) -> Tensor:
+            self.last = tensor.detach()
+            return self.last
+
+        def wait(self) -> None:
+            if hasattr(self, "last") and self.last.dtype == torch.uint8:
+                self.last[-1] = 0
+            super().wait()
+
+    wrongs = {
+        Apart: "what the processor wrote is not what the GPU read",
+        Behind: "what the GPU wrote is not what the processor read",
+        Broken: "AttributeError: _host_alias",
+    }
     for kind, wrong in wrongs.items():
         report = selftest.examine(kind(guarded=False))
         assert not report.shared
@@ -185,6 +208,22 @@ def test_memory_that_is_not_shared_after_all_is_copied_to(machine: Machine, pack
     assert [line for line in runtime.notices if line.startswith("Metal self-test: the processor's view")]
 
 
+@pytest.mark.parametrize("found", [torch.tensor([1.0, float("nan")]), torch.tensor([1.0, 3.0]), torch.ones(3)])
+def test_one_wrong_result_is_enough(found: Tensor) -> None:
+    """Not a number, another number, another shape; also of integers, of which none may differ."""
+    right = torch.ones(2)
+
+    def wrong(pair: tuple[Tensor, Tensor]) -> str | None:
+        case: Any = SimpleNamespace(tolerance=1.0, run=lambda _: [(right, right), pair])
+        kernels: Any = None
+        return selftest._try(case, kernels)[1]
+
+    assert wrong((right, right)) is None
+    assert wrong((found, right)) is not None
+    assert wrong((right.int(), right.int())) is None
+    assert wrong((torch.tensor([1, 2]), torch.tensor([1, 1]))) is not None
+
+
 def test_results_that_depend_on_company_are_said_and_used(machine: Machine, pack_of: PackOf) -> None:
     """A product with one token has other bits than with many; both are near enough."""
     machine.change("affine4", "+ row] = y;", "+ row] = 1.000001f * y;")
@@ -197,6 +236,13 @@ def test_results_that_depend_on_company_are_said_and_used(machine: Machine, pack
     kernels = selftest.tested_kernels(False)
     assert kernels.refused == frozenset()
     assert [line for line in kernels.notices if line.startswith("Metal self-test: product alone and beside others")]
+
+
+def test_torch_is_looked_at_where_it_takes_a_kernels_place(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.change("combine", "float total = 0.0f", "float total = 0.5f")
+    monkeypatch.setattr(fallback, "combine", lambda outputs, places, weights: outputs[: len(places)])
+    (line,) = selftest.examine(FakeMps(guarded=False)).wrong
+    assert line.startswith("torch's operations in place of refused kernels: sums of experts: error ")
 
 
 def test_other_limits_than_the_kernels_count_on(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,10 +306,120 @@ def test_a_self_test_that_ends_the_process_is_not_tried_again_unasked(
     assert machine.examined == 1
 
 
-def test_the_command_prints_a_block(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed is small."""
     real = speed.measure
     monkeypatch.setattr(speed, "measure", lambda gpu, refused: real(gpu, refused, SMALL, 2**12, 1))
+
+
+@pytest.mark.usefixtures("quickly")
+def test_the_command_prints_a_block(machine: Machine) -> None:
     done = CliRunner().invoke(app, ["selftest"])
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     assert lines[0].endswith(f"self-test of Metal: all {len(selftest.names(*FEW))} kernels pass")
+    assert all(word in lines[1] for word in (torch.__version__, "Python 3.", "GiB", selftest.machine()["source"]))
+    table = {line.split()[0]: line.split()[1:] for line in lines if line.startswith(("linear", "experts", "rows"))}
+    assert table.keys() == set(PRODUCTS)
+    assert all([cell != "-" for cell in row] == [form in FEW for form in FORMATS] for row in table.values())
+    assert any(line.startswith("GB/s of a matrix times one token: 2-bit g64 ") for line in lines)
+    assert any(line.startswith("a launch ") and " a launch and a wait " in line for line in lines)
+    assert [line.split(",")[:2] for line in lines[-3:]] == [
+        ["  recurrent layer: 14 launches", " 1 waits"],
+        ["  attention layer: 14 launches", " 1 waits"],
+        ["  60 layers: 843 launches", " 61 waits"],
+    ]
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.usefixtures("quickly")
+def test_the_command_says_what_fails(machine: Machine) -> None:
+    machine.change("combine", "float total = 0.0f", "float total = 0.5f")
+    done = CliRunner().invoke(app, ["selftest", "--json"])
+    assert done.exit_code == 1
+    found = json.loads(done.stdout)
+    assert found["refused"].keys() == {"combine"}
+    assert (found["passed"], found["shared"]) == (False, True)
+    assert found["speed"]["layers"]["attention"]["launches"] == 14
+    machine.change("steps", "/ float(shape.width)", "/ float(shape.width + 1)")
+    done = CliRunner().invoke(app, ["selftest"])
+    assert done.exit_code == 1
+    assert done.stdout.splitlines()[0].endswith(f"self-test of Metal: 1 of {len(selftest.names(*FEW))} kernels FAIL")
+    assert done.stdout.splitlines()[2].startswith("FAILS  add_norm: step: norm of 8: error ")
+    assert "Qwen" not in done.stdout  # no layer without steps
+
+
+def test_without_metal_the_command_ends_with_one_line() -> None:
+    for options in ((), ("--json",), ("--device", "cpu"), ("--device", "cuda")):
+        done = command("selftest", *options)
+        assert (done.returncode, done.stdout) == (7, "")
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.startswith(f"flashpack: device '{options[1] if len(options) > 1 else 'mps'}'")
+
+
+def test_a_token_launches_what_the_documentation_says(
+    machine: Machine, pack_of: PackOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each layer with all experts in memory, as the self-test's layers do; and where some had to be read."""
+    gpu = Watched(FakeMps(guarded=False))
+    monkeypatch.setattr(selftest, "tested_kernels", lambda _: kernels_module.MetalKernels(gpu))
+    model: Any = flashpack.load(pack_of("trained"), device="mps")
+    stats, real, counted = model.flashpack.store.stats, LeanLayer.__call__, list[tuple[bool, int]]()
+
+    def call(layer: LeanLayer, token: Any) -> None:
+        misses, launches, waits = stats.total().misses, gpu.launches, gpu.waits
+        real(layer, token)
+        assert gpu.waits - waits == 1
+        counted.append((stats.total().misses > misses, gpu.launches - launches))
+
+    monkeypatch.setattr(LeanLayer, "__call__", call)
+    with torch.inference_mode():
+        cache = model(torch.tensor([PROMPT]), use_cache=True).past_key_values
+        for token in (3, 4, 4, 4, 4, 4):
+            launches, waits = gpu.launches, gpu.waits
+            model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+    (layer,) = {launches for read, launches in counted if not read}
+    assert {launches for read, launches in counted if read} <= {layer, *range(layer + 3, layer + 12, 2)}
+    assert (gpu.launches - launches, gpu.waits - waits) == (6 * layer + 3, 6)
+    small = speed.measure(FakeMps(guarded=False), (), SMALL, 2**12, 1)
+    assert {kind: x.launches for kind, x in small.layers.items()} == {"recurrent": layer, "attention": layer}
+    assert small.token is not None
+    text = " ".join((ROOT / "docs" / "metal.md").read_text().split())
+    assert f"{layer} launches" in text
+    assert f"60 x {layer} + 3 = {small.token.launches} launches and 60 + 1 = {small.token.waits} waits" in text
+
+
+def test_each_part_is_waited_for_while_it_is_timed(
+    machine: Machine, pack_of: PackOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launches run as late as they may; none is left when a part's time ends, or that of experts of a batch."""
+    gpu = FakeMps(lazy=True, guarded=False)
+    monkeypatch.setattr(selftest, "tested_kernels", lambda _: kernels_module.MetalKernels(gpu))
+    pack, times, left = pack_of("trained", "q4", "q4"), list[int](), list[int]()
+
+    def look() -> float:
+        times.append(len(gpu._queue))
+        return time.perf_counter()
+
+    def looking(compute: Any) -> Any:
+        def call(*args: Any) -> None:
+            compute(*args)
+            left.append(len(gpu._queue))
+
+        return call
+
+    with gpu.watched():
+        plain, _ = run(pack)
+        model: Any = flashpack.load(pack, device="mps")
+        timed = Timing(model)
+        monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=look))
+        for layer in model.flashpack.decoder.layers:
+            layer.block.compute, layer.block.at_once = looking(layer.block.compute), looking(layer.block.at_once)
+        result = generate(model, load_tokenizer(pack), PROMPT, 4, timing=timed)
+    assert result.text == plain.text
+    assert result.split is not None
+    assert result.split.waited
+    assert len(times) == 3 * 6 * 3 * 2  # a beginning and an end, of three parts of a layer, for three tokens
+    assert set(times[1::2]) == {0}
+    assert set(left) == {0}
