@@ -135,7 +135,8 @@ def check_combined(gpu: Gpu, beside: Encoding = MXFP4) -> None:
 
 @pytest.mark.parametrize(("encodings", "shared"), KINDS_AND_PLACES.values(), ids=KINDS_AND_PLACES.keys())
 def test_records_of_different_kinds_and_places_together(encodings: list[Encoding], shared: bool, gpu: FakeMps) -> None:
-    kernels, slots = MetalKernels(gpu), [Slots(kind_of(e, 64, 192), 2) for e in encodings]
+    kernels = MetalKernels(gpu)
+    slots = [Slots(kind_of(e, 64, 192), 2, seed) for seed, e in zip((0, 7), encodings, strict=True)]
     if shared:
         share(slots)
     first, second = (s.views(kernels) for s in slots)
