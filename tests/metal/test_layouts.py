@@ -100,7 +100,7 @@ def test_numbers_are_those_of_the_host(meaning) -> None:  # type: ignore[no-unty
 
 
 def test_sizes_are_those_of_the_kernels() -> None:
-    text = (FOLDER / "products.metal").read_text()
+    text = source("affine4")
     sizes = dict(re.findall(r"^constant constexpr uint (\w+) = (\d+);", text, re.M))
     for name in ("UNIT", "ROWS", "TILE", "MATRICES", "SIMDS"):
         assert int(sizes[name]) == getattr(layouts, name)

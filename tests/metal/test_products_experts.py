@@ -248,4 +248,4 @@ CHECKS: dict[str, Callable[[Gpu], None]] = {
     **{f"experts with {name}": partial(_check_activation, name) for name in ACTIVATIONS},
     "combine": check_combine,
 }
-"""What must fail where a kernel of products.metal or combine.metal is broken."""
+"""What must fail where a kernel of experts.metal or combine.metal is broken."""

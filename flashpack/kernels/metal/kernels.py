@@ -1,4 +1,4 @@
-"""``kernels.interface.Kernels`` on Metal: launches of the kernels in products.metal and combine.metal.
+"""``kernels.interface.Kernels`` on Metal: launches of the kernels in products.metal, experts.metal and combine.metal.
 
 A launch returns at once. Results do not depend on what is computed together, as long as all kernels can be used.
 """
@@ -47,7 +47,7 @@ class MetalRecord(RecordView):
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """``Tile`` of products.metal, int32 [count, 3]. ``many``: whether one has several pairs."""
+    """``Tile`` of experts.metal, int32 [count, 3]. ``many``: whether one has several pairs."""
 
     table: Tensor
     count: int

@@ -1,4 +1,4 @@
-"""Where stored matrices lie, in the words of products.metal: a slab, a base in it, and a layout.
+"""Where stored matrices lie, in the words of formats.metal: a slab, a base in it, and a layout.
 
 A slab is a uint8 tensor over a whole piece of memory: the arena, or a dense file. Nothing is copied if all parts of a
 matrix lie in one slab at multiples of 16 bytes, as they do there.
@@ -25,7 +25,7 @@ BASE, OFFSET = 64, 16
 """Units of bases and of offsets, in bytes."""
 
 UNIT, ROWS, TILE, MATRICES, SIMDS = 16, 4, 4, 4, 2
-"""As in products.metal."""
+"""As in formats.metal and products.metal."""
 
 WORDS = 16
 """Words of a layout."""
@@ -107,7 +107,7 @@ def parts_of(weight: Tensor | StoredMatrix, add: Tensor | None = None) -> dict[s
 
 
 def layout_of(weight: Tensor | StoredMatrix, add: Tensor | None, offsets: Mapping[str, int]) -> tuple[int, ...]:
-    """``Layout`` of products.metal, of parts at ``offsets``."""
+    """``Layout`` of formats.metal, of parts at ``offsets``."""
     rows, width = weight.shape
     scale_type = scale_columns = shift = first = whole = rule = 0
     block = (1, 0)

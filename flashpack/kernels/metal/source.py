@@ -17,7 +17,7 @@ FORMATS = {f"affine{bits}": f"Affine<{bits}>" for bits in (2, 3, 4, 5, 6, 8)} | 
     "f16": "Plain<blocks::F16>",
     "f32": "Plain<blocks::F32>",
 }
-"""How matrices are stored, by the name that ends a kernel's name, with the type that products.metal has for it."""
+"""How matrices are stored, by the name that ends a kernel's name, with the type that formats.metal has for it."""
 
 PRODUCTS = (
     "linear", "linear_many", "rows", "experts_up", "experts_up_many", "experts_down", "experts_down_many",
@@ -35,9 +35,9 @@ def source(*parts: str) -> str:
     known: set[str] = set()
     text = ""
     for part in parts or PARTS:
-        text += _file("products.metal" if part in FORMATS else f"{part}.metal", known)
+        text += _file("experts.metal" if part in FORMATS else f"{part}.metal", known)
         if part in FORMATS:
-            text += f"PRODUCTS({part}, {FORMATS[part]})\n"
+            text += f"PRODUCTS({part}, {FORMATS[part]})\nEXPERTS({part}, {FORMATS[part]})\n"
     return text
 
 
