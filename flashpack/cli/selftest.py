@@ -34,7 +34,7 @@ def selftest(
 
     gpu = metal.Mps()
     if not json:
-        note("compiling and comparing; some minutes the first time")
+        note("compiling and comparing; this takes a while")
     report = selftest.remember(gpu)
     found = speed.measure(gpu, report.refused)
     if json:

@@ -68,7 +68,8 @@ class Speed:
 def measure(gpu: Gpu, refused: Iterable[str], sizes: Sizes = LARGE, nbytes: int = 2**26, times: int = 20) -> Speed:
     """Without kernels that are ``refused``. Matrices have ``nbytes``; all is done ``times`` times in a round."""
     watched = Watched(gpu)
-    kernels = MetalKernels(watched, frozenset(refused))
+    unused = frozenset(refused)
+    kernels = MetalKernels(watched, unused)
 
     def seconds(run: Callable[[], object]) -> float:
         best = float("inf")
@@ -89,7 +90,8 @@ def measure(gpu: Gpu, refused: Iterable[str], sizes: Sizes = LARGE, nbytes: int 
         x = samples.normal(1, width).to(kernels.device)
         matrix = to(kernels.device, samples.matrix(encoding, rows, width))
         size = rows * width * encoding.bits_per_weight() / 8
-        products[str(encoding)] = size / seconds(partial(kernels.linear, x, matrix))
+        # Kernels keep what they know of a matrix, and so the matrix: these are gone with theirs.
+        products[str(encoding)] = size / seconds(partial(MetalKernels(watched, unused).linear, x, matrix))
     layers = {}
     for kind in LAYERS if kernels.steps() is not None else ():
         layer = Layer(kernels, kind, sizes)

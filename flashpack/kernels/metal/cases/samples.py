@@ -46,7 +46,7 @@ class Samples:
 
     def integers(self, low: int, high: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """From low to high - 1."""
-        return torch.randint(low, high, tuple(shape), generator=self._generator, dtype=torch.int64).to(dtype)
+        return torch.randint(low, high, tuple(shape), generator=self._generator, dtype=dtype)
 
     def matrix(self, encoding: Encoding, rows: int, width: int) -> Tensor | StoredMatrix:
         """Any codes, but for NaN; scales such that values are about 1."""
