@@ -57,6 +57,7 @@ def run(
     if thinking not in (None, "on", "off"):
         raise UsageError(f"--thinking {thinking}: on or off")
     quiet_libraries()
+    from flashpack.kernels import first_use
     from flashpack.runtime import load, template
 
     if not raw:
@@ -66,6 +67,8 @@ def run(
         import torch
 
         torch.set_num_threads(threads)
+    if not reference and (line := first_use(device)):
+        note(line)
     model = load(
         pack, device=device, memory=memory, context=context, check=check, expect=expect, reference=reference,
         experts_per_token=experts_per_token, prefer_cached=prefer_cached,
@@ -76,9 +79,7 @@ def run(
         note(f"{used} of the model's {own} experts per token: the output is not the model's own")
     if prefer_cached is not None:
         note(f"experts in memory preferred, from {prefer_cached:g} of the weight: the output is not the model's own")
-    notices = list(runtime.notices)
-    for line in notices:
-        note(line)
+    said = 0 if reference else _say(runtime.notices)
 
     from flashpack.runtime.generate import Sampling, encode_prompt, generate, load_tokenizer
     from flashpack.runtime.timing import Timing
@@ -95,8 +96,8 @@ def run(
     sampling = Sampling(temperature, top_p, top_k, seed)
     split = Timing(model) if timing else None
     result = generate(model, tokenizer, ids, max_tokens, sampling, None if json else show, split)
-    for line in runtime.notices[len(notices) :]:  # of what a kernel was first needed for
-        note(line)
+    if not reference:
+        _say(runtime.notices[said:])  # of what was needed since
     if json:
         answer_json(result.to_json())
     else:
@@ -104,6 +105,13 @@ def run(
         note(_statistics(result))
         if timing:
             _show_split(result.split)
+
+
+def _say(notices: list[str]) -> int:
+    """Print them; how many there are."""
+    for line in notices:
+        note(line)
+    return len(notices)
 
 
 def _statistics(r: Result) -> str:

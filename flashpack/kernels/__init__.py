@@ -38,6 +38,15 @@ def _metal_missing() -> str | None:
     return device.unavailable()
 
 
+def first_use(device: str | None) -> str | None:
+    """A line to read while ``get_kernels`` tests those of ``device``, or of the best one; None where it does not."""
+    if (device or best_device()) != "mps" or _metal_missing():
+        return None
+    from flashpack.kernels.metal import selftest
+
+    return None if selftest.known() else "Metal: the kernels are compared with the processor, once; this takes a while"
+
+
 def get_kernels(device: str, threads: int = 1, reference: bool = False) -> Kernels:
     """The fastest kernels of ``device``, on ``threads`` threads, or the plain ones; ``DeviceError`` if it has none."""
     check_device(device)

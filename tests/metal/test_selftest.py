@@ -149,6 +149,24 @@ def test_what_is_broken_is_refused_and_torch_computes_the_same_tokens(
     assert sorted(refused)[0] in notice
 
 
+def test_run_says_what_it_waits_for_and_what_is_refused(machine: Machine, pack_of: PackOf) -> None:
+    machine.change("combine", "float total = 0.0f", "float total = 0.5f")
+    options = ["run", str(pack_of("trained", "q4", "q4")), "--raw", "-p", "The os", "--max-tokens", "2"]
+    first, second, reference = (
+        CliRunner().invoke(app, [*options, *more]) for more in (("--device", "mps"), (), ("--reference",))
+    )
+    assert (first.exit_code, second.exit_code, reference.exit_code) == (0, 0, 0)
+    assert first.stdout == second.stdout == reference.stdout
+    once, refused, *used, statistics = first.stderr.splitlines()
+    assert once == "Metal: the kernels are compared with the processor, once; this takes a while"
+    assert refused == "Metal kernels that failed the self-test, so that torch computes, more slowly: combine"
+    assert all(line.startswith("kernel combine is not used") for line in used)
+    assert "; metal; peak memory" in statistics
+    assert second.stderr.splitlines()[:-1] == [refused, *used]
+    assert len(reference.stderr.splitlines()) == 1
+    assert machine.examined == 1
+
+
 def test_a_source_that_nobody_compiles_leaves_torch(machine: Machine, pack_of: PackOf) -> None:
     pack = pack_of("trained", "q4", "q4")
 

@@ -223,6 +223,11 @@ def tested_kernels(reference: bool) -> MetalKernels:
     return kernels
 
 
+def known() -> bool:
+    """Whether ``tested_kernels`` has an answer already."""
+    return _recall() is not None
+
+
 def _name() -> str:
     """The answer's file: another one for another source, torch, system or chip."""
     return f"metal/{hashlib.sha256(json.dumps(machine()).encode()).hexdigest()[:32]}.json"
