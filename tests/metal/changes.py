@@ -56,14 +56,12 @@ class Mutated:
 def mutated(source: str) -> Mutated:
     """Source with all changes of it that compile."""
     text = without_comments(source)
-    fixed = [range(start, end) for start, end in constant_functions(text)]
     bodies = [range(start, end) for _, start, end in functions(text)]
+    constant = constants(text)
     possible = [
         c
         for c in changes(text)
-        if changeable(text, c.start)
-        and any(c.start in body for body in bodies)
-        and not any(c.start in body for body in fixed)
+        if any(c.start in body for body in bodies) and not any(c.start in place for place in constant)
     ]
     while True:
         result = with_changes(text, possible)
@@ -104,7 +102,7 @@ def changes(text: str) -> Iterator[Change]:
     for match in re.finditer(r" (==|!=|<=?|>=?) ", text):
         if end := operand_end(text, match.end()):
             yield Change(f"{match[1]} more", match.end(), end, "mutated::more(#, ")
-            if match[1] in ("<", "<="):
+            if match[1] in ("<", "<=") and text[match.end()] != "0":
                 yield Change(f"{match[1]} less", match.end(), end, "mutated::less(#, ")
     for match in re.finditer(r" ([+*/-])(=?) ", text):
         end = statement_end(text, match.end()) if match[2] else operand_end(text, match.end())
@@ -189,17 +187,17 @@ def condition_start(text: str, end: int) -> int:
     return at + len(text[at:end]) - len(text[at:end].lstrip())
 
 
-def changeable(text: str, at: int) -> bool:
-    """Not where Metal wants constants, nor outside of functions."""
-    line = text[text.rfind("\n", 0, at) + 1 : text.find("\n", at)]
-    return not re.search(r"constexpr|\benum\b|static_assert|\bcase\b|^\s*threadgroup [\w ]+\[|^#(?!define)", line)
-
-
-def constant_functions(text: str) -> list[tuple[int, int]]:
-    """Bodies of functions that clang computes."""
-    return [
-        (a, b) for _, a, b in functions(text) if "constexpr" in text[text.rfind("\n", 0, text.rfind("(", 0, a)) : a]
-    ]
+def constants(text: str) -> list[range]:
+    """Where clang computes: lines with constants, functions of constants, sizes of arrays."""
+    lines = re.finditer(r"^.*(?:constexpr|\benum\b|static_assert|\bcase\b).*$|^#(?!define).*$", text, re.M)
+    found = [range(*line.span()) for line in lines]
+    for _, start, end in functions(text):
+        if "constexpr" in text[text.rfind("\n", 0, text.rfind("(", 0, start)) : start]:
+            found.append(range(start, end))
+    for match in re.finditer(r"(?<=\w)\[(?!\[)", text):
+        if is_declared(text, match.start()):
+            found.append(range(match.start(), matching(text, match.start())))
+    return found
 
 
 def with_changes(text: str, found: list[Change]) -> str:

@@ -148,6 +148,11 @@ kernel void unset_memory(ARGUMENTS) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
     y[i] = shared[i];
 }
+kernel void unset_variable(ARGUMENTS) {
+    float own[2];
+    own[0] = x[i];
+    y[i] = own[i % 2];
+}
 kernel void good(ARGUMENTS) {
     threadgroup float shared[256];
     shared[i] = x[i];
@@ -278,6 +283,13 @@ def test_unset_threadgroup_memory_is_nan(gpu: FakeMps) -> None:
     library.unset_memory(x, y, threads=256, group_size=256)
     assert y[:255].eq(1).all()
     assert y[255].isnan()
+
+
+def test_unset_variables_are_nan(quick_gpu: FakeMps) -> None:
+    y = torch.zeros(256)
+    quick_gpu.compile(SOURCE).unset_variable(torch.ones(256), y, threads=256, group_size=256)
+    assert y[0::2].eq(1).all()
+    assert y[1::2].isnan().all()
 
 
 def test_a_kernel_without_end(quick_gpu: FakeMps) -> None:

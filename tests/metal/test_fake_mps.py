@@ -116,6 +116,7 @@ LAZY_RUNS = {
     "an operation that reads": lambda gpu, x, y: y.sum(),
     "an operation that writes": lambda gpu, x, y: x.zero_(),
     "a view, then an operation": lambda gpu, x, y: y[3:].view(5, 1) + 1,
+    "a copy that says it is a view": lambda gpu, x, y: y.view(2, 4).t().reshape(8),
     "cpu": lambda gpu, x, y: y.cpu(),
     "item": lambda gpu, x, y: y[0].item(),
     "without gradients": lambda gpu, x, y: torch.inference_mode()(y.clone)(),
@@ -153,6 +154,17 @@ def test_memory_written_too_early_is_seen_by_a_lazy_launch() -> None:
         gpu.wait()
         results.append(y[0].item())
     assert results == [2, 200]
+
+
+def test_order_outlives_a_context_of_torch() -> None:
+    gpu = FakeMps(lazy=True)
+    x, y = torch.ones(8), torch.zeros(8)
+    with gpu.watched():
+        with torch.inference_mode():
+            gpu.compile(SOURCE).twice(x, y, threads=8, group_size=8)
+        assert y.numpy()[0] == 0
+        assert y.sum() == 16
+        gpu.wait()
 
 
 def test_counters() -> None:

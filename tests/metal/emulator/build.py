@@ -37,9 +37,13 @@ NUMBERS = [
 CHECKS = [
     "-fsanitize=shift,signed-integer-overflow,integer-divide-by-zero,bounds,float-cast-overflow,bool,unreachable,return",
     "-fno-sanitize-recover=all",
+    "-ftrivial-auto-var-init=pattern",  # variables that were not set are NaN
 ]
-# After inlining it is known where a pointer to a thread's own array comes from. This check traps: it calls nothing.
+# Where a pointer to a thread's own array comes from is known once helpers are inlined; what unrolled loops access
+# beyond its end would be dropped before. The check traps: it calls nothing.
 OWN_ARRAYS = ["-fsanitize=local-bounds", "-fsanitize-trap=local-bounds"]
+OWN_ARRAYS += ["-mllvm", "-inline-threshold=10000", "-fno-unroll-loops"]
+UNROLL = "#pragma clang loop unroll(full)\n"
 PROCESSOR = ["-mf16c", "-mfma"] if platform.machine() == "x86_64" else []
 # With frame pointers the runtime tells calls from each other: see scheduler.cpp. Threads' stacks are small.
 OPTIMIZED = ["-O2", "-fPIC", "-fno-omit-frame-pointer", "-fno-optimize-sibling-calls", "-fstack-clash-protection"]
@@ -83,7 +87,7 @@ def compiled(source: str, strict: bool = True) -> Path:
     """
 
     def make(target: Path) -> None:
-        text = preprocess(source)
+        text = preprocess(source).replace(UNROLL, "\n")
         with tempfile.TemporaryDirectory() as folder:
             code, checked, compiled_code = (str(Path(folder) / name) for name in ("a.cpp", "a.ll", "a.o"))
             Path(code).write_text(metal.generated(text, metal.kernels(text)), encoding="ascii")

@@ -21,7 +21,12 @@ template <class T> struct Exchanged { // types that lanes can exchange, as Metal
     static_assert(sizeof(T) <= SimdGroup::largest, "a value too large to exchange");
 };
 
-// Every lane gives a value; the last one computes the results of all.
+// Every lane gives a value; the last one computes the results of all, out of line, as kernels are large with it.
+template <class T, class Compute> __attribute__((noinline)) void finish(SimdGroup& group, Compute compute)
+{
+    compute(group);
+    depart();
+}
 template <class T, class Compute>
 __attribute__((always_inline)) inline T together(const char* operation, int line, T value, Compute compute)
 {
@@ -29,10 +34,7 @@ __attribute__((always_inline)) inline T together(const char* operation, int line
     Thread* self = current;
     SimdGroup& group = *self->simd;
     write(group.in[self->lane], value);
-    if (arrive(operation, line)) {
-        compute(group);
-        depart();
-    }
+    if (arrive(operation, line)) finish<T>(group, compute);
     return read<T>(group.out[self->lane]);
 }
 
@@ -42,19 +44,12 @@ inline bool is_active(const SimdGroup& group, uint lane) { return group.active >
 template <class T, class Combine>
 __attribute__((always_inline)) inline T reduce(const char* operation, int line, T value, Combine combine)
 {
-    return together(operation, line, value, [&](SimdGroup& group) {
+    return together(operation, line, value, [combine](SimdGroup& group) {
         T values[SimdGroup::width];
-        bool there[SimdGroup::width];
-        for (uint i = 0; i < SimdGroup::width; i++) {
-            there[i] = is_active(group, i);
-            values[i] = read<T>(group.in[i]);
-        }
-        for (uint half_width = SimdGroup::width / 2; half_width; half_width /= 2)
-            for (uint i = 0; i < half_width; i++) {
-                if (!there[i + half_width]) continue;
-                values[i] = there[i] ? combine(values[i], values[i + half_width]) : values[i + half_width];
-                there[i] = true;
-            }
+        for (uint i = 0; i < SimdGroup::width; i++) values[i] = read<T>(group.in[i]);
+        const uint count = uint(__builtin_popcount(group.active)); // the first lanes
+        for (uint step = SimdGroup::width / 2; step; step /= 2)
+            for (uint i = 0; i < step && i + step < count; i++) values[i] = combine(values[i], values[i + step]);
         for (uint i = 0; i < SimdGroup::width; i++) write(group.out[i], values[0]);
     });
 }
@@ -65,7 +60,7 @@ __attribute__((always_inline)) inline T shuffle(const char* operation, int line,
 {
     Thread* self = current;
     self->simd->source[self->lane] = source;
-    return together(operation, line, value, [&](SimdGroup& group) {
+    return together(operation, line, value, [operation, line](SimdGroup& group) {
         for (uint i = 0; i < SimdGroup::width; i++) {
             if (!is_active(group, i)) continue;
             uint from = group.source[i];
@@ -80,7 +75,7 @@ __attribute__((always_inline)) inline T shuffle(const char* operation, int line,
 template <class T, class Combine>
 __attribute__((always_inline)) inline T prefix(const char* operation, int line, T value, T first, bool inclusive, Combine combine)
 {
-    return together(operation, line, value, [&](SimdGroup& group) {
+    return together(operation, line, value, [=](SimdGroup& group) {
         T sum = first;
         for (uint i = 0; i < SimdGroup::width; i++) {
             if (!is_active(group, i)) continue;
