@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from flashpack.runtime.experts import RoutedExperts
 from flashpack.runtime.lean.blocks import Experts, Guess
-from flashpack.runtime.lean.board import Token
 
 EVEN_TOKENS = 1024
 """Rows of even routing."""
@@ -62,8 +61,7 @@ class Trace:
             chosen, shares = self._rows(routed.layer, len(x))
             return library_way(routed, x, chosen.to(index.dtype), shares.to(weights.dtype))
 
-        def lean(block: Experts, token: Token) -> None:
-            block.router()
+        def lean(block: Experts) -> None:
             chosen, shares = self._rows(block.layer, 1)
             block.router.chosen.copy_(chosen[0])
             block.router.weights.copy_(shares[0])
