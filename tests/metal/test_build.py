@@ -94,7 +94,9 @@ sys.exit(pytest.main(["-q", "-n", "0", "-p", "no:cacheprovider", *sys.argv[1:]])
 
 def test_the_portable_switch_of_stacks() -> None:
     """Where there is none in assembler: a runtime of its own in a process of its own."""
-    tests = [f"tests/metal/test_emulator_numbers.py::{name}" for name in ("test_shuffles", "test_atomics")]
-    tests.append("tests/metal/test_emulator_faults.py::test_in_every_schedule")
+    tests = [f"tests/metal/test_emulator_numbers.py::{name}[forward]" for name in ("test_shuffles", "test_atomics")]
+    tests += [
+        f"tests/metal/test_emulator_faults.py::test_in_every_schedule[forward-{n}]" for n in ("early_return", "shift")
+    ]
     done = subprocess.run([sys.executable, "-c", PORTABLE, *tests], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

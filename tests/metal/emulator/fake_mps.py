@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,11 +78,13 @@ class FakeMps:
             for _, run in queue:
                 run()
 
-    def _touch(self, touched: set[int], reads: bool) -> None:
-        """Before an operation of torch: ``reads``: which hands a number to the processor, so waits."""
+    def _touch(self, arguments: Any, reads: bool) -> None:
+        """Before an operation of torch. ``reads``: it hands a number to the processor, so waits."""
         self.waits += reads
-        if any(used & touched for used, _ in self._queue):
-            self._run_queue()
+        if self._queue:
+            touched = storages(arguments)
+            if any(used & touched for used, _ in self._queue):
+                self._run_queue()
 
     @contextmanager
     def watched(self) -> Iterator[None]:

@@ -201,8 +201,7 @@ bool arrive(const char* operation, int line)
     Lanes& lanes = lanes_of(fiber);
     const Fiber* other = lanes.gone ? lanes.gone : lanes.waiting;
     const size_t path = path_here();
-    if (other && (other->state == State::done || other->path != path || other->line != line || strcmp(other->operation, operation)))
-        diverged(operation, line, fiber, *other);
+    if (other && (other->state == State::done || other->path != path)) diverged(operation, line, fiber, *other);
     if (++lanes.arrived == lanes.count) return true;
     lanes.waiting = &fiber;
     wait_for_others(State::at_simd, operation, line, path);
