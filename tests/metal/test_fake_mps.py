@@ -22,6 +22,8 @@ kernel void paired(device const uchar* x [[buffer(0)]], device float* y [[buffer
                    uint i [[thread_position_in_grid]]) { y[i] = float(x[i]) * p.scale + float(p.n); }
 kernel void twice(device const float* x [[buffer(0)]], device float* y [[buffer(1)]],
                   uint i [[thread_position_in_grid]]) { y[i] = 2.0f * x[i]; }
+kernel void through(device const float* x [[buffer(0)]], device float* y [[buffer(1)]],
+                    uint i [[thread_position_in_grid]]) { y[i] = 7.0f; y[i] = x[i] + 1.0f; }
 kernel void large(device float* x [[buffer(0)]], uint i [[thread_position_in_grid]]) {
     threadgroup float a[4096], b[4096], c[1];
     if (i == 0) { a[0] = x[0]; b[0] = a[0]; c[0] = b[0]; x[0] = c[0]; }
@@ -93,6 +95,8 @@ def test_arguments_that_share_memory(gpu: FakeMps) -> None:
     assert both.tolist() == [0, 2, 4, 6, 8, 10, 12, 14, 8, 9, 10, 11]
     gpu.compile(SOURCE).twice(both[8:], both[:4], threads=4, group_size=4)
     assert both[:4].tolist() == [16, 18, 20, 22]
+    gpu.compile(SOURCE).through(both[2:8], both[2:], threads=6, group_size=6)
+    assert both[:9].tolist() == [16, 18, 8, 8, 8, 8, 8, 8, 8]
 
 
 def test_the_host_sees_the_same_memory(quick_gpu: FakeMps) -> None:
@@ -106,7 +110,7 @@ def test_the_host_sees_the_same_memory(quick_gpu: FakeMps) -> None:
 
 def test_kernels_describe_themselves(quick_gpu: FakeMps) -> None:
     library = quick_gpu.compile(SOURCE)
-    assert dir(library) == ["large", "paired", "scaled", "twice"]
+    assert dir(library) == ["large", "paired", "scaled", "through", "twice"]
     assert library.twice.static_thread_group_memory_length == 0
     assert (library.twice.max_threads_per_threadgroup, library.twice.thread_execution_width) == (1024, 32)
 

@@ -35,7 +35,8 @@ NUMBERS = [
     "-ffp-contract=off",
 ]
 CHECKS = [
-    "-fsanitize=shift,signed-integer-overflow,integer-divide-by-zero,bounds,float-cast-overflow,bool,unreachable,return",
+    "-fsanitize=shift,signed-integer-overflow,integer-divide-by-zero,float-cast-overflow",
+    "-fsanitize=bounds,bool,unreachable,return",
     "-fno-sanitize-recover=all",
     "-ftrivial-auto-var-init=pattern",  # variables that were not set are NaN
 ]

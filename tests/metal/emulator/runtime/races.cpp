@@ -57,8 +57,8 @@ bool ordered(const Use& before, const Use& now)
         snprintf(other, sizeof other, "another threadgroup");
     else if (before.thread != SEVERAL)
         snprintf(other, sizeof other, "thread %u", before.thread);
-    emulated::fail("line %u: race: thread %u %s byte %zu of %s, which %s %s in line %u; no barrier orders them", now.line,
-        now.thread, writes ? "writes" : "reads", byte, what, other, wrote ? "wrote" : "read", before.line);
+    emulated::fail("line %u: race: thread %u %s byte %zu of %s, which %s %s in line %u; no barrier orders them",
+        now.line, now.thread, writes ? "writes" : "reads", byte, what, other, wrote ? "wrote" : "read", before.line);
 }
 
 void note_read(Use& read, const Use& now)

@@ -94,13 +94,15 @@ inline float copysign(float a, float b) { return __builtin_copysignf(a, b); }
 template <class T> T max(T a, T b)
 {
     for (int i = 0; i < emulated::Shape<T>::count; i++)
-        if (emulated::component(a, i) < emulated::component(b, i)) emulated::set_component(a, i, emulated::component(b, i));
+        if (emulated::component(a, i) < emulated::component(b, i))
+            emulated::set_component(a, i, emulated::component(b, i));
     return a;
 }
 template <class T> T min(T a, T b)
 {
     for (int i = 0; i < emulated::Shape<T>::count; i++)
-        if (emulated::component(b, i) < emulated::component(a, i)) emulated::set_component(a, i, emulated::component(b, i));
+        if (emulated::component(b, i) < emulated::component(a, i))
+            emulated::set_component(a, i, emulated::component(b, i));
     return a;
 }
 template <class T> T clamp(T x, T low, T high) { return min(max(x, low), high); }

@@ -16,7 +16,8 @@ template <class T> void write(unsigned char* to, T value) { __builtin_memcpy(to,
 
 template <class T> struct Exchanged { // types that lanes can exchange, as Metal's tables have them
     typedef typename Shape<T>::Element E;
-    static constexpr bool allowed = sizeof(E) <= 4 && !metal::is_same<E, bool>::value && !metal::is_same<E, bfloat>::value;
+    static constexpr bool excluded = metal::is_same<E, bool>::value || metal::is_same<E, bfloat>::value;
+    static constexpr bool allowed = sizeof(E) <= 4 && !excluded;
     static_assert(allowed, "SIMD operations take float, half and integers of up to 32 bits");
     static_assert(sizeof(T) <= SimdGroup::largest, "a value too large to exchange");
 };
@@ -73,7 +74,8 @@ __attribute__((always_inline)) inline T shuffle(const char* operation, int line,
 
 // Each lane gets the combination of the active lanes before it, and of its own if inclusive.
 template <class T, class Combine>
-__attribute__((always_inline)) inline T prefix(const char* operation, int line, T value, T first, bool inclusive, Combine combine)
+__attribute__((always_inline)) inline T prefix(
+    const char* operation, int line, T value, T first, bool inclusive, Combine combine)
 {
     return together(operation, line, value, [=](SimdGroup& group) {
         T sum = first;
@@ -132,7 +134,10 @@ EMULATED_INLINE simd_prefix_inclusive_sum(T v, EMULATED_LINE)
 {
     return emulated::prefix("simd_prefix_inclusive_sum", line, v, T(0), true, [](T a, T b) { return T(a + b); });
 }
-EMULATED_INLINE simd_shuffle(T v, ushort lane, EMULATED_LINE) { return emulated::shuffle("simd_shuffle", line, v, lane); }
+EMULATED_INLINE simd_shuffle(T v, ushort lane, EMULATED_LINE)
+{
+    return emulated::shuffle("simd_shuffle", line, v, lane);
+}
 EMULATED_INLINE simd_broadcast(T v, ushort lane, EMULATED_LINE)
 {
     return emulated::shuffle("simd_broadcast", line, v, lane);
