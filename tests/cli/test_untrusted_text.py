@@ -104,7 +104,7 @@ import sys
 import flashpack.runtime.generate as g
 from flashpack.cli import main
 
-def generate(model, tokenizer, ids, max_tokens, sampling, show):
+def generate(model, tokenizer, ids, max_tokens, sampling, show, timing):
     show("hello\\x1b]0;owned\\x07\\n\\tworld")
     sys.exit()
 
