@@ -48,10 +48,6 @@ REASONS: dict[str, list[str]] = {
         "experts_up: no addend: 1",
         "experts_sum: no addend: 1",
     ],
-    "no context of the checks ends in the first half of eight tokens": [
-        "attend: < less: cached",
-        "attend: < less: cached (3)",
-    ],
     "no multiple of the step is between": ["attend: < less: width (2)", "attend: < less: 8"],
 }
 EQUIVALENT = frozenset(name for names in REASONS.values() for name in names)
