@@ -54,14 +54,16 @@ SHARED = ["-shared", *(["-undefined", "dynamic_lookup"] if sys.platform == "darw
 @functools.cache
 def clang() -> str:
     """The command of clang++ 19 or newer. ``RuntimeError`` that says how to install it."""
-    names = [os.environ.get("FLASHPACK_CLANG", ""), *(f"clang++-{n}" for n in range(30, 18, -1)), "clang++"]
-    for path in filter(None, (shutil.which(name) for name in names if name)):
+    chosen = os.environ.get("FLASHPACK_CLANG")
+    names = [chosen] if chosen else [*(f"clang++-{n}" for n in range(30, 18, -1)), "clang++"]
+    for path in filter(None, map(shutil.which, names)):
         version = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
         number = re.search(r"clang version (\d+)", version)
         if number and int(number[1]) >= 19 and "Apple" not in version:
             return path
     raise RuntimeError(
-        "Metal kernels are tested with clang++ 19 or newer: apt-get install clang-19, or FLASHPACK_CLANG"
+        f"Metal kernels are tested with clang++ 19 or newer, which {chosen or 'this machine'} is not or has not: "
+        "apt-get install clang-19, or name one in FLASHPACK_CLANG"
     )
 
 
