@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from torch import Tensor
 import flashpack
 from flashpack.kernels.metal import device
 from flashpack.kernels.metal.kernels import MetalKernels
+from flashpack.runtime import budget
+from flashpack.runtime.memory import Usage
 from tests.conftest import PackOf
 from tests.metal.emulator import FakeMps
 from tests.runtime.test_lean import decode, some_ids
@@ -101,14 +104,53 @@ def test_a_slot_that_is_still_read_is_waited_for(pack_of: PackOf, metal: Any, mo
     assert not torch.equal(right, wrong)
 
 
-def test_a_token_waits_once_per_layer_with_experts(pack_of: PackOf, metal: Any) -> None:
-    gpu = metal(FakeMps(guarded=False))
+@pytest.mark.parametrize("slots", [None, 24])
+def test_a_token_waits_once_per_layer_with_experts(
+    pack_of: PackOf, metal: Any, monkeypatch: pytest.MonkeyPatch, slots: int | None
+) -> None:
+    """Also where records take the places of others: those that earlier layers used are free since the layer's wait."""
+    gpu, divide = metal(FakeMps(guarded=False)), budget.divide
+    if slots:
+        monkeypatch.setattr(budget, "divide", lambda *n: replace(d := divide(*n), slots=dict.fromkeys(d.slots, slots)))
     model: Any = flashpack.load(pack_of("trained", "q4", "q4"), device="mps")
     ids = some_ids(12)
     _, cache = decode(model, ids, 7)
-    layers = len(model.flashpack.pack.manifest.layers)
+    stats = model.flashpack.store.stats
+    layers = len(stats.layers)
+    stats.reset()
     waits, launches = gpu.waits, gpu.launches
     with torch.inference_mode():
         model(ids[:, -1:], past_key_values=cache, use_cache=True)
     assert gpu.waits - waits == layers
-    assert gpu.launches - launches <= 15 * layers + 2
+    assert stats.total().misses or not slots
+    assert slots or gpu.launches - launches <= 15 * layers + 2
+
+
+def test_what_is_in_memory_begins_before_the_rest_is_waited_for(pack_of: PackOf, metal: Any) -> None:
+    """Launches run only once they are committed: without that, the GPU would be idle while records are read."""
+    gpu = metal(FakeMps(guarded=False))
+    model: Any = flashpack.load(pack_of("trained", "q4", "q4"), device="mps", memory="smallest")
+    _, cache = decode(model, some_ids(8), 7)
+    commits, stats = gpu.commits, model.flashpack.store.stats
+    stats.reset()
+    with torch.inference_mode():
+        model(some_ids(1), past_key_values=cache, use_cache=True)
+    assert stats.total().misses
+    assert gpu.commits - commits >= len(stats.layers)
+
+
+def test_half_of_the_memory_is_left_to_the_page_cache(
+    pack_of: PackOf, metal: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless somebody says how much; what the dense part takes is not counted twice."""
+    metal(FakeMps(guarded=False))
+    load, divided, divide = importlib.import_module("flashpack.runtime.load"), [], budget.divide
+    monkeypatch.setattr(budget, "divide", lambda *numbers: (divided.append(numbers), divide(*numbers))[1])
+    monkeypatch.setattr(load, "spare", lambda: 10**10)
+    anonymous = iter([10**9, 2 * 10**9])  # before the dense part is there, and after
+    monkeypatch.setattr(load, "usage", lambda: Usage(next(anonymous), 0))
+    model: Any = flashpack.load(pack_of("trained", "q4", "q4"), device="mps")
+    (numbers,) = divided
+    assert (numbers[1], numbers[-1]) == (10**9, 5 * 10**9)
+    stats = model.flashpack.store.stats
+    assert (stats.io, "page cache" in stats.why) == ("buffered", True)
