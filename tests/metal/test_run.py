@@ -153,4 +153,4 @@ def test_half_of_the_memory_is_left_to_the_page_cache(
     (numbers,) = divided
     assert (numbers[1], numbers[-1]) == (10**9, 5 * 10**9)
     stats = model.flashpack.store.stats
-    assert (stats.io, "page cache" in stats.why) == ("buffered", True)
+    assert (stats.io, "wires" in stats.why) == ("buffered", True)
