@@ -23,7 +23,7 @@ from flashpack.formats.files import pread_into
 from flashpack.kernels import Kernels, StoredMatrix
 from flashpack.skeleton import ExpertsModule, matrix_module, tied_names
 
-SMALL_BYTES = 2**16
+SMALL_BYTES = 2**17
 """Parameters up to this size are converted to the model's type once, larger ones at each use."""
 
 _READ_BYTES = 64 * 2**20

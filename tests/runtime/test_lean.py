@@ -15,7 +15,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 import flashpack
 from flashpack.kernels.cpu.native import compute
-from flashpack.runtime import budget, lean
+from flashpack.runtime import budget, dense, lean
 from flashpack.runtime.lean.blocks import Experts, Network
 from flashpack.runtime.lean.cache import RoomyLayer
 from flashpack.runtime.lean.layers import LeanLayer
@@ -351,3 +351,12 @@ def test_other_models_say_why_or_keep_some_layers(pack_of: PackOf, name: str) ->
     expected, _ = decode(reference, ids, 9)
     found, _ = decode(model, ids, 9)
     assert (found - expected).abs().max() <= 2e-3 * expected.abs().max()
+
+
+def test_a_large_router_is_multiplied_with_as_it_is_stored(pack_of: PackOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy in float32 would be read at every token, and no budget counts it."""
+    monkeypatch.setattr(dense, "SMALL_BYTES", 256)  # norms are smaller, routers are not
+    model: Any = flashpack.load(pack_of("qwen3_moe", "q4", "q4"))
+    assert model.flashpack.decoding == "lean: 3 of 3 layers"
+    for block in model.flashpack.decoder.experts:
+        assert block.router._weight.dtype == torch.bfloat16
