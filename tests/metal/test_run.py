@@ -122,6 +122,7 @@ def test_a_token_waits_once_per_layer_with_experts(
     with torch.inference_mode():
         model(ids[:, -1:], past_key_values=cache, use_cache=True)
     assert gpu.waits - waits == layers
+    assert not model.flashpack.store.prefetches  # a guess would be a wait
     assert stats.total().misses or not slots
     assert slots or gpu.launches - launches <= 15 * layers + 2
 
