@@ -56,7 +56,7 @@ def test_a_read_error_stops_all_workers_and_loses_nothing(
     assert errors.splitlines()[-1].startswith(f"flashpack: {TRAINED / 'model-0000'}")
     assert ".safetensors: reading at byte " in errors
     assert errors.endswith(" failed: Input/output error\n")
-    assert reads < 450  # of some 750
+    assert reads < 600  # of some 750: others stop when they hear of it, which takes longer on busy processors
     kept = finished_files(out)
     assert kept or workers > 1
     assert flashpack.convert(TRAINED, out).resumed_files == len(kept)

@@ -360,3 +360,12 @@ def test_a_large_router_is_multiplied_with_as_it_is_stored(pack_of: PackOf, monk
     assert model.flashpack.decoding == "lean: 3 of 3 layers"
     for block in model.flashpack.decoder.experts:
         assert block.router._weight.dtype == torch.bfloat16
+
+
+def test_a_router_without_numbers_is_said_to_be_one(pack_of: PackOf) -> None:
+    model: Any = flashpack.load(pack_of("qwen3_moe", "q4", "q4"))
+    board = model.flashpack.decoder.board
+    chosen, weights = torch.zeros(2, dtype=torch.int32), torch.zeros(2)
+    route = board.steps.route(torch.full((4,), torch.nan), None, 2, "softmax-top", True, 1.0, chosen, weights)
+    with pytest.raises(FloatingPointError, match="a router's logits are not numbers"):
+        board.steps.sequence([route])()
