@@ -71,12 +71,12 @@ def _encode(folder: Reader, block: SourceTensor, target: Encoding, error: Error)
         return {"weight": from_float32(block.values(folder), target.dtype)}
     raw = _raw_dtype(block)
     values = block.stored(folder)["weight"] if raw else block.values(folder)
-    words, scales, biases, squared, norm = quantize(values, raw or "F32", target.bits, target.group_size, target.dtype)
+    arrays, squared, norm = quantize(values, raw or "F32", target, "minmax")
     if not math.isfinite(squared):
         raise SourceError(f"tensor {block.name}: infinite or NaN values cannot be quantized")
     error.error += squared
     error.norm += norm
-    return {"weight": words, "scales": scales, "biases": biases}
+    return arrays
 
 
 def _raw_dtype(source: SourceTensor) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from flashpack.formats import starts
 from flashpack.formats.dtypes import from_float32, to_float32
 
 
@@ -84,23 +85,74 @@ def quantize(
     Returns words uint32 [..., I*bits/32], scales and biases [..., I/group_size] as stored, and the decoded
     values float32 [..., I].
     """
-    levels = np.float32(2**bits - 1)
     grouped = values.reshape(*values.shape[:-1], -1, group_size)
     # The caller sees input that is not finite, or too large, by the infinity or NaN it decodes to.
     with np.errstate(invalid="ignore", over="ignore"):
-        # Which of -0 and +0 is the smaller depends on numpy's code for the CPU; adding +0 leaves +0 only.
-        low = grouped.min(axis=-1) + np.float32(0)
-        span = (grouped.max(axis=-1) + np.float32(0)) - low
-        scales = from_float32(span / levels, scale_dtype)
+        low, high = _extremes(grouped)
+        scales = from_float32((high - low) / np.float32(2**bits - 1), scale_dtype)
         biases = from_float32(low, scale_dtype)
-        scale = to_float32(scales, scale_dtype)[..., None]
-        bias = to_float32(biases, scale_dtype)[..., None]
-        codes = grouped - bias
-        # A constant group has scale 0: every code is then 0 and the group decodes to its bias.
-        codes /= np.where(scale == 0, np.float32(1), scale)
-        np.rint(codes, out=codes)
-        np.clip(codes, 0, levels, out=codes)
-        words = pack_bits(codes.astype(np.uint8).reshape(values.shape), bits)
-        codes *= scale
-        codes += bias
-    return words, scales, biases, codes.reshape(values.shape)
+        codes, decoded = _round(grouped, scales, biases, bits, scale_dtype)
+    words = pack_bits(codes.reshape(values.shape), bits)
+    return words, scales, biases, decoded.reshape(values.shape)
+
+
+def quantize_starts(
+    values: NDArray[np.float32], bits: int, group_size: int, scale_dtype: str
+) -> tuple[NDArray[np.uint32], NDArray[np.generic], NDArray[np.generic], NDArray[np.float32]]:
+    """As ``quantize``, but with the scale and bias of the least squared error that a search finds ("starts").
+
+    Each group begins with what ``quantize`` gives it. Each of its two ``starts.fits``, in order, then takes its place
+    if that makes the group's squared error smaller (by ``starts.lane_sum``, of decoded minus source): the fit's scale
+    is rounded to ``scale_dtype``, the bias is fitted to that, ``(total - scale * codes) / n + middle``, and rounded
+    too, and the codes are chosen for these two.
+    """
+    grouped = values.reshape(*values.shape[:-1], -1, group_size)
+    words, scales, biases, decoded = quantize(values, bits, group_size, scale_dtype)
+    codes = unpack_bits(words, bits).reshape(grouped.shape)
+    decoded = decoded.reshape(grouped.shape)
+    n = np.float32(group_size)
+    with np.errstate(invalid="ignore", over="ignore", under="ignore", divide="ignore"):
+        error = starts.lane_sum(np.square(decoded - grouped))
+        low, high = _extremes(grouped)
+        middle = low * np.float32(0.5) + high * np.float32(0.5)
+        y = grouped - middle[..., None]
+        total = starts.lane_sum(y)
+        for fit in starts.fits(y, total, low - middle, high - middle, bits):
+            scale = from_float32(fit.scale, scale_dtype)
+            bias = (total - to_float32(scale, scale_dtype) * fit.codes) / n + middle
+            found = (scale, from_float32(bias, scale_dtype))
+            better_codes, better = _round(grouped, *found, bits, scale_dtype)
+            smaller = starts.lane_sum(np.square(better - grouped))
+            take = smaller < error
+            error = np.where(take, smaller, error)
+            scales, biases = np.where(take, found[0], scales), np.where(take, found[1], biases)
+            codes = np.where(take[..., None], better_codes, codes)
+            decoded = np.where(take[..., None], better, decoded)
+    words = pack_bits(codes.reshape(values.shape), bits)
+    return words, scales, biases, decoded.reshape(values.shape)
+
+
+def _extremes(grouped: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Minimum and maximum of each group.
+
+    Which of -0 and +0 is the smaller depends on numpy's code for the CPU; adding +0 leaves +0 only.
+    """
+    return grouped.min(axis=-1) + np.float32(0), grouped.max(axis=-1) + np.float32(0)
+
+
+def _round(
+    grouped: NDArray[np.float32], scales: NDArray[np.generic], biases: NDArray[np.generic], bits: int, scale_dtype: str
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """The codes nearest to [..., n], ``clip(rint((w - bias) / scale))`` where NaN counts as 0, and what they decode to.
+
+    A constant group has scale 0: every code is then 0 and the group decodes to its bias.
+    """
+    scale = to_float32(scales, scale_dtype)[..., None]
+    bias = to_float32(biases, scale_dtype)[..., None]
+    wide = grouped - bias
+    wide /= np.where(scale == 0, np.float32(1), scale)
+    np.rint(np.fmin(np.fmax(wide, np.float32(0)), np.float32(2**bits - 1)), out=wide)
+    codes = wide.astype(np.uint8)
+    wide *= scale
+    wide += bias
+    return codes, wide

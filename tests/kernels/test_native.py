@@ -14,6 +14,8 @@ from hypothesis.extra import numpy as hnp
 from flashpack.formats import affine
 from flashpack.formats.constants import AFFINE_BITS, GROUP_SIZES
 from flashpack.formats.dtypes import from_float32, to_float32
+from flashpack.formats.records import Encoding
+from flashpack.formats.starts import group_squares
 from flashpack.kernels.cpu import native
 from flashpack.kernels.cpu.native import compute
 from flashpack.kernels.cpu.quantize import quantize
@@ -21,28 +23,38 @@ from flashpack.kernels.cpu.quantize import quantize
 built = pytest.mark.skipif(not native.available(), reason=native.status())
 LEVELS = range(native.LEVELS.index(native.status().split()[-1]) + 1) if native.available() else ()
 DTYPES = ["BF16", "F16", "F32"]
+Q4 = Encoding("affine", "BF16", 4, 64)
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-def check(stored: np.ndarray, dtype: str, bits: int, group: int, scale_dtype: str) -> None:
+def reference(values: np.ndarray, encoding: Encoding, method: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """What the numpy meaning of the method stores, and what that decodes to."""
+    function = affine.quantize if method == "minmax" else affine.quantize_starts
+    *arrays, decoded = function(values, encoding.bits, encoding.group_size, encoding.dtype)
+    return dict(zip(encoding.part_names, arrays, strict=True)), decoded
+
+
+def check(stored: np.ndarray, dtype: str, bits: int, group: int, scale_dtype: str, method: str) -> None:
     values = to_float32(stored, dtype)
-    words, scales, biases, decoded = affine.quantize(values, bits, group, scale_dtype)
+    encoding = Encoding("affine", scale_dtype, bits, group)
+    arrays, decoded = reference(values, encoding, method)
     with np.errstate(invalid="ignore"):
-        difference = (decoded - values).astype(np.float64)
+        difference = decoded - values
     finite = bool(np.isfinite(difference).all())
     for level in LEVELS:
-        found = native.quantize(stored, dtype, bits, group, scale_dtype, level)
-        assert math.isfinite(found[3]) == finite
+        found, error, norm = native.quantize(stored, dtype, encoding, method, level)
+        assert math.isfinite(error) == finite
         if not finite:
             continue  # refused by the converter
-        assert same(found[0], words)
-        assert same(found[1], scales)
-        assert same(found[2], biases)
-        assert found[3] == pytest.approx(float((difference**2).sum()), rel=1e-5, abs=1e-40)
-        assert found[4] == pytest.approx(float((values.astype(np.float64) ** 2).sum()), rel=1e-5)
+        assert found.keys() == arrays.keys()
+        assert all(same(found[part], arrays[part]) for part in arrays)
+        # To the last bit, since a report of them goes into the pack.
+        for sum_, terms in ((error, difference), (norm, values)):
+            assert sum_ == np.add.accumulate(group_squares(terms.reshape(-1, group)))[-1]
+            assert sum_ == pytest.approx(float((terms.astype(np.float64) ** 2).sum()), rel=1e-5)
 
 
 def test_it_is_built_where_there_is_a_compiler() -> None:
@@ -59,12 +71,13 @@ def test_it_is_built_where_there_is_a_compiler() -> None:
 @pytest.mark.parametrize("scale_dtype", DTYPES)
 @pytest.mark.parametrize("group", GROUP_SIZES)
 @pytest.mark.parametrize("bits", AFFINE_BITS)
-def test_random_values_of_all_magnitudes(bits: int, group: int, scale_dtype: str, dtype: str) -> None:
+@pytest.mark.parametrize("method", native.METHODS)
+def test_random_values_of_all_magnitudes(method: str, bits: int, group: int, scale_dtype: str, dtype: str) -> None:
     rng = np.random.default_rng(bits * group)
     for rows, groups in ((1, 1), (3, 1), (5, 3), (67, 5), (1, 33)):
         magnitude = np.exp2(rng.integers(-40, 14, (rows, groups, 1)))
         values = (rng.standard_normal((rows, groups, group)) * magnitude).astype(np.float32)
-        check(from_float32(values.reshape(rows, -1), dtype), dtype, bits, group, scale_dtype)
+        check(from_float32(values.reshape(rows, -1), dtype), dtype, bits, group, scale_dtype, method)
 
 
 @built
@@ -80,7 +93,10 @@ def test_every_value_of_sixteen_bits(bits: int, dtype: str) -> None:
         for group in GROUP_SIZES:
             for scale_dtype in DTYPES:
                 for row in stored.reshape(-1, 2**12):
-                    check(row.reshape(-1, group), dtype, bits, group, scale_dtype)
+                    check(row.reshape(-1, group), dtype, bits, group, scale_dtype, "minmax")
+            # Rows of one group: what is not finite is in the way of no other.
+            for row in stored.reshape(-1, 2**10):
+                check(row.reshape(-1, group), dtype, bits, group, dtype, "starts")
 
 
 @built
@@ -90,22 +106,24 @@ def test_every_value_of_sixteen_bits(bits: int, dtype: str) -> None:
     st.sampled_from(AFFINE_BITS),
     st.sampled_from(GROUP_SIZES),
     st.sampled_from(DTYPES),
+    st.sampled_from(native.METHODS),
 )
-def test_any_values(values: np.ndarray, bits: int, group: int, scale_dtype: str) -> None:
-    check(values, "F32", bits, group, scale_dtype)
+def test_any_values(values: np.ndarray, bits: int, group: int, scale_dtype: str, method: str) -> None:
+    check(values, "F32", bits, group, scale_dtype, method)
 
 
 @pytest.mark.parametrize("use_native", [pytest.param(True, marks=built), False])
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("position", [0, 63, 1000, 1279])
+@pytest.mark.parametrize("method", native.METHODS)
 def test_a_value_that_is_not_finite_shows_in_the_error(
-    use_native: bool, value: float, position: int, monkeypatch: pytest.MonkeyPatch
+    method: str, use_native: bool, value: float, position: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native, "available", lambda: use_native)
     values = np.random.default_rng(0).standard_normal((10, 128)).astype(np.float32)
-    assert math.isfinite(quantize(values, "F32", 4, 64, "BF16")[3])
+    assert math.isfinite(quantize(values, "F32", Q4, method)[1])
     values.flat[position] = value
-    assert not math.isfinite(quantize(values, "F32", 4, 64, "BF16")[3])
+    assert not math.isfinite(quantize(values, "F32", Q4, method)[1])
 
 
 @pytest.mark.parametrize("scale_dtype", DTYPES)
@@ -124,30 +142,34 @@ def test_zeros_of_both_signs_are_one_value(scale_dtype: str) -> None:
 @built
 def test_slices_are_taken_as_they_are() -> None:
     values = np.random.default_rng(0).standard_normal((9, 256)).astype(np.float32)[::2, 64:192]
-    check(values, "F32", 5, 64, "F16")
+    check(values, "F32", 5, 64, "F16", "starts")
 
 
 @built
-def test_numpy_and_native_say_the_same_through_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = from_float32(np.random.default_rng(0).standard_normal((12, 320)).astype(np.float32), "BF16")
-    first = quantize(stored, "BF16", 3, 32, "F16")
+@pytest.mark.parametrize("method", native.METHODS)
+def test_numpy_and_native_say_the_same_through_one_call(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In more than one of numpy's blocks."""
+    stored = from_float32(np.random.default_rng(0).standard_normal((450, 320)).astype(np.float32), "BF16")
+    encoding = Encoding("affine", "F16", 3, 32)
+    first = quantize(stored, "BF16", encoding, method)
     monkeypatch.setattr(native, "available", lambda: False)
-    second = quantize(stored, "BF16", 3, 32, "F16")
-    assert all(same(a, b) for a, b in zip(first[:3], second[:3], strict=True))
-    assert first[3:] == pytest.approx(second[3:], rel=1e-5)
+    second = quantize(stored, "BF16", encoding, method)
+    assert all(same(first[0][part], second[0][part]) for part in encoding.part_names)
+    assert first[1:] == second[1:]
 
 
 @built
-@pytest.mark.parametrize(("bits", "group"), [(7, 64), (1, 64), (4, 16)])
-def test_other_encodings_are_refused(bits: int, group: int) -> None:
-    with pytest.raises(ValueError, match="no such encoding"):
-        native.quantize(np.zeros((1, 64), np.float32), "F32", bits, group, "BF16")
+def test_other_encodings_are_refused() -> None:
+    encoding = object.__new__(Encoding)
+    vars(encoding).update(vars(Q4) | {"bits": 7})
+    with pytest.raises(ValueError, match="not for this routine"):
+        native.quantize(np.zeros((1, 64), np.float32), "F32", encoding, "minmax")
 
 
 @built
 def test_arrays_of_another_type_are_refused() -> None:
     with pytest.raises(ValueError, match="BF16 as float32"):
-        native.quantize(np.zeros((1, 64), np.float32), "BF16", 4, 64, "BF16")
+        native.quantize(np.zeros((1, 64), np.float32), "BF16", Q4, "minmax")
 
 
 def test_a_missing_library_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,34 +7,41 @@ from numpy.typing import NDArray
 
 from flashpack.formats import affine
 from flashpack.formats.dtypes import to_float32
+from flashpack.formats.records import Encoding
+from flashpack.formats.starts import group_squares
 from flashpack.kernels.cpu import native
 
 BLOCK_VALUES = 2**17
 """Values that numpy quantizes at a time: 512 KiB of float32, so that the passes over a block hit the L2 cache."""
 
+Parts = dict[str, NDArray[np.generic]]
+"""Stored arrays of a matrix, by the names of ``Encoding.part_names``."""
 
-def quantize(
-    stored: NDArray[np.generic], dtype: str, bits: int, group_size: int, scale_dtype: str
-) -> tuple[NDArray[np.uint32], NDArray[np.generic], NDArray[np.generic], float, float]:
-    """[rows, I] values as stored (BF16, F16 or F32) -> what ``affine.quantize`` makes of them, and two sums.
 
-    Returns words uint32 [rows, I*bits/32], scales and biases [rows, I/group_size] as stored, the sum of squared errors,
-    which is infinite or NaN exactly if a value or what it decodes to is, and the sum of squared values.
+def quantize(stored: NDArray[np.generic], dtype: str, encoding: Encoding, method: str) -> tuple[Parts, float, float]:
+    """Round [rows, I] values as stored (BF16, F16 or F32) to ``encoding``, by ``method`` "minmax" or "starts".
+
+    Returns the stored arrays, the sum of squared errors, which is infinite or NaN exactly if a value or what it decodes
+    to is, and the sum of squared values; both are sums of ``starts.group_squares`` in the order of the groups.
     """
     if native.available():
-        return native.quantize(stored, dtype, bits, group_size, scale_dtype)
-    words, scales, biases = [], [], []
+        return native.quantize(stored, dtype, encoding, method)
+    blocks = []
     error = norm = 0.0
     step = max(1, BLOCK_VALUES // stored.shape[1])
     for start in range(0, len(stored), step):
         values = to_float32(stored[start : start + step], dtype)
-        block = affine.quantize(values, bits, group_size, scale_dtype)
-        words.append(block[0])
-        scales.append(block[1])
-        biases.append(block[2])
+        function = affine.quantize if method == "minmax" else affine.quantize_starts
+        *arrays, decoded = function(values, encoding.bits, encoding.group_size, encoding.dtype)
+        blocks.append(arrays)
         with np.errstate(invalid="ignore"):  # infinity - infinity: seen by the caller in the sum
-            difference = block[3] - values
-        # In double precision, where no square of a float32 is infinite.
-        error += float(np.square(difference, dtype=np.float64).sum())
-        norm += float(np.square(values, dtype=np.float64).sum())
-    return np.concatenate(words), np.concatenate(scales), np.concatenate(biases), error, norm
+            error = _add(error, decoded - values, encoding.group_size)
+        norm = _add(norm, values, encoding.group_size)
+    parts = (np.concatenate(arrays) for arrays in zip(*blocks, strict=True))
+    return dict(zip(encoding.part_names, parts, strict=True)), error, norm
+
+
+def _add(sum_: float, values: NDArray[np.float32], group_size: int) -> float:
+    """Adds the squares of groups one after the other."""
+    squares = group_squares(values.reshape(-1, group_size))
+    return float(np.add.accumulate([sum_, *squares])[-1])

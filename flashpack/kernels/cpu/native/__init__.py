@@ -12,13 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashpack.formats.dtypes import ITEMSIZE, NUMPY
+from flashpack.formats.records import Encoding
 from flashpack.kernels.cpu.native.library import load
 
-ABI = 1
+ABI = 2
 """What `flashpack_abi` in quantize.c must answer: a library left by another version is not used."""
 
 LEVELS = ("portable", "avx2")
 """Instruction sets, by the number that the library gives them."""
+
+METHODS = ("minmax", "starts")
+"""Ways to round, by the number that the library gives them."""
 
 _TYPES = {"BF16": 0, "F16": 1, "F32": 2}
 
@@ -34,7 +38,7 @@ class _Library:
         self.quantize = library.flashpack_quantize
         number, pointer = ctypes.c_int, ctypes.c_void_p
         self.quantize.argtypes = [
-            pointer, number, ctypes.c_size_t, number, number, number, pointer, pointer, pointer, pointer, number,
+            pointer, number, ctypes.c_size_t, *[number] * 4, *[pointer] * 4, number,
         ]  # fmt: skip
 
 
@@ -61,27 +65,23 @@ def status() -> str:
 
 
 def quantize(
-    stored: NDArray[np.generic], dtype: str, bits: int, group_size: int, scale_dtype: str, level: int | None = None
-) -> tuple[NDArray[np.uint32], NDArray[np.generic], NDArray[np.generic], float, float]:
-    """``affine.quantize`` of [rows, I] values as stored (``NUMPY[dtype]``; BF16, F16 or F32), to the bit.
+    stored: NDArray[np.generic], dtype: str, encoding: Encoding, method: str, level: int | None = None
+) -> tuple[dict[str, NDArray[np.generic]], float, float]:
+    """``kernels.cpu.quantize.quantize``, to the bit. Other threads run meanwhile. Only to be called if ``available``.
 
-    Returns words uint32 [rows, I*bits/32], scales and biases [rows, I/group_size], the sum of squared errors (not
-    finite exactly if a value or what it decodes to is not) and of squared values. ``level``: a number of ``LEVELS``
-    that the processor has, by default the best. Other threads run meanwhile. Only to be called if ``available``.
+    ``level``: a number of ``LEVELS`` that the processor has, by default the best.
     """
     library = _load()
     if isinstance(library, str):
         raise RuntimeError(library)
     level = library.level if level is None else level
-    rows, width = stored.shape
     stored = np.ascontiguousarray(stored)
-    if level > library.level or width % group_size or stored.dtype.itemsize != ITEMSIZE[dtype]:
-        raise ValueError(f"level {level}, {dtype} as {stored.dtype} {stored.shape} in groups of {group_size}")
-    words = np.empty((rows, width * bits // 32), dtype="<u4")
-    scales, biases = (np.empty((rows, width // group_size), dtype=NUMPY[scale_dtype]) for _ in range(2))
+    if level > library.level or stored.dtype.itemsize != ITEMSIZE[dtype] or stored.ndim != 2:
+        raise ValueError(f"level {level}, {dtype} as {stored.dtype} {stored.shape}")
+    parts = {name: np.empty(shape, NUMPY[kind]) for name, (kind, shape) in encoding.parts(stored.shape).items()}
     sums = np.zeros(2)
-    arrays = [a.ctypes.data for a in (words, scales, biases, sums)]
-    source = stored.ctypes.data
-    if library.quantize(source, _TYPES[dtype], stored.size, bits, group_size, _TYPES[scale_dtype], *arrays, level):
-        raise ValueError(f"no such encoding: {bits} bits in groups of {group_size}")
-    return words, scales, biases, float(sums[0]), float(sums[1])
+    arrays = [array.ctypes.data for array in (*parts.values(), sums)]
+    kind = (encoding.bits, encoding.group_size, _TYPES[encoding.dtype], METHODS.index(method))
+    if library.quantize(stored.ctypes.data, _TYPES[dtype], stored.size, *kind, *arrays, level):
+        raise ValueError(f"{encoding}: not for this routine")
+    return parts, float(sums[0]), float(sums[1])

@@ -1,4 +1,4 @@
-/* Affine quantize-and-pack, bit for bit what flashpack.formats.affine.quantize gives (SPEC.md section 6).
+/* Affine quantize-and-pack, bit for bit what flashpack.formats.affine gives (SPEC.md section 6).
  *
  * Plain C without Python; called through ctypes, which lets other threads run meanwhile. Nothing here keeps state.
  */
@@ -14,13 +14,20 @@
 #error "needs little-endian byte order"
 #endif
 
-#define ABI 1 /* goes up when a function below changes; the loader compares it with its own */
+#define ABI 2 /* goes up when a function below changes; the loader compares it with its own */
 #define MAX_GROUP 128
 #define TILE 1024
 #define ROUNDER 0x1.8p23f
 #define TYPE_BF16 0
 #define TYPE_F16 1
 #define TYPE_F32 2
+
+/* flashpack.formats.starts.STARTS, by bits */
+#define STARTS 4
+static const float starts_of[9][STARTS] = {
+    [2] = {0.5f, 0.65f, 0.8f, 0.95f}, [3] = {0.65f, 0.77f, 0.88f, 1.0f}, [4] = {0.75f, 0.84f, 0.92f, 1.0f},
+    [5] = {0.85f, 0.9f, 0.95f, 1.0f}, [6] = {0.92f, 0.95f, 0.98f, 1.0f}, [8] = {0.97f, 0.98f, 0.99f, 1.0f},
+};
 
 typedef float float4 __attribute__((vector_size(16)));
 typedef float float8 __attribute__((vector_size(32)));
@@ -29,6 +36,7 @@ typedef int32_t int8 __attribute__((vector_size(32)));
 typedef double double4 __attribute__((vector_size(32)));
 
 #define SELECT(mask, a, b) ((VECTOR)(((mask) & (INTEGERS)(a)) | (~(mask) & (INTEGERS)(b))))
+#define STEP (8 / LANES) /* vectors of eight lanes, which all sums have */
 #define INLINE TARGET static inline __attribute__((always_inline))
 
 #define TARGET
@@ -36,6 +44,8 @@ typedef double double4 __attribute__((vector_size(32)));
 #define LANES 4
 #define VECTOR float4
 #define INTEGERS int4
+#define GREATER(a, b) SELECT((a) > (b), a, b)
+#define LESSER(a, b) SELECT((a) < (b), a, b)
 #include "quantize_body.h"
 
 #if defined(__x86_64__)
@@ -45,6 +55,8 @@ typedef double double4 __attribute__((vector_size(32)));
 #define LANES 8
 #define VECTOR float8
 #define INTEGERS int8
+#define GREATER(a, b) __builtin_ia32_maxps256(a, b) /* b if one is NaN, as a > b ? a : b */
+#define LESSER(a, b) __builtin_ia32_minps256(a, b)
 #include "quantize_body.h"
 #else
 #define HAVE_AVX2 0
@@ -68,11 +80,13 @@ int flashpack_level(void)
 /* `count` values at `source` in groups of `size` -> words [count * bits / 32], scales and biases [count / size].
  *
  * Types: 0 bfloat16, 1 float16, 2 float32. Arrays need no alignment. `level` is at most what flashpack_level says.
- * sums: squared error and squared values, added up in double precision in the order of the groups; the first is
- * infinite or NaN exactly if a value, or what it decodes to, is. Returns 0, or -1 if an argument is out of range.
+ * `starts`: 0 rounds between minimum and maximum, 1 searches for the least squared error.
+ * sums: squared error and squared values, each group's added up in double precision in the order of the groups; the
+ * first is infinite or NaN exactly if a value, or what it decodes to, is. Returns 0, or -1 if an argument is out of
+ * range.
  */
 int flashpack_quantize(
-    const void *source, int source_type, size_t count, int bits, int size, int scale_type,
+    const void *source, int source_type, size_t count, int bits, int size, int scale_type, int starts,
     void *words, void *scales, void *biases, double *sums, int level)
 {
     sums[0] = sums[1] = 0;
@@ -82,10 +96,10 @@ int flashpack_quantize(
         return -1;
 #if HAVE_AVX2
     if (level == 1) {
-        quantize_avx2(source, source_type, count, bits, size, scale_type, words, scales, biases, sums);
+        quantize_avx2(source, source_type, count, bits, size, scale_type, starts, words, scales, biases, sums);
         return 0;
     }
 #endif
-    quantize_portable(source, source_type, count, bits, size, scale_type, words, scales, biases, sums);
+    quantize_portable(source, source_type, count, bits, size, scale_type, starts, words, scales, biases, sums);
     return 0;
 }

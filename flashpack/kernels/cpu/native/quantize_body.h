@@ -1,7 +1,7 @@
 /* The quantizer, once for each instruction set: quantize.c includes this with TARGET (a function attribute) and
  * NAME(x) (x with a suffix) defined. Vectors are the compilers' own (gcc, clang), so this is AVX2, SSE2 or NEON.
  *
- * The arithmetic is that of flashpack.formats.affine.quantize, operation by operation. Each is rounded exactly (IEEE
+ * The arithmetic is that of flashpack.formats.affine, operation by operation. Each is rounded exactly (IEEE
  * single precision, no contraction), so results do not depend on the instruction set.
  */
 
@@ -112,55 +112,71 @@ INLINE void NAME(extremes)(const float *values, const size_t size, float *low, f
     *high = b + 0.0f;
 }
 
-/* Codes of a group, one byte each, what decoding them gives too much, and sums of squares of that and of the values. */
-INLINE void NAME(encode)(
-    const float *values, const size_t size, float scale, float bias, float levels, uint8_t *codes, float *wrong,
-    VECTOR *error, VECTOR *norm)
+/* The sum of eight lanes in the order of flashpack.formats.starts.lane_sum. */
+INLINE float NAME(total)(const VECTOR *sums)
+{
+    float lanes[8];
+    memcpy(lanes, sums, sizeof lanes);
+    return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+}
+
+/* `x` within 0 and `top`; NaN is 0. */
+INLINE VECTOR NAME(clip)(VECTOR x, VECTOR top)
+{
+    const VECTOR zero = {0};
+    return LESSER(GREATER(x, zero), top);
+}
+
+/* Codes of a group, one byte each, and what decoding them gives too much; returns the sum of squares of that. */
+INLINE float NAME(encode)(
+    const float *values, const size_t size, float scale, float bias, float levels, uint8_t *codes, float *wrong)
 {
     const float divisor = scale == 0 ? 1 : scale;
     const VECTOR zero = {0}, top = zero + levels;
+    VECTOR error[STEP] = {{0}};
     int32_t wide[MAX_GROUP];
-    size_t i;
-    for (i = 0; i < size; i += LANES) {
-        VECTOR x, code, difference;
-        INTEGERS integer;
-        memcpy(&x, values + i, sizeof x);
-        code = (x - bias) / divisor;
-        code = SELECT(code > zero, code, zero);
-        code = SELECT(code < top, code, top);
-        code += ROUNDER; /* rounds to the nearest integer, ties to even, and leaves it in the lowest bits */
-        integer = (INTEGERS)code & 0xFF;
-        code -= ROUNDER;
-        difference = code * scale + bias - x;
-        *error += difference * difference;
-        *norm += x * x;
-        memcpy(wide + i, &integer, sizeof integer);
-        memcpy(wrong + i, &difference, sizeof difference);
+    size_t i, k;
+    for (i = 0; i < size; i += 8) {
+        for (k = 0; k < STEP; k++) {
+            VECTOR x, code, difference;
+            INTEGERS integer;
+            memcpy(&x, values + i + k * LANES, sizeof x);
+            /* Rounded to the nearest integer, ties to even, which is left in the lowest bits. */
+            code = NAME(clip)((x - bias) / divisor, top) + ROUNDER;
+            integer = (INTEGERS)code & 0xFF;
+            code -= ROUNDER;
+            difference = code * scale + bias - x;
+            error[k] += difference * difference;
+            memcpy(wide + i + k * LANES, &integer, sizeof integer);
+            memcpy(wrong + i + k * LANES, &difference, sizeof difference);
+        }
     }
     for (i = 0; i < size; i++)
         codes[i] = (uint8_t)wide[i];
+    return NAME(total)(error);
 }
 
-/* Adds the squares of a tile to `sums`; `error` and `norm` are their sums in single precision. */
-INLINE void NAME(add)(
-    VECTOR error, VECTOR norm, const float *wrong, const float *values, size_t count, double *sums)
+/* flashpack.formats.starts.group_squares: the sum of squares of a group. */
+INLINE double NAME(squares)(const float *values, const size_t size)
 {
-    double errors = 0, norms = 0;
-    size_t i;
-    for (i = 0; i < LANES; i++) {
-        errors += error[i];
-        norms += norm[i];
-    }
-    if (!(norms > 1e-20 && norms < 1e30 && errors < 1e30)) {
-        /* Squares may have left the range of single precision, or something is infinite or NaN. */
-        errors = norms = 0;
-        for (i = 0; i < count; i++) {
-            errors += (double)wrong[i] * wrong[i];
-            norms += (double)values[i] * values[i];
+    VECTOR sums[STEP] = {{0}};
+    double lanes[8] = {0};
+    float sum;
+    size_t i, k;
+    for (i = 0; i < size; i += 8) {
+        for (k = 0; k < STEP; k++) {
+            VECTOR x;
+            memcpy(&x, values + i + k * LANES, sizeof x);
+            sums[k] += x * x;
         }
     }
-    sums[0] += errors;
-    sums[1] += norms;
+    sum = NAME(total)(sums);
+    if (sum > 1e-20f && sum < 1e30f)
+        return sum;
+    /* Squares may have left the range of single precision, or something is infinite or NaN. */
+    for (i = 0; i < size; i++)
+        lanes[i % 8] += (double)values[i] * values[i];
+    return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
 }
 
 /* `size` codes into a little-endian bit stream; `room` bytes may be written from `words` on. */
@@ -188,8 +204,10 @@ INLINE void NAME(pack)(const uint8_t *codes, const size_t size, int bits, uint8_
     }
 }
 
+#include "quantize_starts.h"
+
 INLINE void NAME(tiles)(
-    const uint8_t *source, int source_type, size_t count, int bits, const size_t size, int scale_type,
+    const uint8_t *source, int source_type, size_t count, int bits, const size_t size, int scale_type, int starts,
     uint8_t *words, uint8_t *scales, uint8_t *biases, double *sums)
 {
     const float levels = (float)((1 << bits) - 1);
@@ -197,26 +215,30 @@ INLINE void NAME(tiles)(
     size_t room = count / 8 * (size_t)bits, first = 0, index = 0;
     while (first < count) {
         /* Some groups at a time, so that the processor need not wait for the end of one before it begins the next. */
-        float values[TILE], wrong[TILE], low[TILE / 32], high[TILE / 32];
+        float values[TILE], low[TILE / 32], high[TILE / 32], scale[TILE / 32], bias[TILE / 32];
         const size_t tile = count - first < TILE ? count - first : TILE, groups = tile / size;
-        VECTOR error = {0}, norm = {0};
         size_t g;
         NAME(widen)(source, source_type, first, tile, values);
         for (g = 0; g < groups; g++)
             NAME(extremes)(values + g * size, size, low + g, high + g);
         for (g = 0; g < groups; g++) {
-            high[g] = NAME(store_rounded)((high[g] - low[g]) / levels, scale_type, scales, index + g);
-            low[g] = NAME(store_rounded)(low[g], scale_type, biases, index + g);
+            scale[g] = NAME(store_rounded)((high[g] - low[g]) / levels, scale_type, scales, index + g);
+            bias[g] = NAME(store_rounded)(low[g], scale_type, biases, index + g);
         }
         for (g = 0; g < groups; g++) {
+            const float *group = values + g * size;
             uint8_t codes[MAX_GROUP];
-            NAME(encode)(
-                values + g * size, size, high[g], low[g], levels, codes, wrong + g * size, &error, &norm);
+            float wrong[MAX_GROUP];
+            float error = NAME(encode)(group, size, scale[g], bias[g], levels, codes, wrong);
+            if (starts)
+                NAME(improve)(
+                    group, size, low[g], high[g], bits, error, scale_type, scales, biases, index + g, codes, wrong);
             NAME(pack)(codes, size, bits, words, room);
+            sums[0] += NAME(squares)(wrong, size);
+            sums[1] += NAME(squares)(group, size);
             words += group_bytes;
             room -= group_bytes;
         }
-        NAME(add)(error, norm, wrong, values, tile, sums);
         first += tile;
         index += groups;
     }
@@ -224,15 +246,15 @@ INLINE void NAME(tiles)(
 
 /* Group sizes as constants, so that the loops over a group are unrolled. */
 TARGET static void NAME(quantize)(
-    const uint8_t *source, int source_type, size_t count, int bits, int size, int scale_type,
+    const uint8_t *source, int source_type, size_t count, int bits, int size, int scale_type, int starts,
     uint8_t *words, uint8_t *scales, uint8_t *biases, double *sums)
 {
     if (size == 32)
-        NAME(tiles)(source, source_type, count, bits, 32, scale_type, words, scales, biases, sums);
+        NAME(tiles)(source, source_type, count, bits, 32, scale_type, starts, words, scales, biases, sums);
     else if (size == 64)
-        NAME(tiles)(source, source_type, count, bits, 64, scale_type, words, scales, biases, sums);
+        NAME(tiles)(source, source_type, count, bits, 64, scale_type, starts, words, scales, biases, sums);
     else
-        NAME(tiles)(source, source_type, count, bits, 128, scale_type, words, scales, biases, sums);
+        NAME(tiles)(source, source_type, count, bits, 128, scale_type, starts, words, scales, biases, sums);
 }
 
 #undef TARGET
@@ -240,3 +262,5 @@ TARGET static void NAME(quantize)(
 #undef LANES
 #undef VECTOR
 #undef INTEGERS
+#undef GREATER
+#undef LESSER
