@@ -10,6 +10,7 @@ import typer
 
 from flashpack.cli.console import note
 from flashpack.cli.convert import convert
+from flashpack.cli.eval import eval
 from flashpack.cli.inspect import inspect
 from flashpack.cli.plan import plan
 from flashpack.cli.recode import recode
@@ -47,7 +48,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-for _command in (plan, convert, verify, repair, recode, inspect, run, selftest):
+for _command in (plan, convert, verify, repair, recode, inspect, run, eval, selftest):
     app.command()(_guarded(_command))
 
 

@@ -48,12 +48,12 @@ def answer_json(data: Any) -> None:
     print(json.dumps(data, indent=1))
 
 
-def progress_bar(total: int, text: str, done: int = 0) -> tqdm[Any]:
-    """Bytes, rate and time left on stderr; silent where stderr is not a terminal."""
+def progress_bar(total: int, text: str, done: int = 0, unit: str = "B") -> tqdm[Any]:
+    """Bytes (or another unit), rate and time left on stderr; silent where stderr is not a terminal."""
     from tqdm import tqdm
 
     return tqdm(
-        total=total, initial=done, desc=text, unit="B", unit_scale=True, disable=None, leave=False, mininterval=0.2
+        total=total, initial=done, desc=text, unit=unit, unit_scale=True, disable=None, leave=False, mininterval=0.2
     )
 
 

@@ -81,9 +81,14 @@ class Result:
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, raw: bool = False, thinking: bool | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    raw: bool = False,
+    thinking: bool | None = None,
+    system: str | None = None,
 ) -> list[int]:
-    """Token ids of a prompt: one user message in the chat template, or the text as it is (``raw``)."""
+    """Token ids of a prompt: one user message in the chat template, after a ``system`` message if there is one, or the
+    text as it is (``raw``)."""
     if raw:
         if thinking is not None:
             raise UsageError("--thinking needs the chat template; leave out --raw")
@@ -97,7 +102,8 @@ def encode_prompt(
         if "enable_thinking" not in chosen:
             raise UsageError("the pack's chat template knows no thinking switch; leave out --thinking")
         extra["enable_thinking"] = thinking
-    messages = [{"role": "user", "content": prompt}]
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": prompt})
     text = template.render(chosen, messages, **{**tokenizer.special_tokens_map, **extra})
     return encode(tokenizer, text, special=False)
 

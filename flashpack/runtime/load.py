@@ -72,6 +72,7 @@ def load(
     prefetch: bool = True,
     experts_per_token: int | None = None,
     prefer_cached: float | None = None,
+    sequences: int = 1,
 ) -> PreTrainedModel:
     """Open a pack as a transformers causal language model; its ``generate`` works.
 
@@ -87,7 +88,8 @@ def load(
     long as that is faster. Two options make the output another than the model's own. ``experts_per_token``: fewer than
     the model was trained with. ``prefer_cached``: decoding takes experts that are in memory in place of absent ones if
     the router gives them at least this share of their weight, between 0 and 1; then the output depends on what is in
-    memory, and nothing is read ahead. The model carries its ``Runtime`` as ``.flashpack``.
+    memory, and nothing is read ahead. ``sequences``: how many the caller computes in one call, so that there is room
+    for them. The model carries its ``Runtime`` as ``.flashpack``.
 
     Raises ``FormatError``, ``IntegrityError``, ``IdentityError``, ``MemoryBudgetError``, ``DeviceError`` or
     ``UsageError``.
@@ -142,10 +144,10 @@ def load(
             raise
         raise UsageError(f"--experts-per-token {experts_per_token}: the pack does not fit such a model: {e}") from e
     config = config.get_text_config(decoder=True)
-    work = working_bytes(model, sites, str(opened.folder)) + scratch_bytes(opened)
+    work = sequences * working_bytes(model, sites, str(opened.folder)) + scratch_bytes(opened)
     context = context_length(config, context)
     with library_errors(f"{opened.folder}: the model of config.json cannot be computed"):
-        cache = kv_bytes(model, context)
+        cache = sequences * kv_bytes(model, context)
         kind: Any = type(model)
         own_cache = None if kind._supports_default_dynamic_cache() else cache_class(model)
         if experts_per_token is not None:

@@ -1,0 +1,137 @@
+"""flashpack eval"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from flashpack.cli.console import answer_json, gb, note, progress_bar, quiet_libraries, say
+from flashpack.errors import UsageError
+
+if TYPE_CHECKING:
+    from flashpack.converter import Plan
+    from flashpack.runtime.score import Divergence
+    from flashpack.runtime.toolcalls import Counts
+
+
+def eval(
+    pack: Path = typer.Argument(..., help="Folder of the pack to judge."),
+    against: str = typer.Option(..., help="The reference: a pack, or a checkpoint, which is converted without loss."),
+    text: Path = typer.Option(..., help="Text file to predict."),
+    windows: int = typer.Option(24, min=1, help="Pieces of the text, from its start; fewer if it is shorter."),
+    length: int = typer.Option(512, min=2, help="Tokens of a piece."),
+    part: str = typer.Option("all", help="Only every second of the pieces: even (the first, the third ...) or odd."),
+    tools: Path | None = typer.Option(None, help="Tool calls: a JSON object with user, name and arguments per line."),
+    system: str | None = typer.Option(None, help="System prompt of the tool calls. Default: a general one."),
+    ignore: list[str] = typer.Option([], help="TOOL.ARGUMENT that may have any value, for example python.timeout."),
+    memory: str | None = typer.Option(None, help="For the whole process: 6GB, 6GiB or smallest. Default: free memory."),
+    experts_per_token: int | None = typer.Option(None, min=1, help="Of PACK, as for run; one token per step then."),
+    prefer_cached: float | None = typer.Option(None, help="Of PACK, as for run; one token per step then."),
+    scratch: Path | None = typer.Option(None, help="Folder for temporary files. Default: the system's."),
+    max_kld: float | None = typer.Option(None, min=0.0, help="End with exit code 1 if the mean divergence is larger."),
+    json: bool = typer.Option(False, "--json", help="Print the result as one JSON object."),
+) -> None:
+    """How much a pack differs from its original: KL divergence, equal best tokens, perplexity, and tool calls.
+
+    Both models stream, one after the other: neither has to fit in memory. Neither memory nor threads change the
+    result, but with --prefer-cached.
+    """
+    quiet_libraries(against)
+    if scratch is not None and not scratch.is_dir():
+        raise UsageError(f"--scratch {scratch}: not a folder")
+    ignored = [_argument(name) for name in ignore]
+    from flashpack.runtime import load
+    from flashpack.runtime.score import divergence, read_windows
+    from flashpack.runtime.toolcalls import SYSTEM, read_cases, tool_calls
+
+    pieces = read_windows(pack, text, windows, length, part)
+    cases = read_cases(tools) if tools else []
+    counts = None
+    with _Progress() as progress:
+        with _as_pack(against, scratch, progress) as reference:
+            found = divergence(
+                pack, reference, pieces, scratch, memory, experts_per_token, prefer_cached,
+                lambda name, total: progress.begin(total, name, "tokens"), progress.advance,
+            )  # fmt: skip
+        if cases:
+            from flashpack.runtime.tokenizer import load_tokenizer
+
+            progress.begin(len(cases), "tool calls", "calls")
+            model = load(
+                pack, memory=memory, warm=False, experts_per_token=experts_per_token, prefer_cached=prefer_cached
+            )
+            prompt = SYSTEM if system is None else system
+            counts = tool_calls(model, load_tokenizer(pack), cases, prompt, ignored, progress.advance)
+    if json:
+        answer_json({"divergence": found.to_json(), "tools": counts.to_json() if counts else None})
+    else:
+        _show(found, counts)
+    if max_kld is not None and found.kld > max_kld:
+        note(f"flashpack: KL divergence {found.kld:.4g} is more than --max-kld {max_kld:g}")
+        raise typer.Exit(1)
+
+
+class _Progress:
+    """One bar after another."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def begin(self, total: int, text: str, unit: str) -> None:
+        self.__exit__()
+        self._bar = progress_bar(total, text, unit=unit)
+
+    def advance(self, count: int) -> None:
+        self._bar.update(count)
+
+
+@contextmanager
+def _as_pack(source: str, scratch: Path | None, progress: _Progress) -> Iterator[Path]:
+    """The folder of a pack; one that is made of a checkpoint is there only meanwhile."""
+    from flashpack.formats import constants as C
+
+    if (Path(source) / C.MANIFEST).is_file():
+        yield Path(source)
+        return
+    from flashpack.converter import convert
+
+    def begin(plan: Plan, done: int) -> None:
+        note(f"reference: {gb(sum(plan.file_sizes().values()))} to write for the time of this comparison")
+        for text in plan.notices:
+            note(f"note: {text}")
+        progress.begin(sum(plan.source_bytes().values()), "converting", "B")
+
+    with tempfile.TemporaryDirectory(prefix="flashpack-eval-", dir=scratch) as folder:
+        out = Path(folder) / "reference"
+        convert(source, out, experts="source", dense="source", on_plan=begin, progress=progress.advance)
+        yield out
+
+
+def _argument(name: str) -> tuple[str, str]:
+    """(tool, argument) of "tool.argument"."""
+    tool, dot, argument = name.rpartition(".")
+    if not (tool and dot and argument):
+        raise UsageError(f"--ignore {name}: write TOOL.ARGUMENT, for example python.timeout")
+    return tool, argument
+
+
+def _show(found: Divergence, counts: Counts | None) -> None:
+    error = "" if found.error is None else f" +- {found.error:.4f} (standard error)"
+    say(f"{found.windows} windows of {found.length} tokens")
+    say(f"  KL divergence    {found.kld:.4f}{error} nats per token; 99 % of the tokens below {found.p99:.3f}")
+    say(f"  same best token  {found.top1:.2%}")
+    say(f"  perplexity       {found.perplexity:.4f}, of the reference {found.reference_perplexity:.4f}")
+    if counts:
+        say(f"  tool calls       {counts.calls}: {counts.valid} valid JSON, {counts.exact} exact")

@@ -1,0 +1,70 @@
+"""What a model predicts after each token of given texts: several texts per pass, or one token per step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from flashpack.skeleton import library_errors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_LOGITS = 2**21
+"""Logits computed at once, about: of a few tokens where the vocabulary is large."""
+
+
+def log_probabilities(model: Any, at_once: int, windows: Tensor, single: bool) -> Iterator[Tensor]:
+    """Of what follows each token of ``windows`` (int64 [windows, length]), in their order: float32
+    [tokens, vocabulary] on the CPU, some tokens of one window at a time.
+
+    A pass takes ``at_once`` windows, or one token (``single``), as in decoding.
+    """
+    with library_errors("the model cannot be computed"):
+        ids = windows.to(model.device)
+        for logits in _steps(model, ids) if single else _passes(model, at_once, ids):
+            yield logits.float().cpu().log_softmax(-1)
+
+
+def _steps(model: Any, windows: Tensor) -> Iterator[Tensor]:
+    for window in windows:
+        cache = None
+        for token in window:
+            answer = model(input_ids=token.view(1, 1), past_key_values=cache, use_cache=True)
+            cache = answer.past_key_values
+            yield answer.logits[0]
+
+
+def _passes(model: Any, at_once: int, windows: Tensor) -> Iterator[Tensor]:
+    """The decoder takes windows as a whole; the head follows, a few tokens at a time."""
+    decoder = model.get_decoder()
+    forward = decoder.forward
+    rows = max(1, _LOGITS // model.config.get_text_config(decoder=True).vocab_size)
+    try:
+        for first in range(0, len(windows), at_once):
+            ids = windows[first : first + at_once]
+            answers: list[Any] = []
+
+            def compute(*args: Any, _answers: list[Any] = answers, **kwargs: Any) -> Any:
+                _answers.append(forward(*args, **kwargs))
+                return _like(_answers[0], _answers[0].last_hidden_state[:, :1])
+
+            # Through the whole model, since what it does around its head differs by family.
+            decoder.forward = compute
+            model(input_ids=ids, use_cache=False)
+            for window in answers[0].last_hidden_state:
+                for start in range(0, len(window), rows):
+                    piece = window[None, start : start + rows]
+                    decoder.forward = _given(_like(answers[0], piece))
+                    yield model(input_ids=ids[:1, :1], use_cache=False).logits[0]
+    finally:
+        decoder.forward = forward
+
+
+def _like(answer: Any, hidden: Tensor) -> Any:
+    """An answer of the decoder with other hidden states."""
+    return type(answer)(last_hidden_state=hidden)
+
+
+def _given(answer: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: answer
