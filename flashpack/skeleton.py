@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from flashpack.kernels import Activation
+
 _COUNT_KEYS = (
     "num_experts",
     "num_local_experts",
@@ -86,6 +88,22 @@ class ExpertsModule:
             return {"up": first} | down
         half = (first[0] // 2, first[1])
         return {"gate": half, "up": half} | down
+
+    def activation(self) -> Activation:
+        """The module's own, for gate rows that come before the rows of up."""
+        import torch
+
+        from flashpack.kernels.activations import recognize
+
+        module: Any = self.module
+        function = module._apply_gate if self.has_gate else module.act_fn
+        if self.has_gate and not self.is_concatenated:
+            alternating = function
+
+            def function(x: torch.Tensor) -> Any:
+                return alternating(torch.stack(x.chunk(2, dim=-1), dim=-1).flatten(-2))
+
+        return recognize(function, self.has_gate, getattr(module, "limit", None))
 
     def _shape(self, parameter: str) -> tuple[int, int]:
         _, rows, width = self.parameters[parameter]

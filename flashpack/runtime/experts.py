@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from flashpack.kernels import Activation, Kernels
-from flashpack.kernels.activations import recognize
+from flashpack.kernels import Kernels
 from flashpack.runtime.budget import PROMPT_CHUNK
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ class RoutedExperts:
         self.compute = kernels.experts
         self.layer = site.layer
         self.num_experts = site.num_experts
-        self.activation = _activation(site)
+        self.activation = site.activation()
         self._norm: Callable[[Tensor], Tensor] | None = module.post_expert_norm if module.has_post_expert_norm else None
 
     @property
@@ -73,19 +72,6 @@ class RoutedExperts:
                 out.copy_(self._norm(out.to(x.dtype)))
         where = torch.tensor(places, dtype=torch.int32, device=x.device).view(tokens, top_k)
         return self.kernels.combine(outputs, where, weights).to(x.dtype)
-
-
-def _activation(site: ExpertsModule) -> Activation:
-    """The module's own activation, for gate rows that come before the rows of up."""
-    module: Any = site.module
-    function = module._apply_gate if site.has_gate else module.act_fn
-    if site.is_concatenated:
-        return recognize(function, site.has_gate, getattr(module, "limit", None))
-    return recognize(
-        lambda x: function(torch.stack(x.chunk(2, dim=-1), dim=-1).flatten(-2)),
-        site.has_gate,
-        getattr(module, "limit", None),
-    )
 
 
 def forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

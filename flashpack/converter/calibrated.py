@@ -1,0 +1,273 @@
+"""Rounding an expert's matrices for the tokens that chose it (``gptq``).
+
+gate and up see the layer's inputs x, each with the router's weight w: ``H = sum of w^2 x x^T``. down sees what the
+rounded gate and up give, y', and is moved first to what makes up for their error: with y of the source's matrices, its
+target is the T that gives ``T y'`` nearest to ``down y``.
+
+Few tokens say little. H is mixed with that of all tokens, each scaled to the same mean diagonal, and that mean times
+``DAMPING`` is added to the diagonal: both keep the matrix near the source's for inputs that were not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import linear
+
+from flashpack.converter.gptq import gptq
+from flashpack.converter.quantize import Error, Errors
+from flashpack.errors import SourceError
+from flashpack.formats.encodings import decode
+from flashpack.formats.records import RecordKind
+from flashpack.kernels import Activation
+
+if TYPE_CHECKING:
+    from flashpack.formats.calibration import LayerTokens
+
+ENCODINGS = ("affine", "affine_dq")
+"""What ``gptq`` can round to."""
+
+DAMPING = 0.3
+"""Of the mean of H's diagonal, added to it. Less is a little better on text like the calibration's, worse on other."""
+
+PRIOR = 0.25
+"""Tokens, as a share of the width of H, that the layer's H counts for beside the expert's own."""
+
+FEWEST = 0.125
+"""Tokens, as a share of a matrix's width, below which it is not calibrated."""
+
+LAYER_TOKENS = 2**15
+"""Tokens, evenly spaced, that a layer's H is made from."""
+
+EXPERT_TOKENS = 2**10
+"""Tokens, evenly spaced, that stand for all tokens where an expert did not see them."""
+
+TYPICAL_TOKENS = 2**8
+"""An expert's tokens, evenly spaced, that it is judged by."""
+
+CHUNK = 2**11
+"""Tokens that are held as float32 at a time."""
+
+Arrays = dict[str, NDArray[Any]]
+"""Part -> stored array."""
+
+
+class LayerCalibration:
+    """One layer's tokens, for its experts one by one or side by side.
+
+    ``refined``: see ``gptq``. ``device`` does the work; on a processor results are the same for any number of threads.
+    """
+
+    def __init__(
+        self, tokens: LayerTokens, activation: Activation, refined: bool, device: torch.device | str = "cpu"
+    ) -> None:
+        self.activation, self.refined, self.device = activation, refined, torch.device(device)
+        self._tokens = tokens
+        self._hessian: Tensor | None = None
+        self._lock = Lock()
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        expert: int,
+        kind: RecordKind,
+        values: Mapping[str, NDArray[np.float32]],
+        biases: Mapping[str, NDArray[np.float32]],
+    ) -> tuple[dict[str, Arrays], Errors]:
+        """The stored parts of the expert's matrices, and their errors, by projection.
+
+        ``values``: float32 [out, in] of each projection of ``kind``; ``biases``: [out] of those that have one. Left out
+        of the parts is a matrix that saw too few tokens, whose error then says only how many, and one that is not
+        stored in one of ``ENCODINGS``. Raises ``SourceError``.
+        """
+        for name, matrix in values.items():
+            if not np.isfinite(matrix).all():
+                raise SourceError(f"expert {expert}, {name}: infinite or NaN values cannot be quantized")
+        with one_thread():
+            work = _Expert(self, expert, kind, values, biases)
+            work.encode_first()
+            work.encode_down()
+        return work.parts, work.errors
+
+    @torch.inference_mode()
+    def hessian(self) -> Tensor:
+        """H [in, in] of all tokens, with a mean diagonal of 1."""
+        with self._lock, one_thread():
+            if self._hessian is None:
+                tokens = _spaced(len(self._tokens.inputs), LAYER_TOKENS)
+                total = sum((x.T @ x for x in self.inputs(tokens)), torch.zeros((), device=self.device))
+                self._hessian = total / _mean_diagonal(total)
+            return self._hessian
+
+    def inputs(self, tokens: NDArray[np.intp]) -> Iterator[Tensor]:
+        """What these tokens are to the layer's experts: float32 [up to ``CHUNK``, in] after another."""
+        for start in range(0, len(tokens), CHUNK):
+            stored = np.ascontiguousarray(self._tokens.inputs[tokens[start : start + CHUNK]])
+            yield torch.from_numpy(stored.view(np.int16)).to(self.device).view(torch.bfloat16).float()
+
+    @property
+    def residual(self) -> float:
+        """Mean square of a value of what the experts' output is added to."""
+        return float(self._tokens.residual)
+
+    def sample(self) -> NDArray[np.intp]:
+        """A few of all tokens."""
+        return _spaced(len(self._tokens.inputs), EXPERT_TOKENS)
+
+    def typical(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Inputs [tokens, in] that stand for all of an expert, and weights [tokens]: sums of squares with them are like
+        those over all its tokens, divided by the number of the layer's."""
+        own, weights = self.chosen(expert)
+        if not len(own):  # it counts as if one token had chosen it
+            x = torch.cat(list(self.inputs(self.sample())))
+            return x, torch.full((len(x),), (len(x) * len(self._tokens.inputs)) ** -0.5, device=self.device)
+        some = _spaced(len(own), TYPICAL_TOKENS)
+        scale = (len(own) / (len(some) * len(self._tokens.inputs))) ** 0.5
+        return torch.cat(list(self.inputs(own[some]))), torch.from_numpy(weights[some]).to(self.device) * scale
+
+    def chosen(self, expert: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+        """The tokens that chose ``expert``, and the router's weights of it."""
+        tokens, choice = np.nonzero(self._tokens.experts == expert)
+        return tokens, np.ascontiguousarray(self._tokens.weights[tokens, choice])
+
+
+class _Expert:
+    """One expert while it is encoded."""
+
+    def __init__(
+        self,
+        layer: LayerCalibration,
+        number: int,
+        kind: RecordKind,
+        values: Mapping[str, NDArray[np.float32]],
+        biases: Mapping[str, NDArray[np.float32]],
+    ) -> None:
+        self.parts: dict[str, Arrays] = {}
+        self.errors: Errors = {}
+        self._layer, self._number = layer, number
+        self._encodings = {p.name: p.encoding for p in kind.projections}
+        self._first = [name for name in self._encodings if name != "down"]
+        self._source = {name: torch.from_numpy(values[name]).to(layer.device) for name in self._encodings}
+        self._rounded = dict(self._source)
+        self._bias = None
+        if biases:
+            self._bias = torch.from_numpy(np.concatenate([biases[name] for name in self._first])).to(layer.device)
+        self._tokens, weights = layer.chosen(number)
+        self._weights = torch.from_numpy(weights).to(layer.device).unsqueeze(-1)
+        energy = weights.astype(np.float64) ** 2
+        # As many tokens of equal weight would say as much.
+        self._count = float(energy.sum() ** 2 / (energy**2).sum()) if energy.any() else 0.0
+
+    def encode_first(self) -> None:
+        """gate and up."""
+        names = [name for name in self._first if self._is_calibrated(name)]
+        if not names:
+            return
+        own = self._moment(x * w for x, w in self._own())
+        hessian = _damped(self._mixed(own / _mean_diagonal(own), self._layer.hessian()))
+        for encoding in dict.fromkeys(self._encodings[name] for name in names):
+            same = [name for name in names if self._encodings[name] == encoding]
+            self._round(same, torch.stack([self._source[name] for name in same]), hessian)
+        for name in names:
+            lost = self._rounded[name] - self._source[name]
+            self._note(name, _energy(lost, own), _energy(self._source[name], own))
+
+    def encode_down(self) -> None:
+        """down, after the others."""
+        if not self._is_calibrated("down"):
+            return
+        width, source = self._source["down"].shape[1], self._source["down"]
+        # Of [y, y'] side by side, so that one product has all that is needed.
+        own = self._moment(self._intermediate(x) * w for x, w in self._own())
+        some = self._moment(self._intermediate(x) for x in self._layer.inputs(self._layer.sample()))
+        mixed = self._mixed(*(m / _mean_diagonal(m[width:, width:]) for m in (own, some)))
+        hessian = _damped(mixed[width:, width:])
+        cross = mixed[:width, width:] + torch.diag(hessian.diagonal() - mixed[width:, width:].diagonal())
+        self._round(["down"], torch.linalg.solve(hessian, (source @ cross).T).T.unsqueeze(0), hessian)
+        lost = torch.cat([-source, self._rounded["down"]], dim=1)
+        self._note("down", _energy(lost, own), _energy(source, own[:width, :width]))
+
+    def _is_calibrated(self, name: str) -> bool:
+        if self._encodings[name].name not in ENCODINGS:
+            return False
+        self.errors[name] = Error(tokens=len(self._tokens))
+        return self._count >= FEWEST * self._source[name].shape[1]
+
+    def _round(self, names: list[str], target: Tensor, hessian: Tensor) -> None:
+        """Store ``target`` [names, out, in] for matrices of one encoding."""
+        encoding = self._encodings[names[0]]
+        stacked = gptq(target, hessian, encoding, self._layer.refined)
+        for i, name in enumerate(names):
+            self.parts[name] = {part: array[i] for part, array in stacked.items()}
+            decoded = decode(encoding, self.parts[name], tuple(target.shape[1:]))
+            self._rounded[name] = torch.from_numpy(decoded).to(target.device)
+
+    def _note(self, name: str, lost: float, whole: float) -> None:
+        """The errors of a matrix: that of its values, and that of what it gives, of which ``lost`` and ``whole`` are
+        the squares."""
+        error, source = self.errors[name], self._source[name].double()
+        error.error = float((self._rounded[name] - source).square().sum())
+        error.norm = float(source.square().sum())
+        error.weighted = (lost / whole) ** 0.5 if whole else 0.0
+
+    def _own(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The expert's tokens and their weights [tokens, 1]."""
+        for number, x in enumerate(self._layer.inputs(self._tokens)):
+            yield x, self._weights[number * CHUNK :][: len(x)]
+
+    def _intermediate(self, x: Tensor) -> Tensor:
+        """The inputs of down [tokens, 2 * in], of the source's gate and up and then of the rounded ones."""
+        first = (torch.cat([matrices[name] for name in self._first]) for matrices in (self._source, self._rounded))
+        return torch.cat([self._layer.activation(linear(x, matrix, self._bias)) for matrix in first], dim=1)
+
+    def _moment(self, inputs: Iterator[Tensor]) -> Tensor:
+        """The sum of x x^T."""
+        total = sum((x.T @ x for x in inputs), torch.zeros((), device=self._layer.device))
+        if not bool(total.isfinite().all()):
+            raise SourceError(f"expert {self._number}: what it does with the calibration's tokens is not finite")
+        return total
+
+    def _mixed(self, own: Tensor, shared: Tensor) -> Tensor:
+        """Moments of one scale, of the expert's tokens and of all, by how much the former can say."""
+        share = self._count / (self._count + PRIOR * len(own))
+        return own * share + shared * (1 - share)
+
+
+def _damped(hessian: Tensor) -> Tensor:
+    return hessian + torch.eye(len(hessian)).to(hessian) * (DAMPING * _mean_diagonal(hessian))
+
+
+def _mean_diagonal(moment: Tensor) -> Tensor:
+    """Of inputs that are all 0: 1, which scales nothing."""
+    mean = moment.diagonal().mean()
+    return torch.where(mean > 0, mean, 1.0)
+
+
+def _energy(matrix: Tensor, moment: Tensor) -> float:
+    """The squares of what ``matrix`` gives, summed over the tokens of ``moment``."""
+    wide = matrix.double()
+    return max(0.0, float(((wide @ moment.double()) * wide).sum()))
+
+
+def _spaced(count: int, most: int) -> NDArray[np.intp]:
+    """Up to ``most`` of ``count`` numbers, evenly spaced."""
+    return np.arange(min(count, most)) * count // min(count, most)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch works on the calling thread alone: sums are cut by the number of threads, and so would results depend on
+    it. The setting is each thread's own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
