@@ -8,6 +8,8 @@ MLX checkpoints are carried over word by word.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -88,7 +90,7 @@ def quantize(
     grouped = values.reshape(*values.shape[:-1], -1, group_size)
     # The caller sees input that is not finite, or too large, by the infinity or NaN it decodes to.
     with np.errstate(invalid="ignore", over="ignore"):
-        low, high = _extremes(grouped)
+        low, high = extremes(grouped)
         scales = from_float32((high - low) / np.float32(2**bits - 1), scale_dtype)
         biases = from_float32(low, scale_dtype)
         codes, decoded = _round(grouped, scales, biases, bits, scale_dtype)
@@ -113,13 +115,13 @@ def quantize_starts(
     n = np.float32(group_size)
     with np.errstate(invalid="ignore", over="ignore", under="ignore", divide="ignore"):
         error = starts.lane_sum(np.square(decoded - grouped))
-        low, high = _extremes(grouped)
+        low, high = extremes(grouped)
         middle = low * np.float32(0.5) + high * np.float32(0.5)
         y = grouped - middle[..., None]
         total = starts.lane_sum(y)
         for fit in starts.fits(y, total, low - middle, high - middle, bits):
             scale = from_float32(fit.scale, scale_dtype)
-            bias = (total - to_float32(scale, scale_dtype) * fit.codes) / n + middle
+            bias: Any = (total - to_float32(scale, scale_dtype) * fit.codes) / n + middle
             found = (scale, from_float32(bias, scale_dtype))
             better_codes, better = _round(grouped, *found, bits, scale_dtype)
             smaller = starts.lane_sum(np.square(better - grouped))
@@ -132,7 +134,7 @@ def quantize_starts(
     return words, scales, biases, decoded.reshape(values.shape)
 
 
-def _extremes(grouped: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def extremes(grouped: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Minimum and maximum of each group.
 
     Which of -0 and +0 is the smaller depends on numpy's code for the CPU; adding +0 leaves +0 only.

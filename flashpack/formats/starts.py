@@ -13,6 +13,7 @@ gives the same bits. In each group of n values, with ``levels = 2**bits - 1``:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,7 +106,8 @@ def fits(y: Floats, total: Floats, low: Floats, high: Floats, bits: int) -> list
     for down in STARTS[bits]:
         for up in STARTS[bits]:
             bias = low * np.float32(down)
-            fit = Fit((high * np.float32(up) - bias) / np.float32(levels), bias, bias, bias)
+            scale: Any = (high * np.float32(up) - bias) / np.float32(levels)
+            fit = Fit(scale, bias, bias, bias)
             for _ in range(FIRST_ROUNDS):
                 fit = refit(y, total, fit.scale, fit.bias, levels)
             first = fit.gain > kept[0].gain

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from flashpack.formats import affine
-from flashpack.formats.constants import AFFINE_BITS, GROUP_SIZES
+from flashpack.formats import affine, affine_dq_starts
+from flashpack.formats.constants import AFFINE_BITS, DQ_BITS, GROUP_SIZES
 from flashpack.formats.dtypes import from_float32, to_float32
 from flashpack.formats.records import Encoding
 from flashpack.formats.starts import group_squares
@@ -32,14 +32,22 @@ def same(a: np.ndarray, b: np.ndarray) -> bool:
 
 def reference(values: np.ndarray, encoding: Encoding, method: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """What the numpy meaning of the method stores, and what that decodes to."""
-    function = affine.quantize if method == "minmax" else affine.quantize_starts
-    *arrays, decoded = function(values, encoding.bits, encoding.group_size, encoding.dtype)
+    arrays: list[np.ndarray]
+    if encoding.name == "affine_dq":
+        double = affine_dq_starts.quantize if method == "minmax" else affine_dq_starts.quantize_starts
+        *arrays, decoded = double(values, encoding.bits)
+    else:
+        single = affine.quantize if method == "minmax" else affine.quantize_starts
+        *arrays, decoded = single(values, encoding.bits, encoding.group_size, encoding.dtype)
     return dict(zip(encoding.part_names, arrays, strict=True)), decoded
 
 
 def check(stored: np.ndarray, dtype: str, bits: int, group: int, scale_dtype: str, method: str) -> None:
+    check_encoding(stored, dtype, Encoding("affine", scale_dtype, bits, group), method)
+
+
+def check_encoding(stored: np.ndarray, dtype: str, encoding: Encoding, method: str) -> None:
     values = to_float32(stored, dtype)
-    encoding = Encoding("affine", scale_dtype, bits, group)
     arrays, decoded = reference(values, encoding, method)
     with np.errstate(invalid="ignore"):
         difference = decoded - values
@@ -53,7 +61,7 @@ def check(stored: np.ndarray, dtype: str, bits: int, group: int, scale_dtype: st
         assert all(same(found[part], arrays[part]) for part in arrays)
         # To the last bit, since a report of them goes into the pack.
         for sum_, terms in ((error, difference), (norm, values)):
-            assert sum_ == np.add.accumulate(group_squares(terms.reshape(-1, group)))[-1]
+            assert sum_ == np.add.accumulate(group_squares(terms.reshape(-1, encoding.group_size)))[-1]
             assert sum_ == pytest.approx(float((terms.astype(np.float64) ** 2).sum()), rel=1e-5)
 
 
@@ -87,7 +95,7 @@ def test_every_value_of_sixteen_bits(bits: int, dtype: str) -> None:
     """In groups of neighbours (nearly constant, subnormal, huge, infinite, NaN) and mixed with the others."""
     patterns = np.arange(2**16, dtype=np.uint16)
     for order in (patterns, patterns.reshape(256, 256).T.ravel()):
-        stored = order.view(np.float16) if dtype == "F16" else order
+        stored: np.ndarray = order.view(np.float16) if dtype == "F16" else order
         if dtype == "F32":
             stored = (order.astype(np.uint32) << 16 | order).view(np.float32)
         for group in GROUP_SIZES:
@@ -97,6 +105,39 @@ def test_every_value_of_sixteen_bits(bits: int, dtype: str) -> None:
             # Rows of one group: what is not finite is in the way of no other.
             for row in stored.reshape(-1, 2**10):
                 check(row.reshape(-1, group), dtype, bits, group, dtype, "starts")
+
+
+@built
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", DQ_BITS)
+@pytest.mark.parametrize("method", native.METHODS)
+def test_double_quantization(method: str, bits: int, dtype: str) -> None:
+    """Random values of all magnitudes, constant groups, and every value of sixteen bits."""
+    encoding = Encoding("affine_dq", "BF16", bits, 32)
+    rng = np.random.default_rng(bits)
+    for rows, width in ((1, 256), (8, 32), (8, 96), (67, 512)):
+        values = rng.standard_normal((rows, width // 32, 32)).astype(np.float32)
+        for magnitude in (1, np.exp2(rng.integers(-40, 14, (rows, width // 32, 1))), rng.random(values.shape) < 0.01):
+            array = from_float32((values * magnitude).astype(np.float32).reshape(rows, width), dtype)
+            check_encoding(array, dtype, encoding, method)
+    patterns = np.arange(2**16, dtype=np.uint16)
+    for order in (patterns, patterns.reshape(256, 256).T.ravel()):
+        stored: np.ndarray = order.view(np.float16) if dtype == "F16" else order
+        if dtype == "F32":
+            stored = (order.astype(np.uint32) << 16 | order).view(np.float32)
+        for row in stored.reshape(-1, 2**10):
+            check_encoding(row.reshape(-1, 256), dtype, encoding, method)
+
+
+@built
+@settings(max_examples=100, deadline=None)
+@given(
+    hnp.arrays(np.float32, (2, 256), elements=st.floats(width=32)),
+    st.sampled_from(DQ_BITS),
+    st.sampled_from(native.METHODS),
+)
+def test_any_values_in_double_quantization(values: np.ndarray, bits: int, method: str) -> None:
+    check_encoding(values, "F32", Encoding("affine_dq", "BF16", bits, 32), method)
 
 
 @built
@@ -147,10 +188,12 @@ def test_slices_are_taken_as_they_are() -> None:
 
 @built
 @pytest.mark.parametrize("method", native.METHODS)
-def test_numpy_and_native_say_the_same_through_one_call(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("encoding", [Encoding("affine", "F16", 3, 32), Encoding("affine_dq", "BF16", 2, 32)])
+def test_numpy_and_native_say_the_same_through_one_call(
+    encoding: Encoding, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In more than one of numpy's blocks."""
-    stored = from_float32(np.random.default_rng(0).standard_normal((450, 320)).astype(np.float32), "BF16")
-    encoding = Encoding("affine", "F16", 3, 32)
+    stored = from_float32(np.random.default_rng(0).standard_normal((456, 320)).astype(np.float32), "BF16")
     first = quantize(stored, "BF16", encoding, method)
     monkeypatch.setattr(native, "available", lambda: False)
     second = quantize(stored, "BF16", encoding, method)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from flashpack.formats import affine
+from flashpack.formats import affine, affine_dq_starts
 from flashpack.formats.dtypes import to_float32
 from flashpack.formats.records import Encoding
 from flashpack.formats.starts import group_squares
@@ -28,17 +30,26 @@ def quantize(stored: NDArray[np.generic], dtype: str, encoding: Encoding, method
         return native.quantize(stored, dtype, encoding, method)
     blocks = []
     error = norm = 0.0
-    step = max(1, BLOCK_VALUES // stored.shape[1])
+    step = encoding.whole_rows(stored.shape[1])
+    step *= max(1, BLOCK_VALUES // (step * stored.shape[1]))
     for start in range(0, len(stored), step):
         values = to_float32(stored[start : start + step], dtype)
-        function = affine.quantize if method == "minmax" else affine.quantize_starts
-        *arrays, decoded = function(values, encoding.bits, encoding.group_size, encoding.dtype)
+        *arrays, decoded = _quantize(values, encoding, method)
         blocks.append(arrays)
         with np.errstate(invalid="ignore"):  # infinity - infinity: seen by the caller in the sum
             error = _add(error, decoded - values, encoding.group_size)
         norm = _add(norm, values, encoding.group_size)
     parts = (np.concatenate(arrays) for arrays in zip(*blocks, strict=True))
     return dict(zip(encoding.part_names, parts, strict=True)), error, norm
+
+
+def _quantize(values: NDArray[np.float32], encoding: Encoding, method: str) -> tuple[NDArray[Any], ...]:
+    """The stored arrays, in the order of ``part_names``, and the decoded values."""
+    if encoding.name == "affine_dq":
+        double = affine_dq_starts.quantize if method == "minmax" else affine_dq_starts.quantize_starts
+        return double(values, encoding.bits)
+    single = affine.quantize if method == "minmax" else affine.quantize_starts
+    return single(values, encoding.bits, encoding.group_size, encoding.dtype)
 
 
 def _add(sum_: float, values: NDArray[np.float32], group_size: int) -> float:

@@ -15,7 +15,7 @@ from flashpack.formats.dtypes import ITEMSIZE, NUMPY
 from flashpack.formats.records import Encoding
 from flashpack.kernels.cpu.native.library import load
 
-ABI = 2
+ABI = 3
 """What `flashpack_abi` in quantize.c must answer: a library left by another version is not used."""
 
 LEVELS = ("portable", "avx2")
@@ -35,11 +35,11 @@ class _Library:
         if library.flashpack_abi() != ABI:
             raise OSError("_quantize was built from another version; install flashpack again")
         self.level: int = library.flashpack_level()
-        self.quantize = library.flashpack_quantize
+        self.affine = library.flashpack_quantize
+        self.affine_dq = library.flashpack_quantize_dq
         number, pointer = ctypes.c_int, ctypes.c_void_p
-        self.quantize.argtypes = [
-            pointer, number, ctypes.c_size_t, *[number] * 4, *[pointer] * 4, number,
-        ]  # fmt: skip
+        self.affine.argtypes = [pointer, number, ctypes.c_size_t, *[number] * 4, *[pointer] * 4, number]
+        self.affine_dq.argtypes = [pointer, number, ctypes.c_size_t, *[number] * 2, *[pointer] * 4, number]
 
 
 @functools.cache
@@ -81,7 +81,12 @@ def quantize(
     parts = {name: np.empty(shape, NUMPY[kind]) for name, (kind, shape) in encoding.parts(stored.shape).items()}
     sums = np.zeros(2)
     arrays = [array.ctypes.data for array in (*parts.values(), sums)]
-    kind = (encoding.bits, encoding.group_size, _TYPES[encoding.dtype], METHODS.index(method))
-    if library.quantize(stored.ctypes.data, _TYPES[dtype], stored.size, *kind, *arrays, level):
+    source = (stored.ctypes.data, _TYPES[dtype], stored.size)
+    if encoding.name == "affine_dq":
+        result = library.affine_dq(*source, encoding.bits, METHODS.index(method), *arrays, level)
+    else:
+        kind = (encoding.bits, encoding.group_size, _TYPES[encoding.dtype], METHODS.index(method))
+        result = library.affine(*source, *kind, *arrays, level)
+    if result:
         raise ValueError(f"{encoding}: not for this routine")
     return parts, float(sums[0]), float(sums[1])

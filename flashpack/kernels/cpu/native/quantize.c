@@ -3,6 +3,7 @@
  * Plain C without Python; called through ctypes, which lets other threads run meanwhile. Nothing here keeps state.
  */
 #include <float.h>
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -14,10 +15,13 @@
 #error "needs little-endian byte order"
 #endif
 
-#define ABI 2 /* goes up when a function below changes; the loader compares it with its own */
+#define ABI 3 /* goes up when a function below changes; the loader compares it with its own */
 #define MAX_GROUP 128
 #define TILE 1024
 #define ROUNDER 0x1.8p23f
+#define DQ_BLOCK 256
+#define DQ_GROUP 32
+#define DQ_GROUPS 8
 #define TYPE_BF16 0
 #define TYPE_F16 1
 #define TYPE_F32 2
@@ -101,5 +105,24 @@ int flashpack_quantize(
     }
 #endif
     quantize_portable(source, source_type, count, bits, size, scale_type, starts, words, scales, biases, sums);
+    return 0;
+}
+
+/* The same in the encoding affine_dq: words [count * bits / 32], codes [count / 32] and blocks [count / 256][3]. */
+int flashpack_quantize_dq(
+    const void *source, int source_type, size_t count, int bits, int starts,
+    void *words, void *scales, void *blocks, double *sums, int level)
+{
+    sums[0] = sums[1] = 0;
+    if (source_type < 0 || source_type > 2 || level < 0 || level > HAVE_AVX2 || bits < 2 || bits > 4 ||
+        count % DQ_BLOCK)
+        return -1;
+#if HAVE_AVX2
+    if (level == 1) {
+        quantize_dq_avx2(source, source_type, count, bits, starts, words, scales, blocks, sums);
+        return 0;
+    }
+#endif
+    quantize_dq_portable(source, source_type, count, bits, starts, words, scales, blocks, sums);
     return 0;
 }

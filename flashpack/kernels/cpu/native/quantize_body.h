@@ -127,11 +127,12 @@ INLINE VECTOR NAME(clip)(VECTOR x, VECTOR top)
     return LESSER(GREATER(x, zero), top);
 }
 
-/* Codes of a group, one byte each, and what decoding them gives too much; returns the sum of squares of that. */
+/* Codes of a group, one byte each, and what decoding them gives too much; returns the sum of squares of that. The
+ * divisor is the scale, or instead of 0: 1, or infinity, for which every code is 0. */
 INLINE float NAME(encode)(
-    const float *values, const size_t size, float scale, float bias, float levels, uint8_t *codes, float *wrong)
+    const float *values, const size_t size, float scale, float bias, float divisor, float levels, uint8_t *codes,
+    float *wrong)
 {
-    const float divisor = scale == 0 ? 1 : scale;
     const VECTOR zero = {0}, top = zero + levels;
     VECTOR error[STEP] = {{0}};
     int32_t wide[MAX_GROUP];
@@ -205,6 +206,7 @@ INLINE void NAME(pack)(const uint8_t *codes, const size_t size, int bits, uint8_
 }
 
 #include "quantize_starts.h"
+#include "quantize_dq.h"
 
 INLINE void NAME(tiles)(
     const uint8_t *source, int source_type, size_t count, int bits, const size_t size, int scale_type, int starts,
@@ -229,7 +231,8 @@ INLINE void NAME(tiles)(
             const float *group = values + g * size;
             uint8_t codes[MAX_GROUP];
             float wrong[MAX_GROUP];
-            float error = NAME(encode)(group, size, scale[g], bias[g], levels, codes, wrong);
+            const float divisor = scale[g] == 0 ? 1 : scale[g];
+            float error = NAME(encode)(group, size, scale[g], bias[g], divisor, levels, codes, wrong);
             if (starts)
                 NAME(improve)(
                     group, size, low[g], high[g], bits, error, scale_type, scales, biases, index + g, codes, wrong);

@@ -42,9 +42,9 @@ INLINE void NAME(refit)(
     }
 }
 
-/* The two best fits of a group, the better first; `low` and `high` are the smallest and the largest y. */
+/* The two best fits of a group, the better first, of which `count` are refined to the end; `low` and `high` are the smallest and the largest y. */
 INLINE void NAME(fits)(
-    const float *y, const size_t size, float sum, float low, float high, int bits,
+    const float *y, const size_t size, float sum, float low, float high, int bits, const size_t count,
     float *scale, float *bias, float *codes)
 {
     const float levels = (float)((1 << bits) - 1), *part = starts_of[bits];
@@ -73,7 +73,24 @@ INLINE void NAME(fits)(
         }
     }
     for (i = 0; i < 3; i++)
-        NAME(refit)(y, size, sum, levels, 2, scale, bias, gain, codes);
+        NAME(refit)(y, size, sum, levels, count, scale, bias, gain, codes);
+}
+
+/* The values less `middle`; returns their sum. */
+INLINE float NAME(centre)(const float *values, const size_t size, float middle, float *y)
+{
+    VECTOR sums[STEP] = {{0}};
+    size_t i, k;
+    for (i = 0; i < size; i += 8) {
+        for (k = 0; k < STEP; k++) {
+            VECTOR x;
+            memcpy(&x, values + i + k * LANES, sizeof x);
+            x -= middle;
+            sums[k] += x;
+            memcpy(y + i + k * LANES, &x, sizeof x);
+        }
+    }
+    return NAME(total)(sums);
 }
 
 /* What makes a group's squared error smaller than `error`, if the search finds it: its codes, what they are wrong by,
@@ -84,26 +101,15 @@ INLINE void NAME(improve)(
 {
     const float middle = low * 0.5f + high * 0.5f, n = (float)size, levels = (float)((1 << bits) - 1);
     const size_t width = scale_type == TYPE_F32 ? 4 : 2;
-    float y[MAX_GROUP], scale[2], bias[2], sums[2], sum;
-    VECTOR lanes[STEP] = {{0}};
-    size_t i, k;
-    for (i = 0; i < size; i += 8) {
-        for (k = 0; k < STEP; k++) {
-            VECTOR x;
-            memcpy(&x, values + i + k * LANES, sizeof x);
-            x -= middle;
-            lanes[k] += x;
-            memcpy(y + i + k * LANES, &x, sizeof x);
-        }
-    }
-    sum = NAME(total)(lanes);
-    NAME(fits)(y, size, sum, low - middle, high - middle, bits, scale, bias, sums);
+    float y[MAX_GROUP], scale[2], bias[2], sums[2], sum = NAME(centre)(values, size, middle, y);
+    size_t i;
+    NAME(fits)(y, size, sum, low - middle, high - middle, bits, 2, scale, bias, sums);
     for (i = 0; i < 2; i++) {
         uint8_t stored[2][4], trial[MAX_GROUP];
         float apart[MAX_GROUP], found;
         scale[i] = NAME(store_rounded)(scale[i], scale_type, stored[0], 0);
         bias[i] = NAME(store_rounded)((sum - scale[i] * sums[i]) / n + middle, scale_type, stored[1], 0);
-        found = NAME(encode)(values, size, scale[i], bias[i], levels, trial, apart);
+        found = NAME(encode)(values, size, scale[i], bias[i], scale[i] == 0 ? 1 : scale[i], levels, trial, apart);
         if (found < error) {
             error = found;
             memcpy(scales + index * width, stored[0], width);
