@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import typer
 
+from flashpack.cli.calibrate import calibrate
 from flashpack.cli.console import note
 from flashpack.cli.convert import convert
 from flashpack.cli.eval import eval
@@ -48,7 +49,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-for _command in (plan, convert, verify, repair, recode, inspect, run, eval, selftest):
+for _command in (plan, convert, verify, repair, recode, inspect, run, calibrate, eval, selftest):
     app.command()(_guarded(_command))
 
 

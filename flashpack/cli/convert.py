@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from flashpack.cli.console import answer_json, gb, note, progress_bar, quiet_libraries, say
-from flashpack.cli.plan import choice, show
+from flashpack.cli.plan import BPW_HELP, DENSE_HELP, EXPERTS_HELP, QUALITY_HELP, choice, show
 
 if TYPE_CHECKING:
     from flashpack.converter import Plan, Report
+    from flashpack.converter.units import Progress
 
 
 def convert(
@@ -20,10 +21,13 @@ def convert(
         ..., help="Checkpoint: a folder, a GGUF file, hf://org/model[@revision], or the URL of a folder."
     ),
     out: Path | None = typer.Argument(None, help="Folder of the pack. Default: ./<name of SRC>.flashpack"),
-    experts: str = typer.Option("auto", help="auto, source, q8, q6, q5, q4, q3 or q2."),
-    dense: str = typer.Option("auto", help="auto, source, q8 or q4."),
+    experts: str = typer.Option("auto", help=EXPERTS_HELP),
+    dense: str = typer.Option("auto", help=DENSE_HELP),
     group_size: int = typer.Option(64, help="Values per scale: 32, 64 or 128."),
     codec: str = typer.Option("raw", help="raw, or zstd: each expert compressed; smaller, and slower to read."),
+    quality: str = typer.Option("default", help=QUALITY_HELP),
+    calib: str = typer.Option("", help="Calibration file, as flashpack calibrate writes it; for high and max."),
+    bpw: str = typer.Option("", help=BPW_HELP),
     dry_run: bool = typer.Option(False, help="Print the plan and write nothing, as flashpack plan does."),
     overwrite: bool = typer.Option(False, help="Replace a finished or unfinished pack."),
     workers: int | None = typer.Option(None, min=1, help="Files written at once. Default: one per processor."),
@@ -38,7 +42,7 @@ def convert(
     """
     quiet_libraries(src)
     if dry_run:
-        show(src, out, (experts, dense, group_size, codec), overwrite, workers, json)
+        show(src, out, (experts, dense, group_size, codec, quality, calib, bpw), overwrite, workers, json)
         return
     from flashpack.converter import convert as run_convert
     from flashpack.converter.elsewhere import scheduler as cluster
@@ -53,7 +57,14 @@ def convert(
             note(f"note: {text}")
         if done:
             note(f"continuing: {gb(done)} of {gb(total)} done before")
+        if bar is not None:
+            bar.close()
         bar = progress_bar(total, "converting", done)
+
+    def choosing(total: int) -> Progress:
+        nonlocal bar
+        bar = progress_bar(total, "choosing widths")
+        return advance
 
     def advance(count: int) -> None:
         bar.update(count)
@@ -61,7 +72,21 @@ def convert(
     try:
         with cluster(scheduler) if scheduler else contextlib.nullcontext() as executor:
             report = run_convert(
-                src, out, experts, dense, group_size, codec, overwrite, workers, begin, advance, executor
+                src,
+                out,
+                experts,
+                dense,
+                group_size,
+                codec,
+                overwrite,
+                workers,
+                begin,
+                advance,
+                executor,
+                quality,
+                calib,
+                bpw,
+                choosing,
             )
     finally:
         if bar is not None:
@@ -87,3 +112,4 @@ def _print_report(report: Report) -> None:
     rate = f", {gb(done / report.seconds)} of source per second" if done and report.seconds > 0 else ""
     say(f"  {report.seconds:.1f} s{rate}")
     say(f"  identity {report.identity}")
+    say(f"  quality report {report.quality}")

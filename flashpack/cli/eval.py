@@ -128,9 +128,9 @@ def _argument(name: str) -> tuple[str, str]:
 
 
 def _show(found: Divergence, counts: Counts | None) -> None:
-    error = "" if found.error is None else f" +- {found.error:.4f} (standard error)"
-    say(f"{found.windows} windows of {found.length} tokens")
-    say(f"  KL divergence    {found.kld:.4f}{error} nats per token; 99 % of the tokens below {found.p99:.3f}")
+    error = "" if found.error is None else f" +- {found.error:.2g} (standard error)"
+    say(f"{found.windows} window{'s' if found.windows > 1 else ''} of {found.length} tokens")
+    say(f"  KL divergence    {found.kld:.4g}{error} nats per token; 99 % of the tokens below {found.p99:.3g}")
     say(f"  same best token  {found.top1:.2%}")
     say(f"  perplexity       {found.perplexity:.4f}, of the reference {found.reference_perplexity:.4f}")
     if counts:

@@ -14,6 +14,7 @@ def inspect(
     json: bool = typer.Option(False, "--json", help="Print identity and manifest as JSON."),
 ) -> None:
     """Show what is inside a pack: model, layers, encodings, sizes, alignment, digests."""
+    from flashpack.cli.quality import quality_lines
     from flashpack.formats import Pack
     from flashpack.formats import constants as C
     from flashpack.formats.header import parse_json
@@ -51,3 +52,5 @@ def inspect(
             shape = quantized[t.name].shape if t.name in quantized else t.shape
             say(f"  {t.name:<60} {how:<10} {list(shape)}  {t.digest[:16]}…")
     say("copied     " + ", ".join(f.path for f in m.files if f.role == "copy"))
+    for line in quality_lines(opened):
+        say(line)

@@ -16,14 +16,25 @@ if TYPE_CHECKING:
     from flashpack.converter.forecast import Forecast
     from flashpack.runtime.budget import Budget
 
+EXPERTS_HELP = "auto, source, q8, q6, q5, q4, q3, q2, dq4, dq3 or dq2; or by projection: gate_up=dq2,down=dq3."
+DENSE_HELP = "auto, source, q8, q6, q5 or q4."
+QUALITY_HELP = "fast, default, high or max: how values are rounded; high and max need --calib."
+BPW_HELP = "Bits per weight of all routed experts, such as 2.8: each expert gets its own width."
+
+_Choices = tuple[str, str, int, str, str, str, str]
+"""The fields of ``Options``."""
+
 
 def plan(
     src: str = typer.Argument(..., help="Checkpoint: a folder, hf://org/model[@revision], or the URL of a folder."),
     out: Path | None = typer.Argument(None, help="Folder of the pack. Default: ./<name of SRC>.flashpack"),
-    experts: str = typer.Option("auto", help="auto, source, q8, q6, q5, q4, q3 or q2."),
-    dense: str = typer.Option("auto", help="auto, source, q8 or q4."),
+    experts: str = typer.Option("auto", help=EXPERTS_HELP),
+    dense: str = typer.Option("auto", help=DENSE_HELP),
     group_size: int = typer.Option(64, help="Values per scale: 32, 64 or 128."),
     codec: str = typer.Option("raw", help="raw or zstd."),
+    quality: str = typer.Option("default", help=QUALITY_HELP),
+    calib: str = typer.Option("", help="Calibration file, as flashpack calibrate writes it; for high and max."),
+    bpw: str = typer.Option("", help=BPW_HELP),
     overwrite: bool = typer.Option(False, help="As if a pack that is there were replaced."),
     workers: int | None = typer.Option(None, min=1, help="Files written at once. Default: one per processor."),
     json: bool = typer.Option(False, "--json", help="Print everything as JSON, with all dropped tensors."),
@@ -33,7 +44,7 @@ def plan(
     Ends with 0 if the pack can be made and run here, with 6 if the disk is too small, with 7 if the memory is.
     """
     quiet_libraries(src)
-    show(src, out, (experts, dense, group_size, codec), overwrite, workers, json)
+    show(src, out, (experts, dense, group_size, codec, quality, calib, bpw), overwrite, workers, json)
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,7 @@ class _Here:
 def show(
     src: str,
     out: Path | None,
-    options: tuple[str, str, int, str],
+    options: _Choices,
     overwrite: bool,
     workers: int | None,
     json: bool,
@@ -81,9 +92,7 @@ def show(
         raise typer.Exit(LimitError.exit_code)
 
 
-def _look(
-    src: str, out: Path | None, options: tuple[str, str, int, str], overwrite: bool, workers: int | None
-) -> _Here:
+def _look(src: str, out: Path | None, options: _Choices, overwrite: bool, workers: int | None) -> _Here:
     from flashpack.converter import Options
     from flashpack.converter.convert import bound, default_out
     from flashpack.converter.execute import default_workers
@@ -103,7 +112,8 @@ def _look(
     used = usage()
     strides: dict[int, int] = {}
     for p in told.plan.layers:
-        strides[p.kind.stride] = strides.get(p.kind.stride, 0) + p.layer.experts
+        for kind in p.kinds:
+            strides[kind.stride] = strides.get(kind.stride, 0) + 1
     run, context, reason = None, 0, ""
     try:
         run, context = smallest_budget(
@@ -145,8 +155,8 @@ def _print(here: _Here) -> None:
     say(f"{plan.model['architecture']} ({plan.model['model_type']}): {choice(plan)}")
     say(f"{len(plan.layers)} MoE layers, {experts:,} experts, {len(plan.dense()):,} dense tensors")
     for i, kind in enumerate(plan.kinds):
-        layers = [p for p in plan.layers if p.kind == kind]
-        count = sum(p.layer.experts for p in layers)
+        layers = [p for p in plan.layers if kind in p.kinds]
+        count = sum(p.kinds.count(kind) for p in layers)
         shapes = ", ".join(f"{p.name} {p.shape[0]}x{p.shape[1]} {p.encoding}" for p in kind.projections)
         say(f"record kind {i}: {count} experts in {len(layers)} layers, {gb(kind.stride)} each: {shapes}")
     by_encoding: dict[str, int] = {}
@@ -190,10 +200,11 @@ def _print_table(told: Forecast) -> None:
     columns = {c.dense: c for c in told.choices}
     rows = {c.experts: c for c in told.choices}
     say("")
-    say(f"{'pack for':<30}" + "".join(f"{'dense ' + name:>18}" for name in columns))
-    say(f"{'--experts, --dense':<30}" + "".join(f"{gb(c.dense_bytes):>18}" for c in columns.values()))
+    wide = max(8, 1 + max(map(len, rows)))
+    say(f"{'pack for':<{22 + wide}}" + "".join(f"{'dense ' + name:>18}" for name in columns))
+    say(f"{'--experts, --dense':<{22 + wide}}" + "".join(f"{gb(c.dense_bytes):>18}" for c in columns.values()))
     for name, row in rows.items():
-        line = f"{name:<8}{gb(row.expert_bytes):>10}{row.expert_bits:>7.2f} bits"
+        line = f"{name:<{wide}}{gb(row.expert_bytes):>10}{row.expert_bits:>7.2f} bits"
         for c in told.choices:
             if c.experts == name:
                 line += f"{gb(c.pack_bytes) + (' *' if c.chosen else '  '):>18}"

@@ -5,7 +5,8 @@
 
 from flashpack.converter.against import against
 from flashpack.converter.convert import convert, plan
-from flashpack.converter.plan import Options, Plan
+from flashpack.converter.options import Options
+from flashpack.converter.plan import Plan
 from flashpack.converter.recode import recode
 from flashpack.converter.repair import repair
 from flashpack.converter.report import Report

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from flashpack.converter.execute import default_workers
-from flashpack.converter.folder import Source, SourceFolder
+from flashpack.converter.folder import Source
 from flashpack.converter.plan import DensePlan
+from flashpack.converter.quality import QUALITY_FILES
 from flashpack.converter.remake import Remake
 from flashpack.converter.units import Progress
 from flashpack.formats import Finding, Pack
@@ -70,17 +71,16 @@ def against(
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        return findings + list(_copies(opened, remake.plan.checkpoint.folder, remake.plan.copies))
+        return findings + list(_copies(opened, remake))
     finally:
         remake.close()
 
 
-def _copies(pack: Pack, source: SourceFolder, names: list[str]) -> Iterator[Finding]:
+def _copies(pack: Pack, remake: Remake) -> Iterator[Finding]:
     listed = {f.path: f.digests["file"] for f in pack.manifest.files if f.role == "copy"}
-    for name in sorted({*listed, *names}):
-        found = hexdigest(source.read(name)) if name in names else None
-        if found != listed.get(name):
-            yield Finding(
-                "source-copy", name, "file", "the source has another file",
-                offset=0, expected=listed.get(name), found=found,
-            )  # fmt: skip
+    for name in sorted({*listed, *remake.plan.copies}):
+        data, expected = remake.copied(name), listed.get(name)
+        found = None if data is None else hexdigest(data)
+        if found != expected:
+            what = "the source gives another report" if name in QUALITY_FILES else "the source has another file"
+            yield Finding("source-copy", name, "file", what, offset=0, expected=expected, found=found)

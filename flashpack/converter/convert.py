@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flashpack.converter.allocation import Allocation, allocate, nominal
 from flashpack.converter.elsewhere import Elsewhere, Job
 from flashpack.converter.execute import default_workers, execute, resume
 from flashpack.converter.folder import Source, SourceFolder, base_name, is_remote, pinned
 from flashpack.converter.journal import Journal, check_folder, origin_of
 from flashpack.converter.names import Bindings, fit
-from flashpack.converter.plan import Options, Plan, bits_per_weight, make_plan
+from flashpack.converter.options import Options
+from flashpack.converter.plan import Plan, bits_per_weight, make_plan
 from flashpack.converter.report import LayerError, Report
 from flashpack.converter.source import CONFIG, Checkpoint, open_checkpoint
 from flashpack.converter.tensor import Extent, SourceTensor
@@ -32,6 +34,7 @@ from flashpack.converter.weights import read_tensors
 from flashpack.errors import FormatError, OutputError, SourceError
 from flashpack.formats import constants as C
 from flashpack.formats.files import output_errors
+from flashpack.formats.writer import write_copy
 from flashpack.skeleton import ExpertsModule, language_configs, tied_names
 from flashpack.version import __version__
 
@@ -52,9 +55,12 @@ class Bound:
     sites: list[ExpertsModule]
     bindings: Bindings
 
-    def plan(self, options: Options) -> Plan:
-        """What converting the source with ``options`` would do."""
-        return make_plan(self.checkpoint, options, self.model, self.sites, self.bindings, self.source_format)
+    def plan(self, options: Options, allocation: Allocation | None = None) -> Plan:
+        """What converting the source with ``options`` would do; the widths of experts are those of ``allocation``."""
+        parts = self.checkpoint, options, self.model, self.sites, self.bindings, self.source_format
+        if options.bpw and allocation is None:
+            allocation = nominal(make_plan(*parts))
+        return make_plan(*parts, allocation)
 
 
 def bound(src: Source) -> Bound:
@@ -83,12 +89,21 @@ def convert(
     on_plan: Callable[[Plan, int], object] | None = None,
     progress: Progress | None = None,
     executor: Executor | None = None,
+    quality: str = "default",
+    calib: str | os.PathLike[str] | None = None,
+    bpw: str | float | None = None,
+    choosing: Callable[[int], Progress] | None = None,
 ) -> Report:
     """Convert a Hugging Face checkpoint to a pack: a folder, ``hf://org/model[@revision]``, or the URL of a folder.
 
     ``out`` defaults to ``./<name of src>.flashpack``. An interrupted conversion continues when called again with
     the same source and options. ``on_plan(plan, bytes already done)`` is called before the first byte is written;
     ``progress(bytes)`` from worker threads as source bytes are done.
+
+    ``quality``: "fast" rounds to the nearest, "default" fits scales to the weights, "high" and "max" fit the weights to
+    what the model does, as ``calib`` has recorded it (``flashpack calibrate``). ``bpw``: bits per weight of the routed
+    experts together; each gets its own width then. To choose them the experts are read once more;
+    ``choosing(bytes)`` is called before that, and gives what is called with the bytes as they are done.
 
     ``executor`` does the work in other processes or on other machines, which see source and ``out`` under the same
     paths and have the same versions of flashpack and transformers; else ``workers`` threads do it.
@@ -97,8 +112,14 @@ def convert(
     """
     begun = time.monotonic()
     target = Path(out) if out is not None else default_out(src)
-    options = Options(experts, dense, group_size, codec)
-    work = plan(src if overwrite else pinned(src, origin_of(target)), options)
+    options = Options(
+        experts, dense, group_size, codec, quality, "" if calib is None else str(calib), "" if bpw is None else str(bpw)
+    )
+    source = bound(src if overwrite else pinned(src, origin_of(target)))
+    work = source.plan(options)
+    if options.bpw:
+        known = None if overwrite else Allocation.read(target, work)
+        work = source.plan(options, known or allocate(work, choosing or (lambda total: lambda count: None)))
     elsewhere = None
     if executor is not None:
         where = str(src) if is_remote(src) else str(Path(src).resolve())
@@ -123,6 +144,8 @@ def _convert(
         check_space(target, work.file_sizes(), overwrite)
     journal = Journal(target, start(work), overwrite)
     try:
+        if work.allocation is not None:  # before anything that follows it
+            write_copy(target, C.ALLOCATION, work.allocation.to_bytes())
         finished = resume(work, target, journal)
         work.notices += journal.notices
         resumed_bytes = sum(source_bytes[path] for path in finished)
@@ -137,7 +160,7 @@ def _convert(
         raise
     finally:
         journal.close()
-    errors = [LayerError(path, o.errors["max"], o.errors["mean"]) for path, o in sorted(outcomes.items()) if o.errors]
+    errors = [LayerError.of(path, o.errors) for path, o in sorted(outcomes.items()) if any(o.errors)]
     by_role: dict[str, int] = {}
     for o in outcomes.values():
         by_role[o.file.role] = by_role.get(o.file.role, 0) + o.file.size
@@ -148,13 +171,12 @@ def _convert(
         pack_bytes=pack_bytes,
         expert_bytes=by_role.get("experts", 0),
         dense_bytes=by_role.get("dense", 0),
-        expert_bits=bits_per_weight(
-            [(p.layer.experts * math.prod(q.shape), q.encoding) for p in work.layers for q in p.kind.projections]
-        ),
+        expert_bits=bits_per_weight([weights for p in work.layers for weights in p.weights()]),
         dense_bits=bits_per_weight([(math.prod(t.source.shape), t.encoding) for t in work.dense()]),
         seconds=time.monotonic() - begun,
         resumed_files=len(finished),
         resumed_bytes=resumed_bytes + sum(o.resumed_bytes for o in outcomes.values()),
+        quality=str(target / C.QUALITY_PAGE),
         errors=errors,
         notices=work.notices,
         dropped=work.dropped,

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from flashpack.converter.folder import pinned
-from flashpack.converter.plan import Options, Plan
+from flashpack.converter.options import Options
+from flashpack.converter.plan import Plan
 from flashpack.converter.source import differences
 from flashpack.converter.units import Outcome, Site, write
 from flashpack.errors import FlashpackError, OutputError, SourceError, UnsupportedError, UsageError
@@ -66,10 +67,14 @@ def run(job: Job, path: str) -> Outcome:
 @functools.lru_cache(maxsize=1)
 def _plan(job: Job) -> Plan:
     # The plan's makers import this module.
-    from flashpack.converter.convert import plan, start
+    from flashpack.converter.allocation import Allocation
+    from flashpack.converter.convert import bound, start
 
     expected: dict[str, Any] = json.loads(job.start)
-    made = plan(pinned(job.src, expected["origin"]), job.options)
+    source = bound(pinned(job.src, expected["origin"]))
+    made = source.plan(job.options)
+    if job.options.bpw:
+        made = source.plan(job.options, Allocation.read(Path(job.out), made))
     found = json.loads(json.dumps(start(made)))
     if found != expected:
         raise SourceError(f"{job.src}: a worker has another {', '.join(differences(expected, found)[:3])}")

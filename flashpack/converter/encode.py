@@ -7,39 +7,47 @@ from contextlib import ExitStack, contextmanager
 from threading import Event
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flashpack.converter.folder import Reader, SourceFolder, Span, Steps
 from flashpack.converter.plan import DensePlan, LayerPlan
-from flashpack.converter.quantize import Error, block_rows, encode_blocks, is_exact
+from flashpack.converter.quantize import Error, Errors, block_rows, encode_blocks, is_exact
+from flashpack.converter.tensor import Arrays
 from flashpack.formats.dtypes import from_float32
 from flashpack.formats.writer import RecordBuffer
+
+Values = NDArray[np.float32]
 
 
 def encode_record(
     folder: Reader, plan: LayerPlan, expert: int, buffer: RecordBuffer, advance: Callable[[int], object]
-) -> list[float]:
-    """Fill ``buffer`` with the record of ``expert``; returns the relative error of each matrix that was quantized.
+) -> Errors:
+    """Fill ``buffer`` with the record of ``expert``; returns the error of each matrix that was quantized.
 
     ``advance`` is called with the source bytes of each matrix.
     """
-    relative = []
     record = buffer.data.data
-    for projection in plan.kind.projections:
+    parts, errors = _calibrated(folder, plan, expert)
+    for projection in plan.kinds[expert].projections:
         source = plan.sources[projection.name].matrix(expert)
         if is_exact(source, projection.encoding) and source.verbatim:
-            for section in plan.kind.sections:
+            for section in plan.kinds[expert].sections:
                 role, part = section.name.split(".")
                 if role == projection.name and part in source.parts:
                     extent, end = source.parts[part], section.offset + section.nbytes
                     folder.read_into(extent.path, extent.offset, record[section.offset : end])
+        elif projection.name in parts:
+            for part, array in parts[projection.name].items():
+                stored = buffer.sections[f"{projection.name}.{part}"]
+                stored[:] = unsigned(array).reshape(stored.shape)
         else:
-            error = Error()
-            for pieces in encode_blocks(folder, source, projection.encoding, error):
+            error = errors.get(projection.name, Error())
+            for pieces in encode_blocks(folder, source, projection.encoding, error, plan.quantizer):
                 for part, rows, array in pieces:
                     stored = buffer.sections[f"{projection.name}.{part}"][rows]
                     stored[:] = unsigned(array).reshape(stored.shape)
             if error.norm:  # else nothing was rounded
-                relative.append(error.relative())
+                errors[projection.name] = error
         advance(source.nbytes)
         if projection.bias:
             vector = plan.sources[f"{projection.name}.bias"].matrix(expert)
@@ -47,7 +55,23 @@ def encode_record(
                 from_float32(vector.values(folder), projection.bias)
             )
             advance(vector.nbytes)
-    return relative
+    return errors
+
+
+def _calibrated(folder: Reader, plan: LayerPlan, expert: int) -> tuple[dict[str, Arrays], Errors]:
+    """The stored arrays, by projection, of what calibration rounds, and errors of what it was asked for."""
+    projections = plan.kinds[expert].projections
+    exact = all(is_exact(plan.sources[p.name].matrix(expert), p.encoding) for p in projections)
+    if plan.calibrated is None or exact:
+        return {}, {}
+    return plan.calibrated.encode(expert, plan.kinds[expert], *expert_values(folder, plan, expert))
+
+
+def expert_values(folder: Reader, plan: LayerPlan, expert: int) -> tuple[dict[str, Values], dict[str, Values]]:
+    """The source's matrices of an expert, float32 [out, in] by projection, and its biases [out] where it has any."""
+    values = {name: stack.matrix(expert).values(folder) for name, stack in plan.sources.items()}
+    biases = {name.removesuffix(".bias"): v for name, v in values.items() if name.endswith(".bias")}
+    return {name: v for name, v in values.items() if not name.endswith(".bias")}, biases
 
 
 def record_spans(plan: LayerPlan, expert: int) -> list[Span]:
@@ -59,7 +83,7 @@ def record_spans(plan: LayerPlan, expert: int) -> list[Span]:
 def encode_dense(folder: Reader, plan: DensePlan, error: Error) -> Iterator[tuple[str, memoryview]]:
     """The stored tensors of a dense tensor or matrix, block by block: (tensor name, its next bytes)."""
     names = plan.tensor_names()
-    for pieces in encode_blocks(folder, plan.source.flat(), plan.encoding, error):
+    for pieces in encode_blocks(folder, plan.source.flat(), plan.encoding, error, plan.quantizer):
         for part, _, array in pieces:
             yield names[part], unsigned(array).data.cast("B")
 

@@ -12,6 +12,7 @@ from flashpack.converter.elsewhere import Elsewhere, lost_workers, run
 from flashpack.converter.folder import Stopped
 from flashpack.converter.journal import Journal
 from flashpack.converter.plan import Plan
+from flashpack.converter.quality import quality_files
 from flashpack.converter.units import Outcome, Progress, Site, write
 from flashpack.errors import FormatError, OutputError
 from flashpack.formats import constants as C
@@ -29,7 +30,12 @@ def resume(plan: Plan, out: Path, journal: Journal) -> dict[str, Outcome]:
     layers = {p.layer.path: p.layer for p in plan.layers}
     finished = {}
     for path, line in journal.done.items():
-        outcome = Outcome.from_json(line)
+        try:
+            outcome = Outcome.from_json(line)
+        except (FormatError, KeyError, TypeError) as e:
+            raise OutputError(
+                f"{journal.path}: what it says of {path} is of another version; use --overwrite to start anew"
+            ) from e
         size = outcome.file.size
         try:
             if path in layers:
@@ -100,6 +106,10 @@ def execute(
     plan.checkpoint.check_unchanged()
     for name, data in copies.items():
         journal.check()
+        outcomes[name] = Outcome(write_copy(out, name, data))
+    if plan.allocation is not None:
+        outcomes[C.ALLOCATION] = Outcome(write_copy(out, C.ALLOCATION, plan.allocation.to_bytes()))
+    for name, data in quality_files(plan, {path: o.errors for path, o in outcomes.items()}).items():
         outcomes[name] = Outcome(write_copy(out, name, data))
     manifest = Manifest(
         model=plan.model,

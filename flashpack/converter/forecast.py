@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from flashpack.converter.convert import Bound, disk_space
-from flashpack.converter.plan import DENSE_CHOICES, EXPERT_CHOICES, Options, Plan, bits_per_weight
+from flashpack.converter.options import DENSE_CHOICES, EXPERT_CHOICES, Options
+from flashpack.converter.plan import Plan, bits_per_weight
 from flashpack.converter.quantize import block_rows, is_exact
 from flashpack.converter.tensor import SourceTensor
 from flashpack.converter.units import AHEAD
@@ -119,8 +120,11 @@ def forecast(bound: Bound, options: Options, target: Path, overwrite: bool, work
 def _choices(bound: Bound, options: Options, chosen: Plan) -> list[Choice]:
     """All combinations: the experts do not depend on the dense part's choice, nor it on theirs."""
     experts, dense = {}, {}
-    for name in EXPERT_CHOICES[1:]:
-        plan = bound.plan(Options(name, chosen.recipe["dense"], options.group_size, options.codec))
+    plans = {
+        name: bound.plan(Options(name, chosen.recipe["dense"], options.group_size, options.codec))
+        for name in EXPERT_CHOICES[1:]
+    }
+    for name, plan in (plans | {chosen.recipe["experts"]: chosen}).items():
         sizes, weights = plan.file_sizes(), _expert_weights(plan)
         experts[name] = (sum(sizes[p.layer.path] for p in plan.layers), weights)
     for name in DENSE_CHOICES[1:]:
@@ -147,7 +151,7 @@ def _choices(bound: Bound, options: Options, chosen: Plan) -> list[Choice]:
 
 
 def _expert_weights(plan: Plan) -> list[tuple[int, Encoding]]:
-    return [(p.layer.experts * math.prod(q.shape), q.encoding) for p in plan.layers for q in p.kind.projections]
+    return [weights for p in plan.layers for weights in p.weights()]
 
 
 def _dense_weights(plan: Plan) -> list[tuple[int, Encoding]]:
@@ -159,9 +163,13 @@ def working_bytes(plan: Plan, workers: int) -> int:
     units = [
         AHEAD
         * (
-            p.kind.stride
+            max(kind.stride for kind in set(p.kinds))
             + _THREAD
-            + max(_encoding_bytes(p.sources[q.name].matrix(0), q.encoding) for q in p.kind.projections)
+            + max(
+                _encoding_bytes(p.sources[q.name].matrix(0), q.encoding)
+                for kind in set(p.kinds)
+                for q in kind.projections
+            )
         )
         for p in plan.layers
     ]

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from flashpack.converter.journal import Journal
+from flashpack.converter.quantize import Errors, errors_from_json, errors_to_json
 from flashpack.errors import FormatError
 from flashpack.formats.entries import Layer
 from flashpack.formats.writer import DenseWriter, ShardWriter, StoredRecord
@@ -43,41 +44,34 @@ class Notes:
         self._last = time.monotonic()
 
 
-def part_of_layer(record: StoredRecord, errors: list[float]) -> Part:
-    """An expert: what its shard knows of it, and the relative errors of its matrices."""
-    return {"record": record.to_json(), "errors": errors}
+def part_of_layer(record: StoredRecord, errors: Errors) -> Part:
+    """An expert: what its shard knows of it, and the errors of its matrices."""
+    return {"record": record.to_json(), "errors": errors_to_json(errors)}
 
 
-def begun_layer(journal: Journal | None, layer: Layer) -> list[tuple[StoredRecord, list[float]]]:
+def begun_layer(journal: Journal | None, layer: Layer) -> list[tuple[StoredRecord, Errors]]:
     """What ``part_of_layer`` noted in earlier runs, as far as it can be read."""
     found = []
     for part in (journal.begun.get(layer.path, []) if journal else [])[: layer.experts]:
         try:
-            found.append((StoredRecord.from_json(part["record"]), _errors(part)))
+            found.append((StoredRecord.from_json(part["record"]), errors_from_json(part["errors"])))
         except (FormatError, KeyError, TypeError):
             break
     return found
 
 
-def part_of_dense(digests: dict[str, str], errors: list[float]) -> Part:
-    """A tensor or matrix: digests of what is stored, and its relative error."""
-    return {"tensors": digests, "errors": errors}
+def part_of_dense(digests: dict[str, str], errors: Errors) -> Part:
+    """A tensor or matrix: digests of what is stored, and its error."""
+    return {"tensors": digests, "errors": errors_to_json(errors)}
 
 
-def begun_dense(journal: Journal | None, path: str) -> list[tuple[dict[str, str], list[float]]]:
+def begun_dense(journal: Journal | None, path: str) -> list[tuple[dict[str, str], Errors]]:
     """What ``part_of_dense`` noted in earlier runs, as far as it can be read."""
     found = []
     for part in journal.begun.get(path, []) if journal else []:
         try:
             digests = {str(name): str(digest) for name, digest in part["tensors"].items()}
-            found.append((digests, _errors(part)))
+            found.append((digests, errors_from_json(part["errors"])))
         except (AttributeError, KeyError, TypeError, FormatError):
             break
     return found
-
-
-def _errors(part: Part) -> list[float]:
-    errors = part["errors"]
-    if not isinstance(errors, list) or not all(isinstance(e, float) for e in errors):
-        raise FormatError("not a list of errors")
-    return errors

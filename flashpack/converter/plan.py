@@ -6,17 +6,26 @@ prints it; ``execute`` carries it out.
 
 from __future__ import annotations
 
+import math
+import platform
 import re
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from flashpack.converter.folder import GGUF
 from flashpack.converter.names import Bindings
+from flashpack.converter.options import CALIBRATED, CANDIDATES, QUANTIZERS, Options, by_projection, encoding_of
 from flashpack.converter.source import Checkpoint
 from flashpack.converter.stack import ExpertStack
 from flashpack.converter.tensor import SourceTensor
-from flashpack.errors import UsageError
 from flashpack.formats import constants as C
+from flashpack.formats.calibration import Calibration, open_calibration
 from flashpack.formats.entries import Layer, Matrix
 from flashpack.formats.header import TensorSpec
 from flashpack.formats.layout import ShardLayout, dense_header, dense_spec
@@ -26,8 +35,9 @@ from flashpack.skeleton import ExpertsModule, matrix_module
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-EXPERT_CHOICES = ("auto", "source", "q8", "q6", "q5", "q4", "q3", "q2")
-DENSE_CHOICES = ("auto", "source", "q8", "q4")
+    from flashpack.converter.allocation import Allocation
+    from flashpack.converter.calibrated import LayerCalibration
+
 ROUNDED_EXPERTS, ROUNDED_DENSE = "q4", "q8"
 """What values are rounded to where neither the source nor the user says otherwise."""
 
@@ -38,32 +48,42 @@ DENSE_FILE_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the user may choose. ``auto`` carries a quantized source over, else q4 for experts and q8 for dense."""
-
-    experts: str = "auto"
-    dense: str = "auto"
-    group_size: int = 64
-    codec: str = "raw"
-
-    def __post_init__(self) -> None:
-        if self.codec not in C.CODECS:
-            raise UsageError(f"--codec {self.codec}: choose from {', '.join(C.CODECS)}")
-        if self.experts not in EXPERT_CHOICES:
-            raise UsageError(f"--experts {self.experts}: choose from {', '.join(EXPERT_CHOICES)}")
-        if self.dense not in DENSE_CHOICES:
-            raise UsageError(f"--dense {self.dense}: choose from {', '.join(DENSE_CHOICES)}")
-        if self.group_size not in C.GROUP_SIZES:
-            raise UsageError(f"--group-size {self.group_size}: choose from {', '.join(map(str, C.GROUP_SIZES))}")
-
-
-@dataclass(frozen=True)
 class LayerPlan:
-    """One shard: the layer, its record kind, and the source of each projection and bias ("gate", "gate.bias", ...)."""
+    """One shard: the layer, each expert's record kind, and the source of each projection and bias ("gate", "gate.bias",
+    ...).
+
+    ``numbers``: each expert's kind among ``Plan.kinds``. ``quantizer``: how values are rounded, but for those that are
+    ``calibrated``, which ``calibration`` begins.
+    """
 
     layer: Layer
-    kind: RecordKind
+    kinds: tuple[RecordKind, ...]
+    numbers: tuple[int, ...]
     sources: dict[str, ExpertStack]
+    quantizer: str
+    calibration: Callable[[], LayerCalibration] | None = field(default=None, compare=False)
+
+    @cached_property
+    def calibrated(self) -> LayerCalibration | None:
+        """What the layer's experts were given, if that decides how they are rounded."""
+        return self.calibration() if self.calibration else None
+
+    def weights(self) -> list[tuple[int, Encoding]]:
+        """(number of values, encoding) of all matrices, those of one encoding together."""
+        counts: dict[Encoding, int] = {}
+        for kind, count in Counter(self.kinds).items():
+            for p in kind.projections:
+                counts[p.encoding] = counts.get(p.encoding, 0) + count * math.prod(p.shape)
+        return [(n, encoding) for encoding, n in counts.items()]
+
+    def table(self) -> NDArray[np.uint32]:
+        """[experts, 2] rows (kind, row), as the shard has it."""
+        rows: Counter[int] = Counter()
+        table = np.empty((len(self.numbers), 2), dtype="<u4")
+        for expert, number in enumerate(self.numbers):
+            table[expert] = number, rows[number]
+            rows[number] += 1
+        return table
 
 
 @dataclass(frozen=True)
@@ -73,6 +93,7 @@ class DensePlan:
     name: str
     source: SourceTensor
     encoding: Encoding
+    quantizer: str
 
     def tensor_names(self) -> dict[str, str]:
         """Part -> name of the stored tensor."""
@@ -96,6 +117,8 @@ class Plan:
     model: dict[str, Any]
     recipe: dict[str, Any]
     source_format: str
+    allocation: Allocation | None = None
+    calibration: Calibration | None = None
     kinds: list[RecordKind] = field(default_factory=list)
     layers: list[LayerPlan] = field(default_factory=list)
     dense_files: dict[str, list[DensePlan]] = field(default_factory=dict)
@@ -128,6 +151,20 @@ class Plan:
             sizes[path] = sum(t.source.nbytes for t in tensors)
         return sizes
 
+    def projections(self, sources: dict[str, ExpertStack], chosen: dict[str, str]) -> list[Projection]:
+        """The matrices of an expert, for a choice by projection."""
+        found = []
+        for name in PROJECTIONS:
+            if name in sources:
+                source = sources[name].matrix(0)
+                shape = (source.shape[0], source.shape[1])
+                encoding = _choose(self, chosen[name], source, f"experts' {name} projection", ROUNDED_EXPERTS)
+                bias = ""
+                if f"{name}.bias" in sources:
+                    bias = _kept(sources[f"{name}.bias"].matrix(0)).dtype
+                found.append(Projection(name, shape, encoding, bias))
+        return found
+
     def notice(self, text: str) -> None:
         if text not in self.notices:
             self.notices.append(text)
@@ -140,8 +177,12 @@ def make_plan(
     sites: list[ExpertsModule],
     bindings: Bindings,
     source_format: str,
+    allocation: Allocation | None = None,
 ) -> Plan:
-    """Choose encodings, lay out records and dense files. Reads no tensor data."""
+    """Choose encodings, lay out records and dense files. Reads no tensor data.
+
+    Where ``options`` ask for a width of each expert, ``allocation`` says which; without it all get the narrowest.
+    """
     import transformers
 
     quantized = source_format != "plain"
@@ -149,16 +190,23 @@ def make_plan(
         "experts": _resolve(options.experts, quantized, ROUNDED_EXPERTS),
         "dense": _resolve(options.dense, quantized, ROUNDED_DENSE),
         "group_size": options.group_size,
-        "quantizer": "minmax",
+        "quantizer": options.quantizer,
         "source_format": source_format,
     }
+    if options.bpw:
+        recipe |= {"experts": "mixed", "bpw": options.bpw, "allocation": allocation.digest if allocation else ""}
     identity = {
         "architecture": type(model).__name__,
         "model_type": model.config.model_type,
         "name_schema": C.NAME_SCHEMA,
         "transformers": transformers.__version__,
     }
-    plan = Plan(checkpoint, options, identity, recipe, source_format)
+    calibration = None
+    if options.calib:
+        widths = {site.layer: site.projections()["up"][1] for site in sites}
+        calibration = open_calibration(options.calib, type(model).__name__, widths)
+        recipe |= {"calibration": calibration.digest, "producer": _producer()}
+    plan = Plan(checkpoint, options, identity, recipe, source_format, allocation, calibration)
     plan.copies = checkpoint.copied_files()
     if not any(name in plan.copies for name in _TOKENIZERS):
         plan.notice("the checkpoint has no tokenizer: its pack will answer no prompt, only token ids from Python")
@@ -182,34 +230,71 @@ def _resolve(choice: str, quantized: bool, default: str) -> str:
 
 
 def _plan_layer(plan: Plan, site: ExpertsModule, sources: dict[str, ExpertStack]) -> None:
-    projections = []
-    for name in PROJECTIONS:
-        if name in sources:
-            source = sources[name].matrix(0)
-            shape = (source.shape[0], source.shape[1])
-            encoding = _choose(plan, plan.recipe["experts"], source, f"experts' {name} projection", ROUNDED_EXPERTS)
-            bias = ""
-            if f"{name}.bias" in sources:
-                bias = _kept(sources[f"{name}.bias"].matrix(0)).dtype
-            projections.append(Projection(name, shape, encoding, bias))
-    kind = RecordKind(tuple(projections))
-    if kind not in plan.kinds:
-        plan.kinds.append(kind)
+    known: dict[tuple[str, ...], RecordKind] = {}
+
+    def kind_for(chosen: dict[str, str]) -> RecordKind:
+        key = tuple(chosen[name] for name in PROJECTIONS)
+        if key not in known:
+            known[key] = RecordKind(tuple(plan.projections(sources, chosen)))
+        return known[key]
+
+    if plan.allocation is not None:
+        kinds = [kind_for(widths) for widths in plan.allocation.layers[site.layer]]
+    else:
+        chosen = CANDIDATES[0] if plan.options.bpw else plan.recipe["experts"]
+        kinds = [kind_for(by_projection(chosen))] * site.num_experts
+    for kind in known.values():
+        if kind not in plan.kinds:
+            plan.kinds.append(kind)
+    numbers = tuple(map(plan.kinds.index, kinds))
     layer = Layer(
         site.layer,
         site.name,
         f"{C.EXPERTS_FOLDER}/layer-{site.layer:04}.safetensors",
-        ((plan.kinds.index(kind), site.num_experts),),
+        tuple(sorted(Counter(numbers).items())),
         plan.options.codec,
     )
-    plan.layers.append(LayerPlan(layer, kind, sources))
+    plan.layers.append(LayerPlan(layer, tuple(kinds), numbers, sources, _uncalibrated(plan), _calibration(plan, site)))
+
+
+def _calibration(plan: Plan, site: ExpertsModule) -> Callable[[], LayerCalibration] | None:
+    opened = plan.calibration
+    if opened is None:
+        return None
+
+    def begin() -> LayerCalibration:
+        from flashpack.converter.calibrated import LayerCalibration
+
+        refined = plan.recipe["quantizer"] == QUANTIZERS["max"]
+        return LayerCalibration(opened.layer(site.layer), site.activation(), refined, _device())
+
+    return begin
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _producer() -> str:
+    """What calibrated bytes depend on beside source and recipe."""
+    import torch
+
+    return f"torch {torch.__version__.partition('+')[0]}, {_device()}, {platform.machine()}"
+
+
+def _uncalibrated(plan: Plan) -> str:
+    """The quantizer of what no calibration is for."""
+    quantizer: str = plan.recipe["quantizer"]
+    return QUANTIZERS["default"] if quantizer in CALIBRATED else quantizer
 
 
 def _plan_dense(plan: Plan, model: PreTrainedModel, sites: list[ExpertsModule], dense: dict[str, SourceTensor]) -> None:
     files: list[list[DensePlan]] = [[]]
     size = 0
     for name, source in dense.items():
-        tensor = DensePlan(name, source, _dense_encoding(plan, model, sites, name, source))
+        tensor = DensePlan(name, source, _dense_encoding(plan, model, sites, name, source), _uncalibrated(plan))
         nbytes = sum(s.nbytes for s in tensor.specs())
         if files[-1] and size + nbytes > DENSE_FILE_BYTES:
             files.append([])
@@ -259,6 +344,11 @@ def _choose(plan: Plan, choice: str, source: SourceTensor, what: str, rounded: s
         choice = max(rounded, source.format.rounds_to)
         plan.notice(f"{what}: no encoding of a pack holds {source.format} exactly; decoded and rounded to {choice}")
     width = source.shape[-1]
+    if choice.startswith("dq"):
+        if width % C.DQ_GROUP == 0 and math.prod(source.shape) % C.DQ_BLOCK == 0:
+            return encoding_of(choice, C.DQ_GROUP)
+        plan.notice(f"{what}: {list(source.shape)} values are not blocks of {C.DQ_BLOCK}; {choice[1:]} in its place")
+        choice = choice[1:]
     fits = [g for g in C.GROUP_SIZES if g <= plan.options.group_size and width % g == 0]
     if not fits:
         kept = _kept(source)
@@ -266,7 +356,7 @@ def _choose(plan: Plan, choice: str, source: SourceTensor, what: str, rounded: s
         return kept
     if fits[-1] != plan.options.group_size:
         plan.notice(f"{what}: {plan.options.group_size} does not divide {width} input values; groups of {fits[-1]}")
-    return Encoding("affine", "BF16", int(choice[1:]), fits[-1])
+    return encoding_of(choice, fits[-1])
 
 
 def bits_per_weight(encodings: list[tuple[int, Encoding]]) -> float:

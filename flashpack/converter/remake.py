@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from flashpack.converter.convert import plan
 from flashpack.converter.encode import dense_reader, encode_dense, encode_record, record_spans
 from flashpack.converter.folder import Source
-from flashpack.converter.plan import DensePlan, Options, Plan
-from flashpack.converter.quantize import Error
+from flashpack.converter.options import QUANTIZERS, Options
+from flashpack.converter.plan import DensePlan, Plan
+from flashpack.converter.quality import QUALITY_FILES, quality_files
+from flashpack.converter.quantize import Error, Errors
 from flashpack.errors import SourceError, UnsupportedError, UsageError
 from flashpack.formats.entries import FileEntry, Layer, TensorEntry
 from flashpack.formats.findings import Region
@@ -20,7 +22,7 @@ from flashpack.formats.manifest import Manifest
 from flashpack.formats.repair import Bytes, encode_stored
 from flashpack.formats.writer import RecordBuffer, RecordDigests
 
-REPRODUCIBLE = ("minmax",)
+REPRODUCIBLE = ("minmax", "starts")
 """Quantizers whose result depends on source and options alone."""
 
 
@@ -43,22 +45,47 @@ class Remake:
             raise
         self._layers = {p.layer.index: p for p in self.plan.layers}
         self._dense = {name: t for t in self.plan.dense() for name in t.tensor_names().values()}
+        self._errors: dict[tuple[str, int | str], Errors] = {}
 
     def record(self, layer: Layer, expert: int, advance: Callable[[int], object] = lambda count: None) -> memoryview:
         """The record of an expert: stride bytes. ``advance`` is called with the source bytes that are done."""
         work = self._layers[layer.index]
-        buffer = RecordBuffer(work.kind)
+        buffer = RecordBuffer(work.kinds[expert])
         with (
             self.folder.steps(lambda _: record_spans(work, expert), 1, threading.Event()) as steps,
             steps.step(0) as reader,
         ):
-            encode_record(reader, work, expert, buffer, advance)
+            self._errors[work.layer.path, expert] = encode_record(reader, work, expert, buffer, advance)
         return buffer.data.data
 
     def dense(self, plan: DensePlan) -> Iterator[tuple[str, memoryview]]:
         """The stored tensors of a dense tensor or matrix, piece by piece."""
+        error = Error()
         with dense_reader(self.folder, [plan], threading.Event()) as reader:
-            yield from encode_dense(reader, plan, Error())
+            yield from encode_dense(reader, plan, error)
+        self._errors["", plan.name] = {plan.name: error} if error.norm else {}
+
+    def quality(self) -> dict[str, bytes]:
+        """The quality report, name -> content. Everything that has not been made again yet is made for it."""
+        for work in self.plan.layers:
+            for expert in range(work.layer.experts):
+                if (work.layer.path, expert) not in self._errors:
+                    self.record(work.layer, expert)
+        for tensor in self.plan.dense():
+            if ("", tensor.name) not in self._errors:
+                for _ in self.dense(tensor):
+                    pass
+        layers = {
+            p.layer.path: [self._errors[p.layer.path, e] for e in range(p.layer.experts)] for p in self.plan.layers
+        }
+        dense = {path: [self._errors["", t.name] for t in tensors] for path, tensors in self.plan.dense_files.items()}
+        return quality_files(self.plan, layers | dense)
+
+    def copied(self, name: str) -> bytes | None:
+        """A copied file, or one of the quality report; None if the source has none of this name."""
+        if name in QUALITY_FILES:
+            return self.quality()[name]
+        return self.folder.read(name) if name in self.plan.copies else None
 
     # What ``formats.repair`` asks of a donor:
 
@@ -68,7 +95,7 @@ class Remake:
 
     def tail(self, layer: Layer) -> bytes | None:
         """What stands behind the records of a shard, from all records made again."""
-        digests = RecordDigests(layer, self.manifest.record_kinds)
+        digests = RecordDigests(layer, self.manifest.record_kinds, self._layers[layer.index].table())
         for expert in range(layer.experts):
             digests.add(expert, self.record(layer, expert))
         return digests.finish()[1]
@@ -83,8 +110,8 @@ class Remake:
         return (data for name, data in self.dense(self._dense[entry.name]) if name == entry.name)
 
     def copy(self, entry: FileEntry) -> bytes | None:
-        """A copied file; None if the source has none of this name."""
-        return self.folder.read(entry.path) if entry.path in self.plan.copies else None
+        """A copied file, or one of the quality report."""
+        return self.copied(entry.path)
 
     def close(self) -> None:
         """Close the source's files."""
@@ -102,7 +129,8 @@ def _options(recipe: dict[str, object]) -> Options:
     try:
         if not (isinstance(experts, str) and isinstance(dense, str) and isinstance(group_size, int)):
             raise UsageError("experts, dense or group_size is missing")
-        return Options(experts, dense, group_size)
+        quality = next(quality for quality, name in QUANTIZERS.items() if name == quantizer)
+        return Options(experts, dense, group_size, quality=quality)
     except UsageError as e:
         raise UnsupportedError(f"the pack's recipe is not one that this version follows: {e}") from e
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from flashpack.converter.quantize import Errors
 
 
 @dataclass(frozen=True)
@@ -14,12 +17,19 @@ class LayerError:
     largest: float
     mean: float
 
+    @classmethod
+    def of(cls, path: str, errors: list[Errors]) -> LayerError:
+        """``errors``: of each expert or dense tensor; at least one matrix was rounded."""
+        relative = [error.relative() for matrices in errors for error in matrices.values()]
+        return cls(path, max(relative), math.fsum(relative) / len(relative))  # in any order: the same sum
+
 
 @dataclass(frozen=True)
 class Report:
     """Result of ``convert``. Sizes in bytes, time in seconds, ``identity`` the pack's BLAKE3 identity.
 
-    ``resumed_bytes`` of ``source_bytes`` were done by earlier, interrupted runs.
+    ``resumed_bytes`` of ``source_bytes`` were done by earlier, interrupted runs. ``quality``: the page of the quality
+    report, a path.
     """
 
     pack: str
@@ -33,6 +43,7 @@ class Report:
     seconds: float
     resumed_files: int
     resumed_bytes: int
+    quality: str
     errors: list[LayerError] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)

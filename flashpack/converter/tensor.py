@@ -170,7 +170,8 @@ class Packed(WeightFormat):
         return max(1, self.exact.block[0])
 
     def cut(self, parts: dict[str, Extent], start: int, count: int) -> dict[str, Extent]:
-        rows = {name: self.exact.part_rows(name, start, start + count) for name in parts}
+        width = math.prod(parts["weight"].shape[1:])
+        rows = {name: self.exact.part_rows(name, start, start + count, width) for name in parts}
         return {name: part.take(rows[name].start, rows[name].stop - rows[name].start) for name, part in parts.items()}
 
 
@@ -284,7 +285,7 @@ class SourceTensor:
             stored = {part: array.T for part, array in stored.items()}
         if self.pick is not None:
             # What all rows share has one row for whichever of them.
-            own = {part for part in stored if encoding.part_rows(part, 1, 2).start == 1}
+            own = {part for part in stored if encoding.part_rows(part, 1, 2, self.shape[-1]).start == 1}
             stored = {part: array[self.pick] if part in own else array for part, array in stored.items()}
         return stored
 

@@ -15,7 +15,7 @@ from flashpack.converter.folder import SourceFolder, Stopped
 from flashpack.converter.journal import Journal
 from flashpack.converter.notes import Notes, begun_dense, begun_layer, part_of_dense, part_of_layer
 from flashpack.converter.plan import DensePlan, LayerPlan, Plan
-from flashpack.converter.quantize import Error
+from flashpack.converter.quantize import Error, Errors, errors_from_json, errors_to_json
 from flashpack.formats.entries import FileEntry, TensorEntry
 from flashpack.formats.records import RecordKind
 from flashpack.formats.writer import DenseWriter, RecordBuffer, ShardWriter
@@ -30,30 +30,32 @@ have work at the same time."""
 
 @dataclass
 class Outcome:
-    """A finished file: its manifest entry, its tensors if dense, its quantization error if there is any.
+    """A finished file: its manifest entry, its tensors if dense, and the errors of what was rounded.
 
-    ``resumed_bytes`` of its source were done by an earlier run.
+    ``errors``: of each expert, or of each tensor or matrix of a dense file, in order. ``resumed_bytes`` of its source
+    were done by an earlier run.
     """
 
     file: FileEntry
     tensors: list[TensorEntry] = field(default_factory=list)
-    errors: dict[str, float] = field(default_factory=dict)
+    errors: list[Errors] = field(default_factory=list)
     resumed_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {
             "file": self.file.to_json(),
             "tensors": [t.to_json() for t in self.tensors],
-            "errors": self.errors,
+            "errors": [errors_to_json(e) for e in self.errors],
         }
 
     @classmethod
     def from_json(cls, d: dict[str, Any]) -> Outcome:
+        """Raises ``FormatError`` for a line of another form."""
         f = d["file"]
         return cls(
             FileEntry(f["path"], f["role"], f["size"], f["digests"]),
             [TensorEntry.from_json(t) for t in d["tensors"]],
-            d["errors"],
+            [errors_from_json(e) for e in d["errors"]],
         )
 
 
@@ -100,27 +102,28 @@ def _write_layer(
 
     layer = plan.layer
     earlier = begun_layer(site.journal, layer)
-    buffers = [RecordBuffer(plan.kind) for _ in range(AHEAD)]
-    with ShardWriter(site.out, layer, kinds, earlier=[record for record, _ in earlier], token=site.token) as writer:
+    buffers = [{kind: RecordBuffer(kind) for kind in set(plan.kinds)} for _ in range(AHEAD)]
+    records = [record for record, _ in earlier]
+    with ShardWriter(site.out, layer, kinds, plan.table(), records, site.token) as writer:
         first = writer.done
-        relative = [error for _, errors in earlier[:first] for error in errors]
+        errors = [found for _, found in earlier[:first]]
         resumed = sum(source.matrix(e).nbytes for e in range(first) for source in plan.sources.values())
         site.progress(resumed)
         notes = Notes(site.journal, layer.path, writer)
         with site.folder.steps(lambda i: record_spans(plan, first + i), layer.experts - first, site.stop) as steps:
 
-            def encode(index: int, buffer: RecordBuffer) -> list[float]:
+            def encode(index: int, buffers: dict[RecordKind, RecordBuffer]) -> Errors:
                 with steps.step(index) as reader:
-                    return encode_record(reader, plan, first + index, buffer, advance)
+                    return encode_record(reader, plan, first + index, buffers[plan.kinds[first + index]], advance)
 
-            with contextlib.closing(in_order(encode, layer.experts - first, buffers)) as records:
-                for index, buffer, errors in records:
-                    relative += errors
-                    writer.write(first + index, buffer.data.data)
-                    notes.add(part_of_layer(writer.stored[-1], errors))
+            with contextlib.closing(in_order(encode, layer.experts - first, buffers)) as made:
+                for index, filled, found in made:
+                    errors.append(found)
+                    writer.write(first + index, filled[plan.kinds[first + index]].data.data)
+                    notes.add(part_of_layer(writer.stored[-1], found))
         site.check()
         entry = writer.finish()
-    return Outcome(entry, errors=_summary(relative), resumed_bytes=resumed)
+    return Outcome(entry, errors=errors, resumed_bytes=resumed)
 
 
 def _write_dense(
@@ -132,7 +135,7 @@ def _write_dense(
     earlier = begun_dense(site.journal, path)
     with DenseWriter(site.out, path, specs, [found for found, _ in earlier], site.token) as writer:
         first = writer.done
-        relative = [error for _, errors in earlier[:first] for error in errors]
+        errors = [found for _, found in earlier[:first]]
         resumed = sum(tensor.source.nbytes for tensor in tensors[:first])
         site.progress(resumed)
         notes = Notes(site.journal, path, writer)
@@ -143,15 +146,11 @@ def _write_dense(
                     if site.stop.is_set():
                         raise Stopped
                     writer.append(name, data)
-                errors = [error.relative()] if error.norm else []
-                relative += errors
+                found = {tensor.name: error} if error.norm else {}
+                errors.append(found)
                 site.progress(tensor.source.nbytes)
                 digests = writer.digests()
-                notes.add(part_of_dense({s.name: digests[s.name] for s in tensor.specs()}, errors))
+                notes.add(part_of_dense({s.name: digests[s.name] for s in tensor.specs()}, found))
         site.check()
         entry, entries = writer.finish()
-    return Outcome(entry, entries, _summary(relative), resumed)
-
-
-def _summary(relative: list[float]) -> dict[str, float]:
-    return {"max": max(relative), "mean": sum(relative) / len(relative)} if relative else {}
+    return Outcome(entry, entries, errors, resumed)

@@ -11,6 +11,9 @@ MANIFEST = "flashpack.json"
 MANIFEST_DIGEST = "flashpack.json.b3"
 EXPERTS_FOLDER = "experts"
 JOURNAL = "flashpack.journal"
+ALLOCATION = "allocation.json"
+QUALITY = "quality.json"
+QUALITY_PAGE = "quality.html"
 PARTIAL_SUFFIX = ".part"
 
 # Names of tensors inside the safetensors files of a pack.
@@ -49,6 +52,15 @@ SCALE_DTYPES = ("BF16", "F16", "F32")
 RAW_DTYPES = ("BF16", "F16", "F32")
 BIAS_DTYPES = ("BF16", "F16", "F32")
 
+DQ_GROUP, DQ_BLOCK = 32, 256
+"""Values of ``affine_dq`` that share a scale and a bias, and those that share what these are made of."""
+
+DQ_BITS = (2, 3, 4)
+DQ_GROUP = 32
+DQ_BLOCK = 256
+"""Consecutive values of an ``affine_dq`` matrix that share three numbers, of type ``DQ_DTYPE``."""
+DQ_DTYPE = "BF16"
+
 MXFP4_GROUP = 32
 NVFP4_GROUP = 16
 """Input values that share a scale."""
@@ -73,6 +85,7 @@ FIRST_READER = "0.1.0"
 """The first version of flashpack that reads packs without required features."""
 
 FEATURES = {
+    "affine_dq": "0.1.0",
     "expert_bias": "0.1.0",
     "fp8_e4m3": "0.1.0",
     "int_tensors": "0.1.0",

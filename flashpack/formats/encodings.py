@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from flashpack.formats import affine
+from flashpack.formats import affine, affine_dq
 from flashpack.formats.dtypes import to_float32
 from flashpack.formats.floats import E2M1, E4M3, E8M0
 from flashpack.formats.records import Encoding
@@ -19,7 +19,7 @@ def decode(
     """The float32 values [..., out, in] of a matrix of this ``shape``; raw tensors may have any.
 
     ``parts``: the stored arrays by name, of the shapes of ``encoding.parts(shape)``, as ``NUMPY[dtype]``. For rows of
-    a matrix cut by ``Encoding.part_rows``, ``first`` is the number of the first one in its block of fp8 scales.
+    a matrix cut by ``Encoding.part_rows``, ``first`` is ``Encoding.first_in_block`` of the first one.
     Infinite and NaN values are legal, and come without a warning.
     """
     with np.errstate(all="ignore"):
@@ -29,6 +29,9 @@ def decode(
         if encoding.name == "affine":
             words, e = parts["weight"].view(np.uint32), encoding
             return affine.dequantize(words, scales, parts["biases"], e.bits, e.group_size, e.dtype).reshape(shape)
+        if encoding.name == "affine_dq":
+            words, codes = parts["weight"].view(np.uint32), parts["scales"].view(np.uint8)
+            return affine_dq.dequantize(words, codes, parts["blocks"], encoding.bits, first).reshape(shape)
         if encoding.name == "fp8_e4m3":
             wide = E8M0[scales] if encoding.dtype == "E8M0" else to_float32(scales, encoding.dtype)
             values: NDArray[np.float32] = E4M3[parts["weight"]] * _spread(wide, encoding.block, shape, first)

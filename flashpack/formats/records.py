@@ -16,7 +16,7 @@ from flashpack.formats.dtypes import ITEMSIZE
 PROJECTIONS = ("gate", "up", "down")
 """Roles of an expert's matrices, in record order; experts without a gate have ``up`` and ``down`` only."""
 
-PARTS = ("weight", "scales", "biases", "global")
+PARTS = ("weight", "scales", "biases", "blocks", "global")
 """Stored arrays of encoded matrices, in the order of a record; raw matrices have ``weight`` only."""
 
 
@@ -31,7 +31,7 @@ class Encoding:
 
     ``raw``: ``dtype`` is the type of the values; integers are for plain dense tensors only. ``affine``: integers of
     ``bits`` bits in groups of ``group_size`` along the input dimension; ``dtype`` is the type of scales and biases.
-    ``MXFP4``, ``nvfp4()`` and ``fp8()`` make the others.
+    ``MXFP4``, ``nvfp4()``, ``fp8()`` and ``affine_dq()`` make the others.
     """
 
     name: str
@@ -48,6 +48,8 @@ class Encoding:
                 good = self.dtype in C.TENSOR_DTYPES and numbers[1:] == (0, 0)
             case "affine":
                 good = self.dtype in C.SCALE_DTYPES and self.bits in C.AFFINE_BITS and self.group_size in C.GROUP_SIZES
+            case "affine_dq":
+                good = self.dtype == C.DQ_DTYPE and self.bits in C.DQ_BITS and self.group_size == C.DQ_GROUP
             case "mxfp4":
                 good = numbers == ("E8M0", 4, C.MXFP4_GROUP)
             case "nvfp4":
@@ -72,6 +74,8 @@ class Encoding:
             return PARTS[:1]
         if self.name == "affine":
             return PARTS[:3]
+        if self.name == "affine_dq":
+            return ("weight", "scales", "blocks")
         return ("weight", "scales", "global") if self.global_scale in ("multiply", "divide") else PARTS[:2]
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -92,19 +96,38 @@ class Encoding:
         if self.name == "affine":
             return found | {"scales": (self.dtype, groups), "biases": (self.dtype, groups)}
         found["scales"] = ("U8", groups)
+        if self.name == "affine_dq":
+            if not lead or lead[-1] * width % C.DQ_BLOCK:
+                raise FormatError(f"{self}: the values of a matrix {list(shape)} are not in blocks of {C.DQ_BLOCK}")
+            return found | {"blocks": (self.dtype, (*lead[:-1], lead[-1] * width // C.DQ_BLOCK, 3))}
         return found | {"global": ("F32", (*lead[:-1], 1))} if "global" in self.part_names else found
 
-    def part_rows(self, part: str, start: int, stop: int) -> slice:
-        """Rows of a stored part that rows [start, stop) of the matrix need.
+    def part_rows(self, part: str, start: int, stop: int, width: int) -> slice:
+        """Rows of a stored part that rows [start, stop) of a matrix of ``width`` input values need.
 
-        Where rows share scales, row ``start`` may be in the middle of a block: it is its row ``start % block[0]``.
+        Where rows share scales, row ``start`` may be in the middle of a block: see ``first_in_block``.
         """
         if part == "global":
             return slice(0, 1)
         if part == "scales" and self.name == "fp8_e4m3":
             rows = self.block[0]
             return slice(start // rows, -(-stop // rows)) if rows else slice(0, 1)
+        if part == "blocks":
+            return slice(start * width // C.DQ_BLOCK, -(-stop * width // C.DQ_BLOCK))
         return slice(start, stop)
+
+    def first_in_block(self, start: int, width: int) -> int:
+        """Where in its block of shared scales row ``start`` begins: as a number of rows for ``fp8_e4m3``, of groups
+        for ``affine_dq``; 0 for others."""
+        if self.name == "affine_dq":
+            return start * width % C.DQ_BLOCK // C.DQ_GROUP
+        return start % self.block[0] if self.block[0] else 0
+
+    def whole_rows(self, width: int) -> int:
+        """Rows that hold whole blocks of shared scales: a matrix can be cut at every multiple of this; 0: nowhere."""
+        if self.name == "affine_dq":
+            return C.DQ_BLOCK // math.gcd(width, C.DQ_BLOCK)
+        return self.block[0] if self.name == "fp8_e4m3" else 1
 
     def stackable(self, rows: int) -> bool:
         """Whether two matrices of ``rows`` rows, each part of one right before the other's, are one matrix."""
@@ -117,6 +140,8 @@ class Encoding:
         if not self.quantized:
             return 8.0 * ITEMSIZE[self.dtype]
         scale = 8 * ITEMSIZE.get(self.dtype, 1)
+        if self.name == "affine_dq":
+            return self.bits + 8 / self.group_size + 3 * scale / C.DQ_BLOCK
         if self.name == "fp8_e4m3":
             return 8 + (scale / math.prod(self.block) if all(self.block) else 0)
         return self.bits + (2 if self.name == "affine" else 1) * scale / self.group_size
@@ -125,7 +150,7 @@ class Encoding:
         data: dict[str, Any] = {"name": self.name}
         if self.name == "raw":
             data["dtype"] = self.dtype
-        elif self.name == "affine":
+        elif self.name in ("affine", "affine_dq"):
             data |= {"bits": self.bits, "group_size": self.group_size, "scale_dtype": self.dtype}
         elif self.name == "nvfp4":
             data["global_scale"] = self.global_scale
@@ -140,7 +165,7 @@ class Encoding:
         match name:
             case "raw":
                 return cls(name, fields.text(data, "dtype"))
-            case "affine":
+            case "affine" | "affine_dq":
                 bits, group_size = fields.integer(data, "bits"), fields.integer(data, "group_size")
                 return cls(name, fields.text(data, "scale_dtype"), bits, group_size)
             case "mxfp4":
@@ -154,6 +179,8 @@ class Encoding:
     def __str__(self) -> str:
         if self.name == "affine":
             return f"{self.bits}-bit g{self.group_size}"
+        if self.name == "affine_dq":
+            return f"{self.bits}-bit dq"
         if self.name == "fp8_e4m3":
             return f"fp8 {self.block[0]}x{self.block[1]} {self.dtype.lower()}"
         return self.name if self.quantized else self.dtype.lower()
@@ -171,6 +198,11 @@ def nvfp4(global_scale: str) -> Encoding:
 def fp8(scale_dtype: str, block: tuple[int, int]) -> Encoding:
     """8-bit floats; one scale per ``block`` of rows and columns, 0 for all of them."""
     return Encoding("fp8_e4m3", scale_dtype, 8, block=block)
+
+
+def affine_dq(bits: int) -> Encoding:
+    """Integers of ``bits`` bits in groups of 32 whose scales and biases are integers of 4 bits themselves."""
+    return Encoding("affine_dq", C.DQ_DTYPE, bits, C.DQ_GROUP)
 
 
 @dataclass(frozen=True)

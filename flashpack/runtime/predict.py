@@ -1,17 +1,62 @@
-"""What a model predicts after each token of given texts: several texts per pass, or one token per step."""
+"""A model on pieces of a text (windows): several per pass, where there is room, or one token per step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashpack.errors import MemoryBudgetError
+from flashpack.runtime.budget import PROMPT_CHUNK
+from flashpack.runtime.load import load
 from flashpack.skeleton import library_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
+
+AT_ONCE = 4
+"""Windows per pass, where there is memory for them: experts that do not stay in memory are read once for all."""
 
 _LOGITS = 2**21
 """Logits computed at once, about: of a few tokens where the vocabulary is large."""
+
+
+def load_for(
+    pack: Path, windows: Tensor, memory: int | str | None, options: dict[str, Any], single: bool
+) -> tuple[PreTrainedModel, int]:
+    """The model of ``pack`` for windows (int64 [windows, length]), and how many of them it takes at once; results are the
+    same for any number. ``memory`` and ``options`` are those of ``load``; ``single``: it will take single tokens.
+    """
+    length = windows.shape[1]
+    # The experts see a chunk of a prompt at a time, and in products of many tokens each value is rounded in another way
+    # than in those of few: windows go together only where no chunk has tokens of two, so that nothing depends on it.
+    together = not single and memory != "smallest" and length % PROMPT_CHUNK == 0
+    most = min(AT_ONCE, len(windows)) if together else 1
+    for at_once in sorted({1, most}, reverse=True):
+        try:
+            model = load(pack, memory=memory, context=length, warm=False, sequences=at_once, **options)
+        except MemoryBudgetError:
+            if at_once == 1:
+                raise
+        else:
+            return model, at_once
+    raise AssertionError
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch cuts operations by the number of threads, which changes last bits. The model has its own way."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def log_probabilities(model: Any, at_once: int, windows: Tensor, single: bool) -> Iterator[Tensor]:

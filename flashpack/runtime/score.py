@@ -14,29 +14,22 @@ import gc
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from flashpack.errors import FormatError, MemoryBudgetError, OutputError, UsageError
+from flashpack.errors import FormatError, OutputError, UsageError
 from flashpack.formats import Pack
 from flashpack.formats.files import output_errors
-from flashpack.runtime.budget import PROMPT_CHUNK
-from flashpack.runtime.load import load
-from flashpack.runtime.predict import log_probabilities
+from flashpack.runtime.predict import load_for, log_probabilities, one_thread
 from flashpack.runtime.tokenizer import encode, load_tokenizer
 from flashpack.skeleton import read_config
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
 
 PARTS = ("all", "even", "odd")
-
-AT_ONCE = 4
-"""Windows per pass, where there is memory for them: experts that do not stay in memory are read once for all."""
 
 _SPARE = 16 * 2**20
 """Bytes of the disk that are left alone."""
@@ -178,25 +171,6 @@ def _same_vocabulary(pack: Path, reference: Path) -> int:
     return int(sizes[0])
 
 
-def load_for(
-    pack: Path, windows: Tensor, memory: int | str | None, options: dict[str, Any], single: bool
-) -> tuple[PreTrainedModel, int]:
-    """The model, and how many windows it takes at once."""
-    length = windows.shape[1]
-    # The experts see a chunk of a prompt at a time, and in products of many tokens each value is rounded in another way
-    # than in those of few: windows go together only where no chunk has tokens of two, so that nothing depends on it.
-    most = 1 if single or length % PROMPT_CHUNK else min(AT_ONCE, len(windows))
-    for at_once in sorted({1, most}, reverse=True):
-        try:
-            model = load(pack, memory=memory, context=length, warm=False, sequences=at_once, **options)
-        except MemoryBudgetError:
-            if at_once == 1:
-                raise
-        else:
-            return model, at_once
-    raise AssertionError
-
-
 def _temporary(folder: Path, size: int) -> IO[bytes]:
     """A file of ``size`` bytes to come, which is gone when it is closed, or the process ends."""
     with output_errors(folder):
@@ -207,17 +181,3 @@ def _temporary(folder: Path, size: int) -> IO[bytes]:
                 f"take fewer --windows or another --scratch"
             )
         return tempfile.TemporaryFile(dir=folder)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch cuts operations by the number of threads, which changes last bits. The model has its own way."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        torch.set_num_threads(threads)

@@ -12,7 +12,7 @@ from flashpack.converter import Options, plan
 from flashpack.converter.convert import bound
 from flashpack.converter.forecast import Dropped, Forecast, forecast, group
 from flashpack.converter.names import _merging
-from flashpack.converter.plan import DENSE_CHOICES, EXPERT_CHOICES
+from flashpack.converter.options import DENSE_CHOICES, EXPERT_CHOICES
 from tests.conftest import CHECKPOINTS, TRAINED, source_of
 
 
