@@ -5,8 +5,8 @@
 
 namespace blocks {
 
-/* Types of numbers: of plain matrices, scales and biases. */
-enum Number { BF16 = 0, F16 = 1, F32 = 2, E8M0 = 3, E4M3 = 4 };
+/* Types of numbers: of plain matrices, scales and biases. NIBBLES: codes of a scale and a bias in one byte. */
+enum Number { BF16 = 0, F16 = 1, F32 = 2, E8M0 = 3, E4M3 = 4, NIBBLES = 5 };
 
 /* Bytes of a number. */
 constexpr unsigned size_of(unsigned type)
@@ -16,6 +16,11 @@ constexpr unsigned size_of(unsigned type)
 
 /* Values that share a scale. */
 enum { MXFP4_GROUP = 32, NVFP4_GROUP = 16 };
+
+/* affine_dq: values of a group, groups of a block, bytes of a block's numbers, which are BF16. A group's scale is
+ * DQ_SCALE_STEP times the low half of its byte, its bias is DQ_BIAS and DQ_BIAS_STEP times the high half. */
+enum { DQ_GROUP = 32, DQ_GROUPS = 8, DQ_BYTES = 6 };
+enum DqNumber { DQ_SCALE_STEP = 0, DQ_BIAS = 1, DQ_BIAS_STEP = 2 };
 
 /* What nvfp4's scales go through with the matrix's one. */
 enum GlobalScale { GLOBAL_NONE = 0, GLOBAL_MULTIPLY = 1, GLOBAL_DIVIDE = 2 };

@@ -40,7 +40,7 @@ class StoredMatrix:
     """A quantized matrix [out, in] in its stored parts (``formats.records.Encoding.parts``), U32 words as int32.
 
     ``scales`` are as stored: bfloat16, float16, float32 or, where they are small floats, uint8. ``first``: of rows cut
-    from a larger matrix, the number of the first one in its block of fp8 scales.
+    from a larger matrix, ``Encoding.first_in_block`` of the first one.
     """
 
     encoding: Encoding
@@ -49,11 +49,13 @@ class StoredMatrix:
     biases: torch.Tensor | None = None
     global_scale: torch.Tensor | None = None
     first: int = 0
+    blocks: torch.Tensor | None = None
 
     @classmethod
     def of(cls, encoding: Encoding, parts: Mapping[str, torch.Tensor]) -> StoredMatrix:
         """From its parts by name."""
-        return cls(encoding, parts["weight"], parts["scales"], parts.get("biases"), parts.get("global"))
+        biases, total, blocks = (parts.get(part) for part in ("biases", "global", "blocks"))
+        return cls(encoding, parts["weight"], parts["scales"], biases, total, blocks=blocks)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from flashpack.errors import DeviceError
 from flashpack.formats import Encoding, Projection, RecordKind, affine
 from flashpack.formats import constants as C
 from flashpack.formats.constants import AFFINE_BITS
-from flashpack.formats.dtypes import NUMPY, from_float32, to_float32
+from flashpack.formats.dtypes import ITEMSIZE, NUMPY, from_float32, to_float32
 from flashpack.formats.encodings import decode
 from flashpack.formats.records import MXFP4, fp8, nvfp4
 from flashpack.formats.writer import RecordBuffer
@@ -56,8 +56,23 @@ def random_floats(rows: int, width: int, encoding: Encoding, seed: int) -> tuple
     return parts, decode(encoding, parts, (rows, width))
 
 
+def random_codes(rows: int, width: int, encoding: Encoding, seed: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Any codes of ``affine_dq``, with numbers of blocks that make values of about 1: (stored parts, values)"""
+    rng = np.random.default_rng(seed)
+    parts: dict[str, np.ndarray] = {}
+    for part, (dtype, shape) in encoding.parts((rows, width)).items():
+        if part == "blocks":
+            numbers = rng.standard_normal(shape) / 2 ** (encoding.bits + 1)
+            parts[part] = from_float32(numbers.astype(np.float32), dtype)
+        else:
+            parts[part] = rng.integers(0, 2 ** (8 * ITEMSIZE[dtype]), shape, NUMPY[dtype])
+    return parts, decode(encoding, parts, (rows, width))
+
+
 def random_matrix(rows: int, width: int, encoding: Encoding, seed: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """(stored parts, decoded float32 values)"""
+    if encoding.name == "affine_dq":
+        return random_codes(rows, width, encoding, seed)
     if encoding.name not in ("raw", "affine"):
         return random_floats(rows, width, encoding, seed)
     values = np.random.default_rng(seed).standard_normal((rows, width)).astype(np.float32)

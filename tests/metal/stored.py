@@ -9,7 +9,7 @@ from torch import Tensor
 from flashpack.formats import Encoding, RecordKind
 from flashpack.formats import constants as C
 from flashpack.formats.dtypes import from_float32
-from flashpack.formats.records import MXFP4, align, fp8, nvfp4
+from flashpack.formats.records import MXFP4, affine_dq, align, fp8, nvfp4
 from flashpack.formats.writer import RecordBuffer
 from flashpack.kernels import StoredMatrix
 from flashpack.kernels.metal.layouts import parts_of
@@ -27,13 +27,14 @@ FP8 = [
     fp8("BF16", (1, 0)), fp8("F16", (0, 1)), fp8("E8M0", (1, 32)), fp8("F32", (128, 128)), fp8("BF16", (5, 7)),
     fp8("E8M0", (48, 0)), fp8("F16", (2, 16)),
 ]  # fmt: skip
-EVERY = [*AFFINE, MXFP4, *map(nvfp4, C.GLOBAL_SCALES), *FP8, *PLAIN]
+DOUBLE = [affine_dq(bits) for bits in C.DQ_BITS]
+EVERY = [*AFFINE, *DOUBLE, MXFP4, *map(nvfp4, C.GLOBAL_SCALES), *FP8, *PLAIN]
 """Encodings with all types of scales, groups and kinds of blocks."""
 
 ONE_OF_EACH = [
     *(Encoding("affine", dtype, bits, group) for bits, group, dtype in
       zip(C.AFFINE_BITS, C.GROUP_SIZES * 2, C.SCALE_DTYPES * 2, strict=True)),
-    MXFP4, nvfp4("multiply"), fp8("BF16", (1, 32)), *PLAIN,
+    *DOUBLE, MXFP4, nvfp4("multiply"), fp8("BF16", (1, 32)), *PLAIN,
 ]  # fmt: skip
 """One encoding for each format that has kernels of its own."""
 
@@ -45,7 +46,12 @@ def name_of(encoding: Encoding) -> str:
 def matrix(
     encoding: Encoding, rows: int, width: int, seed: int = 0, last: int = 0
 ) -> tuple[Tensor | StoredMatrix, np.ndarray]:
-    """A matrix whose parts lie in one piece of memory, and its values; ``last``: which part is at its very end."""
+    """A matrix whose parts lie in one piece of memory, and its values; ``last``: which part is at its very end.
+
+    Where values come in blocks, it has as many rows more as whole blocks need.
+    """
+    if encoding.name == "affine_dq":
+        rows = align(rows, encoding.whole_rows(width))
     parts, values = random_matrix(rows, width, encoding, seed)
     if not encoding.quantized:
         return together([stored(parts["weight"], encoding.dtype)])[0], values

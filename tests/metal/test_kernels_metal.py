@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flashpack.formats import Encoding
-from flashpack.formats.records import MXFP4, fp8
+from flashpack.formats.records import MXFP4, affine_dq, fp8
 from flashpack.kernels import StoredMatrix
 from flashpack.kernels.activations import named
 from flashpack.kernels.cpu.reference import ReferenceKernels
@@ -16,6 +16,7 @@ from flashpack.kernels.metal.kernels import MetalKernels
 from flashpack.kernels.metal.source import FORMATS, PARTS, PRODUCTS
 from tests.metal.emulator import FakeMps
 from tests.metal.stored import EVERY, ONE_OF_EACH, matrix, name_of, states
+from tests.metal.test_products import cut
 from tests.metal.test_products_experts import Slots, assert_same, compute, kind_of
 
 ALL = frozenset([f"{name}_{format}" for name in PRODUCTS for format in FORMATS] + ["combine"])
@@ -31,12 +32,13 @@ def test_torch_decodes_every_encoding_as_the_format_means_it(encoding: Encoding)
 
 
 def test_torch_decodes_rows_in_the_middle_of_a_block() -> None:
-    encoding = fp8("F32", (5, 16))
-    whole, values = matrix(encoding, 15, 64)
-    assert isinstance(whole, StoredMatrix)
-    part = StoredMatrix(encoding, whole.weight[8:], whole.scales[1:], first=3)
-    assert np.array_equal(fallback.decode(part).numpy(), values[8:])
-    assert np.array_equal(fallback.rows(torch.arange(7), part).numpy(), values[8:])
+    for encoding in (fp8("F32", (5, 16)), affine_dq(2)):
+        whole, values = matrix(encoding, 16, 96)
+        part = cut(whole, 9, 16)
+        assert isinstance(part, StoredMatrix)
+        assert part.first > 0
+        assert np.array_equal(fallback.decode(part).numpy(), values[9:])
+        assert np.array_equal(fallback.rows(torch.arange(7), part).numpy(), values[9:])
 
 
 def test_large_matrices_are_decoded_a_block_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

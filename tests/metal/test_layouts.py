@@ -54,13 +54,14 @@ kernel void floats(
 
 kernel void numbers(device uint* found [[buffer(0)]])
 {
-    const uint all[10] = {
-        blocks::BF16, blocks::F16, blocks::F32, blocks::E8M0, blocks::E4M3, blocks::GLOBAL_NONE,
-        blocks::GLOBAL_MULTIPLY, blocks::GLOBAL_DIVIDE, blocks::MXFP4_GROUP, blocks::NVFP4_GROUP};
-    for (uint i = 0; i < 10; i++)
+    const uint all[13] = {
+        blocks::BF16, blocks::F16, blocks::F32, blocks::E8M0, blocks::E4M3, blocks::NIBBLES, blocks::GLOBAL_NONE,
+        blocks::GLOBAL_MULTIPLY, blocks::GLOBAL_DIVIDE, blocks::MXFP4_GROUP, blocks::NVFP4_GROUP, blocks::DQ_GROUP,
+        blocks::DQ_GROUPS};
+    for (uint i = 0; i < 13; i++)
         found[i] = all[i];
-    for (uint i = 0; i < 5; i++)
-        found[10 + i] = blocks::size_of(i);
+    for (uint i = 0; i < 6; i++)
+        found[13 + i] = blocks::size_of(i);
 }
 """
 FOLDER = Path(layouts.__file__).parent
@@ -92,11 +93,12 @@ def test_small_floats_are_the_formats(meaning) -> None:  # type: ignore[no-untyp
 
 
 def test_numbers_are_those_of_the_host(meaning) -> None:  # type: ignore[no-untyped-def]
-    found = torch.zeros(15, dtype=torch.int32)
+    found = torch.zeros(19, dtype=torch.int32)
     meaning.numbers(found, threads=1)
-    assert layouts.NUMBERS == ("BF16", "F16", "F32", "E8M0", "E4M3")
+    assert layouts.NUMBERS == ("BF16", "F16", "F32", "E8M0", "E4M3", "nibbles")
     assert C.GLOBAL_SCALES == ("none", "multiply", "divide")
-    assert found.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, C.MXFP4_GROUP, C.NVFP4_GROUP, 2, 2, 4, 1, 1]
+    groups = [C.MXFP4_GROUP, C.NVFP4_GROUP, C.DQ_GROUP, C.DQ_BLOCK // C.DQ_GROUP]
+    assert found.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, *groups, 2, 2, 4, 1, 1, 1]
 
 
 def test_sizes_are_those_of_the_kernels() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor
 
 from flashpack.formats import Encoding
-from flashpack.formats.records import MXFP4, fp8
+from flashpack.formats.records import MXFP4, affine_dq, fp8
 from flashpack.kernels import StoredMatrix
 from flashpack.kernels.metal.device import Gpu
 from flashpack.kernels.metal.kernels import MetalKernels
-from flashpack.kernels.metal.layouts import TILE
+from flashpack.kernels.metal.layouts import TILE, parts_of
 from tests.metal.emulator import FakeMps
 from tests.metal.stored import EVERY, ONE_OF_EACH, matrix, name_of, states
 
@@ -41,27 +42,27 @@ def check_products(
 def check_rows(kernels: MetalKernels, encoding: Encoding, rows: int, width: int, last: int = 0) -> None:
     """The values themselves, bit for bit; NaN for rows that are not there."""
     weight, values = matrix(encoding, rows, width, seed=rows + width, last=last)
+    rows = len(values)
     ids = torch.tensor([[rows - 1, 0], [rows // 2, rows - 1], [rows, -1]])
     found = kernels.embedding(ids, weight, torch.float32)
     assert np.array_equal(found[:2].numpy(), values[ids[:2].numpy()])
     assert found[2].isnan().all()
 
 
-def check_rows_in_the_middle_of_a_block(gpu: Gpu, first: int = 3) -> None:
+def check_rows_in_the_middle_of_a_block(gpu: Gpu, first: int = 1) -> None:
     """Of a matrix that was cut from a larger one, the first row may not be the first of its block of scales."""
-    encoding = fp8("F32", (5, 16))
-    whole, values = matrix(encoding, 15, 64)
-    assert isinstance(whole, StoredMatrix)
-    rows = slice(5 + first, 15)
-    part = StoredMatrix(encoding, whole.weight[rows], whole.scales[1:], first=first)
-    found = MetalKernels(gpu).embedding(torch.arange(len(values[rows])), part, torch.float32)
-    assert np.array_equal(found.numpy(), values[rows])
+    for encoding in (fp8("F32", (5, 16)), affine_dq(3)):
+        whole, values = matrix(encoding, 16, 96)
+        part = cut(whole, 5 + first, 16)
+        found = MetalKernels(gpu).embedding(torch.arange(len(part.weight)), part, torch.float32)
+        assert np.array_equal(found.numpy(), values[5 + first :])
 
 
 def widths(encoding: Encoding) -> list[int]:
     """Of one unit or group, ragged where it may be, and of more units than a SIMD group has lanes."""
     group = encoding.group_size
-    return [group, 3 * group, -(-560 // group) * group] if group else [1, 7, 48, 545]
+    found = [group, 3 * group, -(-560 // group) * group] if group else [1, 7, 48, 545]
+    return [*found, 768] if encoding.name == "affine_dq" else found
 
 
 @pytest.mark.parametrize("encoding", EVERY, ids=name_of)
@@ -97,12 +98,12 @@ def test_results_do_not_depend_on_what_is_beside_them(encoding: Encoding, gpu: F
 
 
 def cut(weight: Tensor | StoredMatrix, start: int, stop: int) -> Tensor | StoredMatrix:
-    """Rows of a matrix whose rows have scales of their own."""
+    """Rows of a matrix."""
     if isinstance(weight, Tensor):
         return weight[start:stop]
-    biases = None if weight.biases is None else weight.biases[start:stop]
-    rows = slice(start, stop)
-    return StoredMatrix(weight.encoding, weight.weight[rows], weight.scales[rows], biases, weight.global_scale)
+    e, width = weight.encoding, weight.shape[1]
+    parts = {part: array[e.part_rows(part, start, stop, width)] for part, array in parts_of(weight).items()}
+    return replace(StoredMatrix.of(e, parts), first=e.first_in_block(start, width))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

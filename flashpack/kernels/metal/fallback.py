@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flashpack.formats.constants import DQ_BLOCK, DQ_GROUP
 from flashpack.formats.floats import E2M1, E4M3, E8M0
 from flashpack.kernels.cpu.widen import cut
 from flashpack.kernels.interface import Activation, RecordView, StoredMatrix
@@ -43,6 +44,8 @@ def rows(ids: Tensor, weight: Tensor | StoredMatrix) -> Tensor:
     if e.name == "fp8_e4m3":
         scale_rows = (ids + weight.first) // e.block[0] if e.block[0] else torch.zeros_like(ids)
         e = replace(e, block=(1, e.block[1]))
+    if e.name == "affine_dq":
+        return decode(_affine(weight, ids))
     biases = None if weight.biases is None else weight.biases[ids]
     return decode(StoredMatrix(e, weight.weight[ids], weight.scales[scale_rows], biases, weight.global_scale))
 
@@ -62,6 +65,8 @@ def decode(weight: Tensor | StoredMatrix) -> Tensor:
         return weight.float()
     e, (rows, width) = weight.encoding, weight.shape
     device = weight.weight.device
+    if e.name == "affine_dq":
+        return decode(_affine(weight, torch.arange(rows, device=device)))
     if e.name == "affine":
         assert weight.biases is not None
         grouped = unpack_bits(weight.weight, e.bits).float().view(rows, -1, e.group_size)
@@ -78,6 +83,16 @@ def decode(weight: Tensor | StoredMatrix) -> Tensor:
         wide = wide * weight.global_scale if e.global_scale == "multiply" else wide / weight.global_scale
     values = _table("e2m1", device)[unpack_bits(weight.weight, 4).long()]
     return (values.view(rows, -1, e.group_size) * wide.unsqueeze(-1)).view(rows, width)
+
+
+def _affine(weight: StoredMatrix, ids: Tensor) -> StoredMatrix:
+    """Rows ``ids`` [n] of an ``affine_dq`` matrix, with float32 scales and biases."""
+    assert weight.blocks is not None
+    codes = weight.scales[ids]
+    groups = torch.arange(codes.shape[1], device=ids.device) + ids.unsqueeze(1) * codes.shape[1] + weight.first
+    d, c, m = weight.blocks[groups // (DQ_BLOCK // DQ_GROUP)].float().unbind(-1)
+    encoding = replace(weight.encoding, name="affine", dtype="F32")
+    return StoredMatrix(encoding, weight.weight[ids], d * (codes & 15), c + m * (codes >> 4))
 
 
 def unpack_bits(words: Tensor, bits: int) -> Tensor:

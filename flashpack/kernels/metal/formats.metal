@@ -12,7 +12,7 @@ struct Layout {
     uint width;
     uint weight;
     uint scales;
-    uint biases;
+    uint biases; // of affine_dq, the blocks' numbers
     uint global_scale;
     uint add; // numbers that are added to the product, or NONE
     uint add_type;
@@ -21,7 +21,7 @@ struct Layout {
     uint shift;         // of affine and mxfp4 groups: 2^shift units each
     uint block_rows;    // rows that share scales, 0 for all
     uint block_columns; // of fp8, 0 for all
-    uint first;         // the number of the first row in its block
+    uint first;         // the number of the first row in its block; of affine_dq, of the first group
     uint whole;         // of fp8: whether units are whole words, and no two scales share one
     uint global_rule;
 };
@@ -69,25 +69,29 @@ struct Row {
     device const uchar* scales;
     device const uchar* biases;
     float global_scale;
+    uint group; // of affine_dq: the number of the first one, counted from where a block begins
 };
 
 template <class Format> inline Row row_of(device const uchar* matrix, constant Layout& m, uint row)
 {
-    const uint scale_row = m.block_rows ? (row + m.first) / m.block_rows : 0;
+    const bool twice = Format::TWICE;
+    const uint scale_row = twice ? row : m.block_rows ? (row + m.first) / m.block_rows : 0;
     const ulong scales = ulong(scale_row) * (m.scale_columns * blocks::size_of(m.scale_type));
     Row found;
     found.weight = part_at(matrix, m.weight) + ulong(row) * Format::bytes(m.width);
     found.scales = part_at(matrix, m.scales) + scales;
-    found.biases = part_at(matrix, m.biases) + scales;
+    found.biases = part_at(matrix, m.biases) + (twice ? 0 : scales);
     found.global_scale = m.global_rule ? *(device const float*)part_at(matrix, m.global_scale) : 1.0f;
+    found.group = row * m.scale_columns + m.first;
     return found;
 }
 
 // Formats. Value i of a unit is codes[i] * place(i) * FACTOR * scale, and bias if it is BIASED. RAGGED: the last unit
 // of a row may have fewer values. `place` and FACTOR are powers of two, which spare a shift or a product for each code.
+// TWICE: scales and biases are codes, too; the numbers they are made of belong to blocks that may begin within a row.
 
 template <uint BITS> struct Affine {
-    enum { BIASED = 1, RAGGED = 0, FACTOR = 1 };
+    enum { BIASED = 1, RAGGED = 0, FACTOR = 1, TWICE = 0 };
 
     static ulong bytes(uint width) { return blocks::bytes_of(BITS, width); }
 
@@ -142,6 +146,35 @@ template <uint BITS> struct Affine {
     }
 };
 
+template <uint BITS> struct AffineDq {
+    enum { BIASED = 1, RAGGED = 0, FACTOR = 1, TWICE = 1 };
+
+    static ulong bytes(uint width) { return Affine<BITS>::bytes(width); }
+
+    static float place(uint i) { return Affine<BITS>::place(i); }
+
+    static void codes(Row row, constant Layout& m, uint unit, thread float* values)
+    {
+        Affine<BITS>::codes(row, m, unit, values);
+    }
+
+    template <uint R>
+    static void scales(
+        thread const Row* rows, constant Layout& m, uint unit, thread float* scales, thread float* biases)
+    {
+        const uint group = unit >> m.shift;
+        UNROLL for (uint r = 0; r < R; r++) {
+            const uint code = rows[r].scales[group];
+            const uint block = (rows[r].group + group) / blocks::DQ_GROUPS;
+            device const uchar* own = rows[r].biases + block * blocks::DQ_BYTES;
+            const float bias = number<blocks::BF16>(own, blocks::DQ_BIAS);
+            // Both products are exact.
+            scales[r] = number<blocks::BF16>(own, blocks::DQ_SCALE_STEP) * float(code & 15);
+            biases[r] = fma(number<blocks::BF16>(own, blocks::DQ_BIAS_STEP), float(code >> 4), bias);
+        }
+    }
+};
+
 inline void fp4_codes(device const uchar* weight, uint unit, thread float* values)
 {
     device const uint* words = (device const uint*)weight + unit * 2;
@@ -156,7 +189,7 @@ inline void fp4_codes(device const uchar* weight, uint unit, thread float* value
 }
 
 struct Mxfp4 {
-    enum { BIASED = 0, RAGGED = 0, FACTOR = blocks::FP4_SCALE };
+    enum { BIASED = 0, RAGGED = 0, FACTOR = blocks::FP4_SCALE, TWICE = 0 };
 
     static ulong bytes(uint width) { return blocks::bytes_of(4, width); }
 
@@ -176,7 +209,7 @@ struct Mxfp4 {
 };
 
 struct Nvfp4 {
-    enum { BIASED = 0, RAGGED = 0, FACTOR = blocks::FP4_SCALE };
+    enum { BIASED = 0, RAGGED = 0, FACTOR = blocks::FP4_SCALE, TWICE = 0 };
 
     static ulong bytes(uint width) { return blocks::bytes_of(4, width); }
 
@@ -199,7 +232,7 @@ struct Nvfp4 {
 };
 
 struct Fp8 {
-    enum { BIASED = 0, RAGGED = 1, FACTOR = 1 };
+    enum { BIASED = 0, RAGGED = 1, FACTOR = 1, TWICE = 0 };
 
     static ulong bytes(uint width) { return width; }
 
@@ -237,7 +270,7 @@ struct Fp8 {
 };
 
 template <uint TYPE> struct Plain {
-    enum { BIASED = 0, RAGGED = 1, FACTOR = 1 };
+    enum { BIASED = 0, RAGGED = 1, FACTOR = 1, TWICE = 0 };
 
     static ulong bytes(uint width) { return ulong(width) * blocks::size_of(TYPE); }
 

@@ -18,7 +18,7 @@ from flashpack.formats.records import align
 from flashpack.kernels.cpu.widen import cut
 from flashpack.kernels.interface import RecordView, StoredMatrix
 
-NUMBERS = ("BF16", "F16", "F32", "E8M0", "E4M3")
+NUMBERS = ("BF16", "F16", "F32", "E8M0", "E4M3", "nibbles")
 """Types of numbers, in the order of blocks.h."""
 
 BASE, OFFSET = 64, 16
@@ -93,7 +93,7 @@ def format_of(weight: Tensor | StoredMatrix) -> str | None:
     if isinstance(weight, Tensor):
         return _FORMATS.get(_TORCH.get(weight.dtype, "")) if weight.ndim == 2 else None
     e = weight.encoding
-    return {"affine": f"affine{e.bits}", "fp8_e4m3": "fp8"}.get(e.name, e.name)
+    return f"{e.name}{e.bits}" if e.name.startswith("affine") else {"fp8_e4m3": "fp8"}.get(e.name, e.name)
 
 
 def parts_of(weight: Tensor | StoredMatrix, add: Tensor | None = None) -> dict[str, Tensor]:
@@ -102,7 +102,7 @@ def parts_of(weight: Tensor | StoredMatrix, add: Tensor | None = None) -> dict[s
         found: dict[str, Tensor | None] = {"weight": weight}
     else:
         found = {"weight": weight.weight, "scales": weight.scales}
-        found |= {"biases": weight.biases, "global": weight.global_scale}
+        found |= {"biases": weight.biases, "blocks": weight.blocks, "global": weight.global_scale}
     return {name: part.detach() for name, part in (found | {"add": add}).items() if part is not None}
 
 
@@ -113,7 +113,8 @@ def layout_of(weight: Tensor | StoredMatrix, add: Tensor | None, offsets: Mappin
     block = (1, 0)
     if isinstance(weight, StoredMatrix):
         e = weight.encoding
-        scale_type, scale_columns, first = NUMBERS.index(e.dtype), weight.scales.shape[1], weight.first
+        scale_type = NUMBERS.index("nibbles" if e.name == "affine_dq" else e.dtype)
+        scale_columns, first = weight.scales.shape[1], weight.first
         if e.name == "fp8_e4m3":
             block = e.block
             whole = int(width % UNIT == 0 and block[1] % UNIT == 0)
@@ -121,7 +122,8 @@ def layout_of(weight: Tensor | StoredMatrix, add: Tensor | None, offsets: Mappin
             shift = (e.group_size // UNIT).bit_length() - 1
         rule = GLOBAL_SCALES.index(e.global_scale or "none")
     add_type = NUMBERS.index(_TORCH[add.dtype]) if add is not None else 0
-    places = [offsets.get(name, 0) for name in ("weight", "scales", "biases", "global")]
+    names = ("weight", "scales", "blocks" if "blocks" in offsets else "biases", "global")
+    places = [offsets.get(name, 0) for name in names]
     return (
         rows, width, *places, offsets.get("add", NONE), add_type, scale_type, scale_columns, shift, *block, first,
         whole, rule,

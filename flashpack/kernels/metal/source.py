@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-FORMATS = {f"affine{bits}": f"Affine<{bits}>" for bits in (2, 3, 4, 5, 6, 8)} | {
+FORMATS = {
+    **{f"affine{bits}": f"Affine<{bits}>" for bits in (2, 3, 4, 5, 6, 8)},
+    **{f"affine_dq{bits}": f"AffineDq<{bits}>" for bits in (2, 3, 4)},
     "mxfp4": "Mxfp4",
     "nvfp4": "Nvfp4",
     "fp8": "Fp8",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flashpack.formats.records import MXFP4, Encoding, fp8, nvfp4
+from flashpack.formats.records import MXFP4, Encoding, affine_dq, fp8, nvfp4
 from flashpack.kernels.metal.cases.samples import Samples, to
 from flashpack.kernels.metal.device import Gpu
 from flashpack.kernels.metal.kernels import MetalKernels
@@ -18,8 +18,8 @@ from flashpack.kernels.metal.layer import LARGE, Layer, Sizes
 from flashpack.kernels.metal.watch import Watched
 
 ENCODINGS = (
-    *(Encoding("affine", "BF16", bits, 64) for bits in (2, 3, 4, 5, 6, 8)), MXFP4, nvfp4("multiply"),
-    fp8("F32", (128, 128)), *(Encoding("raw", dtype) for dtype in ("BF16", "F16", "F32")),
+    *(Encoding("affine", "BF16", bits, 64) for bits in (2, 3, 4, 5, 6, 8)), *map(affine_dq, (2, 3, 4)), MXFP4,
+    nvfp4("multiply"), fp8("F32", (128, 128)), *(Encoding("raw", dtype) for dtype in ("BF16", "F16", "F32")),
 )  # fmt: skip
 
 LAYERS = {"recurrent": 45, "attention": 15}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from flashpack.formats import constants as C
-from flashpack.formats.records import MXFP4, Encoding, Projection, RecordKind, align, fp8, nvfp4
+from flashpack.formats.records import MXFP4, Encoding, Projection, RecordKind, affine_dq, align, fp8, nvfp4
 from flashpack.kernels.activations import named
 from flashpack.kernels.interface import ACTIVATIONS, Activation, Kernels, RecordView, StoredMatrix
+from flashpack.kernels.metal.layouts import parts_of
 
 RAW = tuple(Encoding("raw", dtype) for dtype in C.RAW_DTYPES)
 AFFINE = tuple(
@@ -23,7 +24,7 @@ FLOATS = (
     MXFP4, *map(nvfp4, C.GLOBAL_SCALES), fp8("F32", (0, 0)), fp8("BF16", (1, 0)), fp8("F16", (0, 1)),
     fp8("E8M0", (1, 32)), fp8("F32", (128, 128)), fp8("BF16", (5, 7)),
 )  # fmt: skip
-ENCODINGS = (*RAW, *AFFINE, *FLOATS)
+ENCODINGS = (*RAW, *AFFINE, *map(affine_dq, C.DQ_BITS), *FLOATS)
 """Every number format with every kind of scale; each type and size of group at least once with each number of bits."""
 
 ROWS, WIDTH, ODD_WIDTH = 70, 384, 77
@@ -59,11 +60,14 @@ class Samples:
         if part == "weight" and dtype == "U8":
             codes = self.integers(0, 256, shape, torch.uint8)
             return torch.where(codes & 127 == 127, 0x38, codes)
+        if encoding.name == "affine_dq" and part == "scales":
+            return self.integers(0, 256, shape, torch.uint8)
         if dtype == "U8":  # exponents; of nvfp4, floats
             low = {"nvfp4": 0x30, "mxfp4": 122, "fp8_e4m3": 116}[encoding.name]
             return self.integers(low, low + (17 if encoding.name == "nvfp4" else 9), shape, torch.uint8)
         # Codes of many bits are large numbers.
-        largest: float = {"affine": 2.0 ** (encoding.bits - 2), "fp8_e4m3": 64.0}.get(encoding.name, 1.0)
+        affine = 2.0 ** (encoding.bits - 2)
+        largest = {"affine": affine, "affine_dq": 8 * affine, "fp8_e4m3": 64.0}.get(encoding.name, 1.0)
         return (self.normal(*shape) / largest).to(_FLOAT_TYPES[dtype])
 
     def record(self, kind: RecordKind) -> Tensor:
@@ -72,19 +76,13 @@ class Samples:
         parts: dict[str, Tensor] = {}
         for p in kind.projections:
             matrix = self.matrix(p.encoding, *p.shape)
-            stored = {"weight": matrix} if isinstance(matrix, Tensor) else _parts(matrix)
-            parts |= {f"{p.name}.{part}": array for part, array in stored.items()}
+            parts |= {f"{p.name}.{part}": array for part, array in parts_of(matrix).items()}
             if p.bias:
                 parts[f"{p.name}.bias"] = self.normal(p.shape[0]).to(_FLOAT_TYPES[p.bias])
         for section in kind.sections:
             array = parts[section.name].contiguous().view(torch.uint8).view(-1)
             bytes_[section.offset : section.offset + section.nbytes] = array
         return bytes_
-
-
-def _parts(matrix: StoredMatrix) -> Mapping[str, Tensor]:
-    found = {"weight": matrix.weight, "scales": matrix.scales, "biases": matrix.biases, "global": matrix.global_scale}
-    return {part: array for part, array in found.items() if array is not None}
 
 
 def to(device: torch.device, matrix: Tensor | StoredMatrix) -> Tensor | StoredMatrix:
@@ -94,7 +92,7 @@ def to(device: torch.device, matrix: Tensor | StoredMatrix) -> Tensor | StoredMa
 
 def together(device: torch.device, matrices: Sequence[Tensor | StoredMatrix]) -> list[Tensor | StoredMatrix]:
     """Matrices in one piece of memory of ``device``, as those of a dense file are."""
-    stored = [{"weight": m} if isinstance(m, Tensor) else _parts(m) for m in matrices]
+    stored = [parts_of(m) for m in matrices]
     arrays = [array for parts in stored for array in parts.values()]
     starts = list(itertools.accumulate((align(array.nbytes, C.SECTION_ALIGNMENT) for array in arrays), initial=0))
     memory = torch.zeros(starts[-1], dtype=torch.uint8, device=device)
