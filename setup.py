@@ -27,7 +27,7 @@ setup(
         Extension(
             "flashpack.kernels.cpu.native._quantize",
             [f"{NATIVE}/quantize.c"],
-            depends=[f"{NATIVE}/quantize_body.h", f"{NATIVE}/quantize_starts.h", f"{NATIVE}/quantize_dq.h"],
+            depends=[f"{NATIVE}/quantize_{name}.h" for name in ("numbers", "body", "starts", "dq")],
             extra_compile_args=["-std=c11", "-O3", "-ffp-contract=off", "-Wno-psabi"],
             optional=True,
         ),

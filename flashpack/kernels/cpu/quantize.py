@@ -28,6 +28,13 @@ def quantize(stored: NDArray[np.generic], dtype: str, encoding: Encoding, method
     """
     if native.available():
         return native.quantize(stored, dtype, encoding, method)
+    return numpy_quantize(stored, dtype, encoding, method)
+
+
+def numpy_quantize(
+    stored: NDArray[np.generic], dtype: str, encoding: Encoding, method: str
+) -> tuple[Parts, float, float]:
+    """``quantize`` without the native routine."""
     blocks = []
     error = norm = 0.0
     step = encoding.whole_rows(stored.shape[1])

@@ -16,32 +16,19 @@
 #endif
 
 #define ABI 3 /* goes up when a function below changes; the loader compares it with its own */
-#define MAX_GROUP 128
 #define TILE 1024
-#define ROUNDER 0x1.8p23f
-#define DQ_BLOCK 256
-#define DQ_GROUP 32
-#define DQ_GROUPS 8
-#define TYPE_BF16 0
-#define TYPE_F16 1
-#define TYPE_F32 2
-
-/* flashpack.formats.starts.STARTS, by bits */
-#define STARTS 4
-static const float starts_of[9][STARTS] = {
-    [2] = {0.5f, 0.65f, 0.8f, 0.95f}, [3] = {0.65f, 0.77f, 0.88f, 1.0f}, [4] = {0.75f, 0.84f, 0.92f, 1.0f},
-    [5] = {0.85f, 0.9f, 0.95f, 1.0f}, [6] = {0.92f, 0.95f, 0.98f, 1.0f}, [8] = {0.97f, 0.98f, 0.99f, 1.0f},
-};
+#define TABLE static const
 
 typedef float float4 __attribute__((vector_size(16)));
 typedef float float8 __attribute__((vector_size(32)));
 typedef int32_t int4 __attribute__((vector_size(16)));
 typedef int32_t int8 __attribute__((vector_size(32)));
-typedef double double4 __attribute__((vector_size(32)));
 
 #define SELECT(mask, a, b) ((VECTOR)(((mask) & (INTEGERS)(a)) | (~(mask) & (INTEGERS)(b))))
-#define STEP (8 / LANES) /* vectors of eight lanes, which all sums have */
+#define BITS(x) ((INTEGERS)(x))
 #define INLINE TARGET static inline __attribute__((always_inline))
+
+#include "quantize_numbers.h"
 
 #define TARGET
 #define NAME(x) x##_portable
@@ -100,11 +87,11 @@ int flashpack_quantize(
         return -1;
 #if HAVE_AVX2
     if (level == 1) {
-        quantize_avx2(source, source_type, count, bits, size, scale_type, starts, words, scales, biases, sums);
+        quantize_avx2(source, source_type, count, bits, size, scale_type, starts, words, scales, biases, sums, 0);
         return 0;
     }
 #endif
-    quantize_portable(source, source_type, count, bits, size, scale_type, starts, words, scales, biases, sums);
+    quantize_portable(source, source_type, count, bits, size, scale_type, starts, words, scales, biases, sums, 0);
     return 0;
 }
 
@@ -119,10 +106,10 @@ int flashpack_quantize_dq(
         return -1;
 #if HAVE_AVX2
     if (level == 1) {
-        quantize_dq_avx2(source, source_type, count, bits, starts, words, scales, blocks, sums);
+        quantize_dq_avx2(source, source_type, count, bits, starts, words, scales, blocks, sums, 0);
         return 0;
     }
 #endif
-    quantize_dq_portable(source, source_type, count, bits, starts, words, scales, blocks, sums);
+    quantize_dq_portable(source, source_type, count, bits, starts, words, scales, blocks, sums, 0);
     return 0;
 }

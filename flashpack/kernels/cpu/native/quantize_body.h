@@ -1,5 +1,6 @@
 /* The quantizer, once for each instruction set: quantize.c includes this with TARGET (a function attribute) and
- * NAME(x) (x with a suffix) defined. Vectors are the compilers' own (gcc, clang), so this is AVX2, SSE2 or NEON.
+ * NAME(x) (x with a suffix) defined. Vectors are the compilers' own (gcc, clang), so this is AVX2, SSE2 or NEON; a GPU's
+ * threads (kernels/cuda/quantize.cu) have one lane.
  *
  * The arithmetic is that of flashpack.formats.affine, operation by operation. Each is rounded exactly (IEEE
  * single precision, no contraction), so results do not depend on the instruction set.
@@ -92,24 +93,24 @@ INLINE void NAME(widen)(const uint8_t *source, int type, size_t first, const siz
 INLINE void NAME(extremes)(const float *values, const size_t size, float *low, float *high)
 {
     VECTOR least, most;
-    float a, b;
+    float a[LANES], b[LANES];
     size_t i;
     memcpy(&least, values, sizeof least);
     most = least;
     for (i = LANES; i < size; i += LANES) {
         VECTOR x;
         memcpy(&x, values + i, sizeof x);
-        least = SELECT(x < least, x, least);
-        most = SELECT(x > most, x, most);
+        least = LESSER(x, least);
+        most = GREATER(x, most);
     }
-    a = least[0];
-    b = most[0];
+    memcpy(a, &least, sizeof least);
+    memcpy(b, &most, sizeof most);
     for (i = 1; i < LANES; i++) {
-        a = least[i] < a ? least[i] : a;
-        b = most[i] > b ? most[i] : b;
+        a[0] = a[i] < a[0] ? a[i] : a[0];
+        b[0] = b[i] > b[0] ? b[i] : b[0];
     }
-    *low = a + 0.0f;
-    *high = b + 0.0f;
+    *low = a[0] + 0.0f;
+    *high = b[0] + 0.0f;
 }
 
 /* The sum of eight lanes in the order of flashpack.formats.starts.lane_sum. */
@@ -144,7 +145,7 @@ INLINE float NAME(encode)(
             memcpy(&x, values + i + k * LANES, sizeof x);
             /* Rounded to the nearest integer, ties to even, which is left in the lowest bits. */
             code = NAME(clip)((x - bias) / divisor, top) + ROUNDER;
-            integer = (INTEGERS)code & 0xFF;
+            integer = BITS(code) & 0xFF;
             code -= ROUNDER;
             difference = code * scale + bias - x;
             error[k] += difference * difference;
@@ -210,7 +211,7 @@ INLINE void NAME(pack)(const uint8_t *codes, const size_t size, int bits, uint8_
 
 INLINE void NAME(tiles)(
     const uint8_t *source, int source_type, size_t count, int bits, const size_t size, int scale_type, int starts,
-    uint8_t *words, uint8_t *scales, uint8_t *biases, double *sums)
+    uint8_t *words, uint8_t *scales, uint8_t *biases, double *sums, size_t apart)
 {
     const float levels = (float)((1 << bits) - 1);
     const size_t group_bytes = size * (size_t)bits / 8;
@@ -239,6 +240,7 @@ INLINE void NAME(tiles)(
             NAME(pack)(codes, size, bits, words, room);
             sums[0] += NAME(squares)(wrong, size);
             sums[1] += NAME(squares)(group, size);
+            sums += apart;
             words += group_bytes;
             room -= group_bytes;
         }
@@ -247,17 +249,19 @@ INLINE void NAME(tiles)(
     }
 }
 
-/* Group sizes as constants, so that the loops over a group are unrolled. */
+/* Pairs of sums are `apart` from one group to the next; with 0, all groups add to one pair.
+ *
+ * Group sizes as constants, so that the loops over a group are unrolled. */
 TARGET static void NAME(quantize)(
     const uint8_t *source, int source_type, size_t count, int bits, int size, int scale_type, int starts,
-    uint8_t *words, uint8_t *scales, uint8_t *biases, double *sums)
+    uint8_t *words, uint8_t *scales, uint8_t *biases, double *sums, size_t apart)
 {
     if (size == 32)
-        NAME(tiles)(source, source_type, count, bits, 32, scale_type, starts, words, scales, biases, sums);
+        NAME(tiles)(source, source_type, count, bits, 32, scale_type, starts, words, scales, biases, sums, apart);
     else if (size == 64)
-        NAME(tiles)(source, source_type, count, bits, 64, scale_type, starts, words, scales, biases, sums);
+        NAME(tiles)(source, source_type, count, bits, 64, scale_type, starts, words, scales, biases, sums, apart);
     else
-        NAME(tiles)(source, source_type, count, bits, 128, scale_type, starts, words, scales, biases, sums);
+        NAME(tiles)(source, source_type, count, bits, 128, scale_type, starts, words, scales, biases, sums, apart);
 }
 
 #undef TARGET

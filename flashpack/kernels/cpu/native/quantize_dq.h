@@ -61,7 +61,7 @@ INLINE void NAME(group_codes)(const float *scales, const float *biases, float le
     block->numbers[2] = m;
 }
 
-/* The integers of four lanes of values, and what they decode to too much. */
+/* The integers of a vector of values, and what they decode to too much. */
 #define TRY(x, scale, bias, inverse, top, q, wrong)                                                                   \
     do {                                                                                                              \
         q = NAME(clip)((x - bias) * inverse, top) + ROUNDER - ROUNDER;                                                \
@@ -219,7 +219,7 @@ INLINE float NAME(encode_block)(
 
 TARGET static void NAME(quantize_dq)(
     const uint8_t *source, int source_type, size_t count, int bits, int starts,
-    uint8_t *words, uint8_t *scales, uint8_t *blocks, double *sums)
+    uint8_t *words, uint8_t *scales, uint8_t *blocks, double *sums, size_t apart)
 {
     const float levels = (float)((1 << bits) - 1);
     size_t room = count / 8 * (size_t)bits, first, k;
@@ -250,6 +250,7 @@ TARGET static void NAME(quantize_dq)(
             room -= (size_t)(DQ_GROUP / 8 * bits);
             sums[0] += NAME(squares)(wrong + g * DQ_GROUP, DQ_GROUP);
             sums[1] += NAME(squares)(x + g * DQ_GROUP, DQ_GROUP);
+            sums += apart;
             *scales++ = (uint8_t)((int)block.s[g] | (int)block.b[g] << 4);
         }
         for (k = 0; k < 3; k++)
