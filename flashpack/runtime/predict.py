@@ -27,7 +27,7 @@ def load_for(
     pack: Path, windows: Tensor, memory: int | str | None, options: dict[str, Any], single: bool
 ) -> tuple[PreTrainedModel, int]:
     """The model of ``pack`` for windows (int64 [windows, length]), and how many of them it takes at once; results
-    are the same for any number. ``memory`` and ``options`` are those of ``load``; ``single``: it will take single tokens.
+    are the same for any number. ``memory`` and ``options`` are those of ``load``. ``single``: one token per step.
     """
     length = windows.shape[1]
     # The experts see a chunk of a prompt at a time, and in products of many tokens each value is rounded in another way
