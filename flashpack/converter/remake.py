@@ -125,6 +125,11 @@ def _options(recipe: dict[str, object]) -> Options:
             f"the pack's quantizer {quantizer!r} does not give the same bytes again from the source; "
             f"repair from another copy of the pack, and check with its own digests"
         )
+    if "bpw" in recipe:
+        raise UnsupportedError(
+            "the widths of its experts were chosen one by one, which is not done again; "
+            "repair from another copy of the pack, and check with its own digests"
+        )
     experts, dense, group_size = (recipe.get(k) for k in ("experts", "dense", "group_size"))
     try:
         if not (isinstance(experts, str) and isinstance(dense, str) and isinstance(group_size, int)):
