@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from flashpack.kernels.metal.speed import LayerSpeed, Speed
 
 
+_COLUMNS = 8
+"""Formats side by side."""
+
+
 def selftest(
     device: str = typer.Option("mps", help="Whose kernels: mps (Metal)."),
     json: bool = typer.Option(False, "--json", help="Print the findings as one JSON object."),
@@ -71,15 +75,17 @@ def _lines(report: Report, speed: Speed) -> list[str]:
 
 
 def _errors(report: Report) -> list[str]:
-    """A table of products by format, and a line of the others; "-" where a kernel did not run."""
+    """Tables of products by format, and a line of the others; "-" where a kernel did not run."""
     from flashpack.kernels.metal.source import FORMATS, PRODUCTS
 
     def shown(name: str) -> str:
         return f"{report.errors[name]:.0e}" if name in report.errors else "-"
 
     lines = ["largest errors, relative"]
-    lines += [f"{'':18}" + "".join(f"{form:>8}" for form in FORMATS)]
-    lines += [f"{kernel:18}" + "".join(f"{shown(f'{kernel}_{form}'):>8}" for form in FORMATS) for kernel in PRODUCTS]
+    for start in range(0, len(FORMATS), _COLUMNS):
+        some = list(FORMATS)[start : start + _COLUMNS]
+        lines.append(f"{'':18}" + "".join(f"{form:>12}" for form in some))
+        lines += [f"{kernel:18}" + "".join(f"{shown(f'{kernel}_{form}'):>12}" for form in some) for kernel in PRODUCTS]
     others = report.errors.keys() - {f"{kernel}_{form}" for kernel in PRODUCTS for form in FORMATS}
     return lines + _wrapped("", (f"{name} {shown(name)}" for name in sorted(others)))
 

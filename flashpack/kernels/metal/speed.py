@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flashpack.formats.records import MXFP4, Encoding, affine_dq, fp8, nvfp4
+from flashpack.formats.records import MXFP4, Encoding, affine_dq, align, fp8, nvfp4
 from flashpack.kernels.metal.cases.samples import Samples, to
 from flashpack.kernels.metal.device import Gpu
 from flashpack.kernels.metal.kernels import MetalKernels
@@ -85,7 +85,8 @@ def measure(gpu: Gpu, refused: Iterable[str], sizes: Sizes = LARGE, nbytes: int 
     products = {}
     for encoding in ENCODINGS:
         width = sizes.hidden
-        rows = max(1, int(nbytes / (width * encoding.bits_per_weight() / 8)))
+        # A multiple of 8, so that blocks of values are whole in every encoding.
+        rows = align(int(nbytes / (width * encoding.bits_per_weight() / 8)), 8)
         samples = Samples(0)
         x = samples.normal(1, width).to(kernels.device)
         matrix = to(kernels.device, samples.matrix(encoding, rows, width))
