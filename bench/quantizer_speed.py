@@ -57,7 +57,7 @@ def main() -> None:
         cells = [seconds(lambda: native.quantize(first, "BF16", encoding, method), first.size)]  # noqa: B023
         with ThreadPoolExecutor(cores) as pool:
             cells.append(seconds(lambda: in_blocks(native.quantize, pool, stored, encoding, method), stored.size))  # noqa: B023
-        if cuda.available():
+        if not cuda.missing():
             same(cuda.quantize(first, "BF16", encoding, method), one)
             with ThreadPoolExecutor(2) as pool:
                 cells.append(seconds(lambda: in_blocks(cuda.quantize, pool, stored, encoding, method), stored.size))  # noqa: B023

@@ -16,7 +16,7 @@ from flashpack.errors import FormatError, SourceError
 from flashpack.formats import constants as C
 from flashpack.formats.dtypes import from_float32
 from flashpack.formats.records import Encoding, align
-from flashpack.kernels.cpu.quantize import quantize
+from flashpack.kernels.quantize import quantize
 
 BLOCK_VALUES = 2**17
 """Values decoded at a time: 512 KiB of float32, so that the passes over a block hit the L2 cache."""

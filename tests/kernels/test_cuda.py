@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from flashpack.formats.records import Encoding
 from flashpack.kernels.cpu import native
 from flashpack.kernels.cpu.quantize import quantize
 from flashpack.kernels.cuda import quantize as cuda
+from flashpack.kernels.quantize import quantize as fastest
 
 FOLDER = Path(cuda.__file__).parent
 DTYPES = ["BF16", "F16", "F32"]
@@ -33,16 +36,19 @@ HOST = """
 #define __forceinline__ inline
 static struct { unsigned x; } blockIdx, blockDim = {1}, threadIdx;
 #include "quantize.cu"
-extern "C" void affine(int count, const uint8_t *source, int a, int b, int c, int d, int e, uint8_t *words,
-                       uint8_t *scales, uint8_t *biases, double *sums) {
+#ifdef GROUP
+extern "C" void affine(int count, const uint8_t *source, int a, int b, int c, int d, uint8_t *words, uint8_t *scales,
+                       uint8_t *biases, double *sums) {
     for (blockIdx.x = 0; blockIdx.x < (unsigned)count + 3; blockIdx.x++)
-        quantize_affine(source, a, count, b, c, d, e, words, scales, biases, sums);
+        quantize_affine(source, a, count, b, c, d, words, scales, biases, sums);
 }
+#else
 extern "C" void affine_dq(int count, const uint8_t *source, int a, int b, int c, uint8_t *words, uint8_t *scales,
                           uint8_t *blocks, double *sums) {
     for (blockIdx.x = 0; blockIdx.x < (unsigned)count + 3; blockIdx.x++)
         quantize_affine_dq(source, a, count, b, c, words, scales, blocks, sums);
 }
+#endif
 """
 
 
@@ -58,7 +64,8 @@ def samples() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def host(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], ctypes.CDLL]:
+    """Size of groups, or 0 for affine_dq -> the kernel as a library."""
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -66,15 +73,21 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     (folder / "host.cpp").write_text(HOST)
     include = [f"-I{FOLDER}", f"-I{Path(native.__file__).parent}"]
     flags = ["-O1", "-ffp-contract=off", "-fPIC", "-shared", "-w", "-std=c++17"]
-    subprocess.run([compiler, *flags, *include, "host.cpp", "-o", "host.so"], cwd=folder, check=True)
-    return ctypes.CDLL(str(folder / "host.so"))
+
+    @functools.cache
+    def build(group: int) -> ctypes.CDLL:
+        defined = [f"-DGROUP={group}"] if group else []
+        subprocess.run([compiler, *flags, *defined, *include, "host.cpp", "-o", f"{group}.so"], cwd=folder, check=True)
+        return ctypes.CDLL(str(folder / f"{group}.so"))
+
+    return build
 
 
 @pytest.mark.parametrize("method", native.METHODS)
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_its_source_gives_the_bytes_of_the_processor(
-    host: ctypes.CDLL, dtype: str, encoding: Encoding, method: str
+    host: Callable[[int], ctypes.CDLL], dtype: str, encoding: Encoding, method: str
 ) -> None:
     stored = from_float32(samples(), dtype)
     parts = {name: np.empty(shape, NUMPY[kind]) for name, (kind, shape) in encoding.parts(stored.shape).items()}
@@ -83,16 +96,16 @@ def test_its_source_gives_the_bytes_of_the_processor(
     source = ctypes.c_void_p(stored.ctypes.data)
     starts = native.METHODS.index(method)
     if encoding.name == "affine_dq":
-        host.affine_dq(stored.size // 256, source, TYPES[dtype], encoding.bits, starts, *arrays)
+        host(0).affine_dq(stored.size // 256, source, TYPES[dtype], encoding.bits, starts, *arrays)
     else:
-        kind = (encoding.bits, encoding.group_size, TYPES[encoding.dtype])
-        host.affine(len(sums), source, TYPES[dtype], *kind, starts, *arrays)
+        library = host(encoding.group_size)
+        library.affine(len(sums), source, TYPES[dtype], encoding.bits, TYPES[encoding.dtype], starts, *arrays)
     expected, *totals = quantize(stored, dtype, encoding, method)
     assert all(parts[name].tobytes() == expected[name].tobytes() for name in expected)
     assert [np.add.accumulate(column)[-1] for column in sums.T] == totals
 
 
-@pytest.mark.skipif(not cuda.available(), reason=cuda.status())
+@pytest.mark.skipif(cuda.missing() is not None, reason=cuda.status())
 @pytest.mark.parametrize("method", native.METHODS)
 @pytest.mark.parametrize("encoding", ENCODINGS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -107,3 +120,20 @@ def test_a_device_gives_the_bytes_of_the_processor(dtype: str, encoding: Encodin
 def test_without_a_device_it_says_so_in_one_line() -> None:
     assert cuda.status().startswith("cuda quantizer: ")
     assert "\n" not in cuda.status()
+
+
+def test_a_device_takes_only_searches_that_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+
+    def take(stored: np.ndarray, dtype: str, encoding: Encoding, method: str) -> object:
+        taken.append(method)
+        return None
+
+    monkeypatch.setattr(cuda, "quantize", take)
+    large = from_float32(np.ones((1024, 1024), np.float32), "BF16")
+    calls = [(large, "minmax"), (large[:512], "starts"), (large, "starts")]
+    for missing, expected in (("no CUDA device", []), (None, ["starts"])):
+        monkeypatch.setattr(cuda, "missing", lambda why=missing: why)
+        for stored, method in calls:
+            fastest(stored, "BF16", Encoding("affine", "BF16", 4, 64), method)
+        assert taken == expected

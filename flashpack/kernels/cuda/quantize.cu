@@ -27,17 +27,23 @@ typedef unsigned long long uint64_t;
 #define LESSER(a, b) ((a) < (b) ? (a) : (b))
 #include "quantize_body.h"
 
+/* One kernel at a time, since the search takes seconds to compile: with GROUP defined, that of affine with groups of so
+ * many values, else that of affine_dq. */
+#ifdef GROUP
+
 /* flashpack_quantize of `groups` groups; a pair of sums for each. */
 extern "C" __global__ void quantize_affine(
-    const uint8_t *source, int source_type, int groups, int bits, int size, int scale_type, int starts,
+    const uint8_t *source, int source_type, int groups, int bits, int scale_type, int starts,
     uint8_t *words, uint8_t *scales, uint8_t *biases, double *sums)
 {
     const size_t group = (size_t)blockIdx.x * blockDim.x + threadIdx.x, wide = scale_type == TYPE_F32 ? 4 : 2;
     if (group < (size_t)groups)
-        quantize_cuda(
-            source + group * size * (source_type == TYPE_F32 ? 4 : 2), source_type, size, bits, size, scale_type,
-            starts, words + group * size * bits / 8, scales + group * wide, biases + group * wide, sums + group * 2, 2);
+        tiles_cuda(
+            source + group * GROUP * (source_type == TYPE_F32 ? 4 : 2), source_type, GROUP, bits, GROUP, scale_type,
+            starts, words + group * GROUP * bits / 8, scales + group * wide, biases + group * wide, sums + group * 2, 2);
 }
+
+#else
 
 /* flashpack_quantize_dq of `count` blocks; a pair of sums for each group. */
 extern "C" __global__ void quantize_affine_dq(
@@ -51,3 +57,5 @@ extern "C" __global__ void quantize_affine_dq(
             words + block * DQ_BLOCK * bits / 8, scales + block * DQ_GROUPS, blocks + block * 6,
             sums + block * 2 * DQ_GROUPS, 2);
 }
+
+#endif

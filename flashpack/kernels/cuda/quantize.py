@@ -1,11 +1,12 @@
 """Quantizing on a CUDA device: the bytes and sums of ``kernels.cpu.quantize``.
 
-The kernels are compiled by torch (NVRTC) when the first matrix comes, in a second or two.
+A kernel is compiled by torch (NVRTC) when the first matrix comes, which takes some seconds.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,43 +24,42 @@ THREADS = 128
 _TYPES = {"BF16": 0, "F16": 1, "F32": 2}
 
 
+_compiling = threading.Lock()
+
+
 @functools.cache
-def _kernels() -> dict[str, Any] | str:
-    """Encoding -> its kernel; or why there is none."""
+def _kernel(name: str, group_size: int) -> Any:
+    """The kernel of an encoding. Raises what torch does if it cannot compile."""
+    options = ["--fmad=false"] + ([f"-DGROUP={group_size}"] if name == "affine" else [])
+    folder = str(Path(native.__file__).parent)
+    source = Path(__file__).with_name("quantize.cu").read_text()
+    return torch.cuda._compile_kernel(source, f"quantize_{name}", cuda_include_dirs=[folder], nvcc_options=options)
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why no device is used, in one line; None if one is."""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    source = Path(__file__).with_name("quantize.cu").read_text()
-    folder = str(Path(native.__file__).parent)
-    found: dict[str, Any] = {}
     try:
-        for name in ("affine", "affine_dq"):
-            found[name] = torch.cuda._compile_kernel(
-                source, f"quantize_{name}", cuda_include_dirs=[folder], nvcc_options=["--fmad=false"]
-            )
+        torch.cuda._compile_kernel('extern "C" __global__ void nothing() {}', "nothing")
     except (AttributeError, ImportError, OSError, RuntimeError) as e:
-        return f"torch {torch.__version__} cannot compile for the device: {e}"
-    return found
-
-
-def available() -> bool:
-    """Whether there is a device that these kernels run on."""
-    return isinstance(_kernels(), dict)
+        why = str(e).partition("\n")[0]
+        return f"torch {torch.__version__} cannot compile for the CUDA device: {why}"
+    return None
 
 
 def status() -> str:
     """One line: the device, or why none is used."""
-    kernels = _kernels()
-    why = kernels.splitlines()[0] if isinstance(kernels, str) else torch.cuda.get_device_name()
-    return f"cuda quantizer: {why}"
+    return f"cuda quantizer: {missing() or torch.cuda.get_device_name()}"
 
 
 def quantize(
     stored: NDArray[np.generic], dtype: str, encoding: Encoding, method: str
 ) -> tuple[dict[str, NDArray[np.generic]], float, float]:
-    """``kernels.cpu.quantize.quantize``, to the bit. Only to be called if ``available``."""
-    kernels = _kernels()
-    if isinstance(kernels, str):
-        raise RuntimeError(kernels)
+    """``kernels.cpu.quantize.quantize``, to the bit. Only to be called if nothing is ``missing``."""
+    with _compiling:
+        kernel = _kernel(encoding.name, encoding.group_size)
     device = torch.device("cuda")
     source = torch.from_numpy(np.ascontiguousarray(stored).view(np.uint8)).to(device)
     layout = encoding.parts(stored.shape)
@@ -75,8 +75,8 @@ def quantize(
         numbers = [count, encoding.bits, starts]
     else:
         count = groups
-        numbers = [count, encoding.bits, encoding.group_size, _TYPES[encoding.dtype], starts]
-    kernels[encoding.name](
+        numbers = [count, encoding.bits, _TYPES[encoding.dtype], starts]
+    kernel(
         grid=(-(-count // THREADS), 1, 1),
         block=(THREADS, 1, 1),
         args=[source, _TYPES[dtype], *numbers, *parts.values(), sums],
