@@ -119,7 +119,7 @@ def quantize_starts(
         middle = low * np.float32(0.5) + high * np.float32(0.5)
         y = grouped - middle[..., None]
         total = starts.lane_sum(y)
-        for fit in starts.fits(y, total, low - middle, high - middle, bits):
+        for fit in starts.fits(y, total, low - middle, high - middle, bits, starts.AFFINE_ROUNDS):
             scale = from_float32(fit.scale, scale_dtype)
             bias: Any = (total - to_float32(scale, scale_dtype) * fit.codes) / n + middle
             found = (scale, from_float32(bias, scale_dtype))

@@ -17,6 +17,9 @@ from flashpack.formats import constants as C
 from flashpack.formats.dtypes import from_float32, to_float32
 from flashpack.formats.starts import Floats, lane_sum
 
+FIT_ROUNDS = (1, 2)
+"""Of ``starts.fits``: fewer than for ``affine``; what they gain is lost when the fit is rounded to codes."""
+
 ROUNDS = 2
 """How often codes and then a block's three numbers are refined."""
 
@@ -49,7 +52,7 @@ def quantize_starts(values: Floats, bits: int) -> Quantized:
         low, high = affine.extremes(x)
         middle = low * np.float32(0.5) + high * np.float32(0.5)
         y = x - middle[..., None]
-        fit = starts.fits(y, lane_sum(y), low - middle, high - middle, bits)[0]
+        fit = starts.fits(y, lane_sum(y), low - middle, high - middle, bits, FIT_ROUNDS)[0]
         good = fit.scale > 0
         scales = np.where(good, fit.scale, (high - low) / levels)
         biases = np.where(good, fit.bias + middle, low)

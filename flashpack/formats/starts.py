@@ -6,8 +6,8 @@ gives the same bits. In each group of n values, with ``levels = 2**bits - 1``:
 - ``middle = low * 0.5 + high * 0.5`` of its minimum and maximum (-0 counts as +0), ``y = w - middle``.
 - Each pair (p, q) of ``STARTS[bits]``, q the faster, gives a start: the range from ``(low - middle) * p`` to
   ``(high - middle) * q``, as the scale ``(to - from) / levels`` and the bias ``from``.
-- Each start goes through ``refit`` twice. The two that explain most are kept (of equal ones the earlier, which comes
-  first), go through it three more times each, and are what ``fits`` returns.
+- Each start goes through some rounds of ``refit``. The two that explain most are kept (of equal ones the earlier, which
+  comes first), go through some more rounds each, and are what ``fits`` returns.
 """
 
 from __future__ import annotations
@@ -30,11 +30,8 @@ STARTS = {
 }
 """Bits -> how much of the way from a group's middle to its minimum, and to its maximum, a start covers."""
 
-FIRST_ROUNDS = 2
-"""Refits of every start."""
-
-LAST_ROUNDS = 3
-"""Further refits of the two that are kept."""
+AFFINE_ROUNDS = (2, 3)
+"""Refits of every start, and further ones of the two that are kept, for the encoding ``affine``."""
 
 LANES = 8
 
@@ -99,8 +96,11 @@ def refit(y: Floats, total: Floats, scale: Floats, bias: Floats, levels: int) ->
     return Fit(scale, (total - scale * codes) / n, covariance * scale, codes)
 
 
-def fits(y: Floats, total: Floats, low: Floats, high: Floats, bits: int) -> list[Fit]:
-    """The two best fits of groups ``y`` [..., n]; ``low`` and ``high`` [...] are their minimum and maximum."""
+def fits(y: Floats, total: Floats, low: Floats, high: Floats, bits: int, rounds: tuple[int, int]) -> list[Fit]:
+    """The two best fits of groups ``y`` [..., n], after so many rounds before the choice and after it.
+
+    ``low`` and ``high`` [...] are their minimum and maximum, ``total`` their ``lane_sum``.
+    """
     levels = 2**bits - 1
     kept = [Fit(*(np.zeros_like(low) for _ in range(4))) for _ in range(2)]
     for down in STARTS[bits]:
@@ -108,13 +108,13 @@ def fits(y: Floats, total: Floats, low: Floats, high: Floats, bits: int) -> list
             bias = low * np.float32(down)
             scale: Any = (high * np.float32(up) - bias) / np.float32(levels)
             fit = Fit(scale, bias, bias, bias)
-            for _ in range(FIRST_ROUNDS):
+            for _ in range(rounds[0]):
                 fit = refit(y, total, fit.scale, fit.bias, levels)
             first = fit.gain > kept[0].gain
             second = ~first & (fit.gain > kept[1].gain)
             kept[1].take(first, kept[0])
             kept[0].take(first, fit)
             kept[1].take(second, fit)
-    for _ in range(LAST_ROUNDS):
+    for _ in range(rounds[1]):
         kept = [refit(y, total, fit.scale, fit.bias, levels) for fit in kept]
     return kept

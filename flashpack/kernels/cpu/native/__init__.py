@@ -60,7 +60,7 @@ def status() -> str:
     """One line: which instruction set is used, or why the native routines are missing."""
     library = _load()
     if isinstance(library, str):
-        return f"native quantizer: {library}; numpy is used, which is several times slower"
+        return f"native quantizer: {library}; numpy is used, which is many times slower"
     return f"native quantizer: {LEVELS[library.level]}"
 
 

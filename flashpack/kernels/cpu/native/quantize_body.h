@@ -117,8 +117,17 @@ INLINE void NAME(extremes)(const float *values, const size_t size, float *low, f
 INLINE float NAME(total)(const VECTOR *sums)
 {
     float lanes[8];
+#if LANES > 1
+    float4 low, high;
+    memcpy(&low, sums, sizeof low);
+    memcpy(&high, (const float *)sums + 4, sizeof high);
+    low += high;
+    memcpy(lanes, &low, sizeof low);
+    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+#else
     memcpy(lanes, sums, sizeof lanes);
     return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+#endif
 }
 
 /* `x` within 0 and `top`; NaN is 0. */

@@ -190,7 +190,7 @@ INLINE void NAME(search)(const float *x, const float *low, const float *high, in
     for (g = 0; g < DQ_GROUPS; g++) {
         const float middle = low[g] * 0.5f + high[g] * 0.5f;
         float y[DQ_GROUP], scale[2], bias[2], codes[2], sum = NAME(centre)(x + g * DQ_GROUP, DQ_GROUP, middle, y);
-        NAME(fits)(y, DQ_GROUP, sum, low[g] - middle, high[g] - middle, bits, 1, scale, bias, codes);
+        NAME(fits)(y, DQ_GROUP, sum, low[g] - middle, high[g] - middle, bits, 1, 1, 2, scale, bias, codes);
         scales[g] = scale[0] > 0 ? scale[0] : (high[g] - low[g]) / levels;
         biases[g] = scale[0] > 0 ? bias[0] + middle : low[g];
     }

@@ -42,21 +42,22 @@ INLINE void NAME(refit)(
     }
 }
 
-/* The two best fits of a group, the better first, of which `count` are refined to the end; `low` and `high` are the smallest and the largest y. */
+/* The two best fits of a group, the better first, of which `count` are refined `after` the choice; `low` and `high` are the smallest and the largest y. */
 INLINE void NAME(fits)(
-    const float *y, const size_t size, float sum, float low, float high, int bits, const size_t count,
+    const float *y, const size_t size, float sum, float low, float high, int bits, const size_t count, int before, int after,
     float *scale, float *bias, float *codes)
 {
     const float levels = (float)((1 << bits) - 1), *part = starts_of[bits];
     float scales[STARTS * STARTS], biases[STARTS * STARTS], gains[STARTS * STARTS], sums[STARTS * STARTS];
     float first = 0, second = 0, gain[2];
+    int round;
     size_t i;
     for (i = 0; i < STARTS * STARTS; i++) {
         biases[i] = low * part[i / STARTS];
         scales[i] = (high * part[i % STARTS] - biases[i]) / levels;
     }
-    NAME(refit)(y, size, sum, levels, STARTS * STARTS, scales, biases, gains, sums);
-    NAME(refit)(y, size, sum, levels, STARTS * STARTS, scales, biases, gains, sums);
+    for (round = 0; round < before; round++)
+        NAME(refit)(y, size, sum, levels, STARTS * STARTS, scales, biases, gains, sums);
     scale[0] = scale[1] = bias[0] = bias[1] = 0;
     for (i = 0; i < STARTS * STARTS; i++) {
         if (gains[i] > first) {
@@ -72,7 +73,7 @@ INLINE void NAME(fits)(
             bias[1] = biases[i];
         }
     }
-    for (i = 0; i < 3; i++)
+    for (round = 0; round < after; round++)
         NAME(refit)(y, size, sum, levels, count, scale, bias, gain, codes);
 }
 
@@ -103,7 +104,7 @@ INLINE void NAME(improve)(
     const size_t width = scale_type == TYPE_F32 ? 4 : 2;
     float y[MAX_GROUP], scale[2], bias[2], sums[2], sum = NAME(centre)(values, size, middle, y);
     size_t i;
-    NAME(fits)(y, size, sum, low - middle, high - middle, bits, 2, scale, bias, sums);
+    NAME(fits)(y, size, sum, low - middle, high - middle, bits, 2, 2, 3, scale, bias, sums);
     for (i = 0; i < 2; i++) {
         uint8_t stored[2][4], trial[MAX_GROUP];
         float apart[MAX_GROUP], found;
