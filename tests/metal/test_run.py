@@ -124,7 +124,8 @@ def test_a_token_waits_once_per_layer_with_experts(
     assert gpu.waits - waits == layers
     assert not model.flashpack.store.prefetches  # a guess would be a wait
     assert stats.total().misses or not slots
-    assert slots or gpu.launches - launches <= 15 * layers + 2
+    # A layer's first expert that is not there costs three launches, others two if they come in later.
+    assert gpu.launches - launches <= 14 * layers + 3 + 3 * stats.total().misses
 
 
 def test_what_is_in_memory_begins_before_the_rest_is_waited_for(pack_of: PackOf, metal: Any) -> None:
