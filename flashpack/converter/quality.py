@@ -66,6 +66,8 @@ def quality_report(plan: Plan, errors: dict[str, list[Errors]]) -> dict[str, Any
 
 def _layer(plan: LayerPlan, errors: Sequence[Errors], encodings: dict[Encoding, int]) -> dict[str, Any]:
     """A MoE layer; lists are by expert."""
+    everything = [error for of_expert in errors for error in of_expert.values()]
+    calibrated = any(error.tokens is not None for error in everything)
     projections = {}
     for at, projection in enumerate(plan.kinds[0].projections):
         found = [of_expert.get(projection.name) for of_expert in errors]
@@ -74,11 +76,10 @@ def _layer(plan: LayerPlan, errors: Sequence[Errors], encodings: dict[Encoding, 
             "error": [error and _rounded(error.relative()) for error in found],
             **_spread(found),
         }
-        if any(error and error.tokens is not None for error in found):
+        if calibrated:
             projections[projection.name]["weighted"] = [error and _rounded(error.weighted) for error in found]
-    everything = [error for of_expert in errors for error in of_expert.values()]
     row: dict[str, Any] = {"index": plan.layer.index, "projections": projections, **_spread(everything)}
-    if any(error.tokens is not None for error in everything):
+    if calibrated:
         row["tokens"] = [max((e.tokens or 0 for e in of_expert.values()), default=0) for of_expert in errors]
     return row
 

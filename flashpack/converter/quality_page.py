@@ -181,7 +181,11 @@ def _tokens(tokens: list[tuple[int, list[int]]], layers: list[dict[str, Any]]) -
         if "tokens" in layer
         for e in range(len(layer["tokens"]))
     )
-    without = f" {few:,} experts saw too few and were quantized without calibration." if few else ""
+    without = (
+        f" {few:,} experts saw too few for at least one of their matrices, which is rounded without calibration."
+        if few
+        else ""
+    )
     return _figure(
         "Calibration tokens of each expert",
         heatmap("Calibration tokens of each expert", rows, "expert", "layer"),

@@ -25,6 +25,7 @@ def test_convert_verify_inspect_run(tmp_path: Path) -> None:
     pack = tmp_path / "tiny-qwen3.5-moe.flashpack"
     identity = Pack(pack).identity
     assert f"identity {identity}" in done.stdout
+    assert "quality report tiny-qwen3.5-moe.flashpack/quality.html" in done.stdout
     assert "4.50 bits per weight" in done.stdout
     assert "experts q4, dense q8" in done.stderr
     assert "whole" in flashpack("verify", pack).stdout

@@ -9,12 +9,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flashpack.cli.console import harmless, visible
 from flashpack.formats.checksums import hexdigest
+from flashpack.formats.manifest import Manifest
+from flashpack.formats.writer import commit
 from tests.cli.test_cli import flashpack
 from tests.conftest import ROOT
 from tests.strangers import change_json, rewrite
@@ -127,3 +130,50 @@ def test_generated_text_cannot_command_a_terminal_and_reaches_a_pipe_unchanged(p
     os.close(ours)
     assert b"\x1b" not in shown
     assert b"hello\\x1b]0;owned\\x07" in shown
+
+
+def quality_of(pack: Path) -> list[str]:
+    """What inspect says of the quality report."""
+    lines = check(flashpack("inspect", pack), 0).splitlines()
+    return lines[next((i for i, line in enumerate(lines) if line.startswith("quality ")), len(lines)) :]
+
+
+def test_inspect_takes_only_numbers_from_a_quality_report(pack_copy: PackCopy) -> None:
+    pack = pack_copy("trained")
+    told = quality_of(pack)
+    assert told[0] == "quality    4.5 bits per weight of the experts, 8.698 of the dense part"
+    assert [line.split()[0] for line in told[1:]] == ["gate", "up", "down", "dense", "worst", "page:"]
+    report = json.loads((pack / "quality.json").read_text())
+    rows, layers = report["summary"], report["layers"]
+    rows[0]["part"], rows[1]["mean"], rows[2]["max"], rows[3] = EVIL, EVIL, 10**400, [EVIL]
+    layers[0]["index"], layers[1]["mean"], layers[2], layers[3]["index"] = EVIL, EVIL, EVIL, 10**400
+    layers[4]["mean"] = 0.75
+    change_json(pack, "quality.json", summary=rows, layers=layers, model=EVIL)
+    told = quality_of(pack)
+    assert told[1:3] == ["  nothing was rounded: every value is the source's own", "  worst layer 4: mean error 75 %"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"[" * 100_000, "quality.json: not valid JSON"),
+        (b'{"summary": NaN}', "quality.json: JSON holds NaN"),
+        (json.dumps({"sizes": EVIL, "summary": [], "layers": []}).encode(), "not a report that this version reads"),
+        (b"{}", "not a report that this version reads"),
+        (b"", "quality.json: not valid JSON"),
+        (b"\xff\xfe", "quality.json: not valid JSON"),
+    ],
+)
+def test_inspect_of_what_is_no_quality_report(pack_copy: PackCopy, data: bytes, message: str) -> None:
+    pack = pack_copy("trained")
+    rewrite(pack, "quality.json", data)
+    assert message in quality_of(pack)[0]
+
+
+def test_inspect_of_a_quality_report_that_is_damaged_or_missing(pack_copy: PackCopy) -> None:
+    pack = pack_copy("trained")
+    (pack / "quality.json").write_bytes(bytes((pack / "quality.json").stat().st_size))
+    assert quality_of(pack)[0] == "quality    quality.json: damaged"
+    manifest = Manifest.from_bytes((pack / "flashpack.json").read_bytes())
+    commit(pack, replace(manifest, files=tuple(f for f in manifest.files if not f.path.startswith("quality."))))
+    assert quality_of(pack) == []

@@ -179,7 +179,8 @@ def damage_one_digit(journal: Path) -> None:
 
 def damage_zeros(journal: Path) -> None:
     data = bytearray(journal.read_bytes())
-    data[-600:-50] = bytes(550)
+    end = data.rindex(b"\n", 0, -1)  # of the last line but one
+    data[end - 300 : end + 300] = bytes(600)
     journal.write_bytes(data)
 
 
