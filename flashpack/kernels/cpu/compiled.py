@@ -130,7 +130,12 @@ def matrix_of(weight: Tensor | StoredMatrix, add: Tensor | None = None) -> compu
     if e.name not in compute.KINDS or not weight.weight.is_contiguous():
         return None
     scale_type = 0 if weight.scales.dtype not in _NUMBERS else compute.KINDS[_NUMBERS[weight.scales.dtype]]
-    biases = None if weight.biases is None else weight.biases.data_ptr()
+    constants = weight.biases
+    if e.name == "affine_dq":
+        if weight.first:
+            return None
+        scale_type, constants = compute.NIBBLES, weight.blocks
+    biases = None if constants is None else constants.data_ptr()
     return compute.Matrix(
         weight.weight.data_ptr(), weight.scales.data_ptr(), biases, extra, *weight.shape,
         compute.KINDS[e.name], e.bits, e.group_size, scale_type, extra_type,

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashpack.formats.records import Projection, RecordKind, Section
+from flashpack.formats.records import Encoding, Projection, RecordKind, Section
 from flashpack.kernels.cpu.arena import HostArena
 from flashpack.kernels.cpu.pool import one_thread, pool
-from flashpack.kernels.cpu.widen import aligned, block, cut, widen
+from flashpack.kernels.cpu.widen import aligned, block, cut, group_numbers, widen
 from flashpack.kernels.interface import Activation, Arena, RecordView, Steps, StoredMatrix
 
 BLOCK_VALUES = 2**19
@@ -149,6 +149,9 @@ def _block_rows(rows: int, width: int) -> int:
 def _rows(weight: StoredMatrix, ids: Tensor) -> StoredMatrix:
     """The rows ``ids`` of a matrix, each with scales of its own."""
     e, scale_rows = weight.encoding, ids
+    if e.name == "affine_dq":
+        plain = Encoding("affine", "F32", e.bits, e.group_size)
+        return StoredMatrix(plain, weight.weight[ids], *group_numbers(weight, ids))
     if e.name == "fp8_e4m3":
         scale_rows = ids // e.block[0] if e.block[0] else torch.zeros_like(ids)
         e = replace(e, block=(1, e.block[1]))

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flashpack.formats.affine_dq import GROUPS
 from flashpack.formats.floats import E2M1, E4M3, E8M0
 from flashpack.kernels.interface import StoredMatrix
 
@@ -64,12 +65,19 @@ def cut(weight: Tensor | StoredMatrix, step: int) -> list[Tensor | StoredMatrix]
     words = torch.split(w.weight, step)
     if e.name == "fp8_e4m3" and e.block[0] != 1:
         starts = [w.first + i * step for i in range(len(words))]
-        rows = [e.part_rows("scales", at, at + len(part)) for at, part in zip(starts, words, strict=True)]
+        rows = [e.part_rows("scales", at, at + len(part), 0) for at, part in zip(starts, words, strict=True)]
         firsts = [at % e.block[0] if e.block[0] else 0 for at in starts]
         return [
             StoredMatrix(e, part, w.scales[r], first=first) for part, r, first in zip(words, rows, firsts, strict=True)
         ]
     scales = torch.split(w.scales, step)
+    if w.blocks is not None:
+        cuts = []
+        for i, (part, codes) in enumerate(zip(words, scales, strict=True)):
+            start = w.first + i * step * w.scales.shape[1]
+            rows = w.blocks[start // GROUPS : -(-(start + codes.numel()) // GROUPS)]
+            cuts.append(StoredMatrix(e, part, codes, first=start % GROUPS, blocks=rows))
+        return cuts
     biases = torch.split(w.biases, step) if w.biases is not None else [None] * len(words)
     return [StoredMatrix(e, *parts, w.global_scale) for parts in zip(words, scales, biases, strict=True)]
 
@@ -84,10 +92,13 @@ def widen(weight: Tensor | StoredMatrix, out: Tensor) -> None:
         _fp8(weight, out)
         return
     grouped = out.view(*weight.scales.shape, e.group_size)
-    if weight.biases is not None:
+    if weight.biases is not None or weight.blocks is not None:
+        scales, biases = weight.scales, weight.biases
+        if biases is None:
+            scales, biases = group_numbers(weight, torch.arange(len(scales)))
         unpack_bits(weight.weight, e.bits, out)
-        grouped.mul_(weight.scales.unsqueeze(-1))
-        grouped.add_(weight.biases.unsqueeze(-1))
+        grouped.mul_(scales.unsqueeze(-1))
+        grouped.add_(biases.unsqueeze(-1))
         return
     _look_up(_pairs("e2m1"), weight.weight.view(torch.uint8), out)
     scales = _table("e8m0" if e.name == "mxfp4" else "e4m3")[weight.scales.int()]
@@ -95,6 +106,15 @@ def widen(weight: Tensor | StoredMatrix, out: Tensor) -> None:
     if weight.global_scale is not None:
         scales = scales * weight.global_scale if e.global_scale == "multiply" else scales / weight.global_scale
     grouped.mul_(scales.unsqueeze(-1))
+
+
+def group_numbers(weight: StoredMatrix, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and biases, float32 [rows, groups], of these rows of an ``affine_dq`` matrix."""
+    assert weight.blocks is not None
+    codes = weight.scales[rows]
+    groups = weight.first + rows.unsqueeze(1) * codes.shape[1] + torch.arange(codes.shape[1])
+    d, c, m = weight.blocks[groups // GROUPS].float().unbind(-1)
+    return d * (codes & 15), c + m * (codes >> 4)
 
 
 def unpack_bits(words: Tensor, bits: int, out: Tensor) -> None:

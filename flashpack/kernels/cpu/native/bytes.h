@@ -19,7 +19,7 @@ struct Part {
     alignas(64) Lanes scales[2 * PART], biases[2 * PART];
 };
 
-template <int FORMAT>
+template <int FORMAT, int GROUP>
 inline void unpack_bytes(
     const fp_matrix &m, const Shape &s, int64_t row, int64_t last, int64_t unit, int64_t end, Part &part)
 {
@@ -30,9 +30,9 @@ inline void unpack_bytes(
         const int64_t some = groups - g < WORDS ? groups - g : WORDS;
         for (int r = 0; r < LANES; r++) {
             const int64_t own = (row + r < last ? row + r : last - 1) * s.groups + group + g;
-            scales[r] = row_of(scales_of<FORMAT>(m, own, some, all));
+            scales[r] = row_of(scales_of<FORMAT, GROUP>(m, own, some, all));
             if (FORMAT != MXFP4)
-                biases[r] = row_of(numbers_of(m.biases, m.scale_type, own, some, all));
+                biases[r] = row_of(biases_of<GROUP>(m, own, some, all));
         }
         transpose(scales, columns);
         const float twelve = -12; /* bytes are so much more than twice the value */
@@ -131,7 +131,7 @@ void rows_of_bytes(
     for (int64_t unit = 0; unit < s.units; unit += PART) {
         const int64_t end = unit + PART < s.units ? unit + PART : s.units, group = groups_before(s, unit);
         for (int b = 0; b < blocks; b++)
-            unpack_bytes<FORMAT>(m, s, row + LANES * b, last, unit, end, parts[b]);
+            unpack_bytes<FORMAT, GROUP>(m, s, row + LANES * b, last, unit, end, parts[b]);
         if (blocks == BLOCKS)
             byte_tiles<GROUP, BLOCKS>(parts, unit, end, group, tokens, count, sums);
         else

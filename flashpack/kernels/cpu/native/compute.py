@@ -8,14 +8,15 @@ from collections.abc import Sequence
 
 from flashpack.kernels.cpu.native.library import load
 
-ABI = 3
+ABI = 4
 """What `flashpack_kernels_abi` must answer: a library left by another version is not used."""
 
 FUNCTIONS = {"linear": 0, "add_norm": 1, "attend": 2, "delta": 3, "route": 4, "combine": 5}
 """What may be part of a sequence, by the numbers of kernels.h."""
 
-KINDS = {"BF16": 0, "F16": 1, "F32": 2, "affine": 3, "mxfp4": 4}
-"""How a matrix is stored, by the numbers of kernels.h."""
+KINDS = {"BF16": 0, "F16": 1, "F32": 2, "affine": 3, "mxfp4": 4, "affine_dq": 3}
+NIBBLES = 5
+"""How a matrix is stored, and the type of the scales of ``affine_dq``, by the numbers of kernels.h."""
 
 
 class Matrix(ctypes.Structure):

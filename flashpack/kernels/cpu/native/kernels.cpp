@@ -5,7 +5,7 @@
 #include "level.h"
 #include "pool.h"
 
-#define FP_ABI 3 /* goes up when anything in kernels.h or below changes; the loader compares it with its own */
+#define FP_ABI 4 /* goes up when anything in kernels.h or below changes; the loader compares it with its own */
 
 #if defined(_WIN32)
 #define FP_EXPORT extern "C" __declspec(dllexport)
@@ -63,7 +63,9 @@ bool valid(const fp_matrix &m)
         return m.group == 32 && m.width % 32 == 0 && m.scales;
     if (m.kind == FP_AFFINE)
         return (m.group == 32 || m.group == 64 || m.group == 128) && m.width % m.group == 0 && m.scales && m.biases &&
-               m.bits >= 2 && m.bits <= 8 && m.bits != 7 && m.scale_type >= FP_BF16 && m.scale_type <= FP_F32;
+               m.bits >= 2 && m.bits <= 8 && m.bits != 7 &&
+               (m.scale_type == FP_NIBBLES ? m.group == 32 && m.rows * m.width % 256 == 0
+                                           : m.scale_type >= FP_BF16 && m.scale_type <= FP_F32);
     return m.kind >= FP_BF16 && m.kind <= FP_F32;
 }
 

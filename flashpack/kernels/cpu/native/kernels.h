@@ -12,10 +12,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { FP_BF16 = 0, FP_F16 = 1, FP_F32 = 2, FP_AFFINE = 3, FP_MXFP4 = 4 };
+enum { FP_BF16 = 0, FP_F16 = 1, FP_F32 = 2, FP_AFFINE = 3, FP_MXFP4 = 4, FP_NIBBLES = 5 };
 enum { FP_SILU = 0, FP_GELU = 1, FP_GELU_TANH = 2, FP_RELU2 = 3, FP_SWIGLU_OAI = 4 };
 
-/* A stored matrix [rows, width]: `kind` one of the enum above; scales and biases [rows, width / group]. */
+/* A stored matrix [rows, width]: `kind` one of the enum above; scales and biases [rows, width / group].
+ * FP_NIBBLES is a type of scales: those and biases are halves of bytes in `scales`, `biases` has the blocks (affine_dq). */
 typedef struct {
     const uint8_t *weight;
     const uint8_t *scales;
@@ -26,7 +27,7 @@ typedef struct {
     int32_t kind;
     int32_t bits;
     int32_t group;
-    int32_t scale_type; /* FP_BF16, FP_F16 or FP_F32; of affine matrices */
+    int32_t scale_type; /* FP_BF16, FP_F16, FP_F32 or FP_NIBBLES; of affine matrices */
     int32_t add_type;
     int32_t unused;
 } fp_matrix;

@@ -24,6 +24,7 @@ enum { ORDER_STRAIGHT, ORDER_NIBBLES, ORDER_PAIRS };
 
 /* Host code gives all kernels the same numbers. */
 static_assert((int)FP_BF16 == blocks::BF16 && (int)FP_F16 == blocks::F16 && (int)FP_F32 == blocks::F32, "types");
+static_assert((int)FP_NIBBLES == blocks::NIBBLES, "types");
 
 constexpr bool are_twice_fp4(const int8_t (&table)[16])
 {

@@ -184,6 +184,11 @@ inline Strip load_strip(const float *source)
     return {{_mm256_load_ps(source), _mm256_load_ps(source + 8)}};
 }
 
+inline Strip strip_of(Floats low, Floats high)
+{
+    return {{low, high}};
+}
+
 inline void store_strip(float *out, Strip strip)
 {
     _mm256_store_ps(out, strip.part[0]);

@@ -215,6 +215,11 @@ inline Strip load_strip(const float *source)
     return _mm512_load_ps(source);
 }
 
+inline Strip strip_of(Floats low, Floats high)
+{
+    return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+}
+
 inline void store_strip(float *out, Strip strip)
 {
     _mm512_store_ps(out, strip);

@@ -174,6 +174,14 @@ inline void store8(float *out, Floats values)
     vst1q_f32(out + 4, values.half[1]);
 }
 
+/* Half of each of eight bytes, the low one (SHIFT 0) or the high one (4), as numbers. */
+template <int SHIFT> inline Floats nibbles8(const uint8_t *source)
+{
+    const uint8x8_t bytes = vld1_u8(source);
+    const uint16x8_t codes = vmovl_u8(SHIFT ? vshr_n_u8(bytes, 4) : vand_u8(bytes, vdup_n_u8(15)));
+    return {{vcvtq_f32_u32(vmovl_u16(vget_low_u16(codes))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(codes)))}};
+}
+
 template <int TYPE> inline Floats widen8(const uint8_t *source, int64_t first)
 {
     if (TYPE == FP_F32)
@@ -216,6 +224,11 @@ inline Strip load_strip(const float *source)
     return {{vld1q_f32(source), vld1q_f32(source + 4), vld1q_f32(source + 8), vld1q_f32(source + 12)}};
 }
 
+inline Strip strip_of(Floats low, Floats high)
+{
+    return {{low.half[0], low.half[1], high.half[0], high.half[1]}};
+}
+
 inline void store_strip(float *out, Strip strip)
 {
     for (int i = 0; i < 4; i++)
@@ -232,8 +245,7 @@ template <int TYPE> inline Strip widen_strip(const uint8_t *source, int64_t firs
         source = space;
         first = 0;
     }
-    const Floats low = widen8<TYPE>(source, first), high = widen8<TYPE>(source, first + 8);
-    return {{low.half[0], low.half[1], high.half[0], high.half[1]}};
+    return strip_of(widen8<TYPE>(source, first), widen8<TYPE>(source, first + 8));
 }
 
 inline Lanes add_strip(Lanes sum, Strip a, Strip b)

@@ -134,6 +134,15 @@ inline void store8(float *out, Floats values)
     memcpy(out, values.lane, sizeof values.lane);
 }
 
+/* Half of each of eight bytes, the low one (SHIFT 0) or the high one (4), as numbers. */
+template <int SHIFT> inline Floats nibbles8(const uint8_t *source)
+{
+    float out[8];
+    for (int i = 0; i < 8; i++)
+        out[i] = (float)(source[i] >> SHIFT & 15);
+    return load8(out);
+}
+
 template <int TYPE> inline Floats widen8(const uint8_t *source, int64_t first)
 {
     Floats out;
@@ -175,6 +184,14 @@ inline Strip load_strip(const float *source)
 {
     Strip strip;
     memcpy(strip.value, source, sizeof strip.value);
+    return strip;
+}
+
+inline Strip strip_of(Floats low, Floats high)
+{
+    Strip strip;
+    store8(strip.value, low);
+    store8(strip.value + 8, high);
     return strip;
 }
 

@@ -108,6 +108,52 @@ template <int FORMAT> inline int64_t uncopied(const Shape &s)
     return count > 0 ? count : 0;
 }
 
+/* Bytes of a scale; of a bias, too, but for affine_dq, whose biases are made of the same byte. */
+inline int64_t number_bytes(const fp_matrix &m)
+{
+    return m.kind == FP_MXFP4 || m.scale_type == FP_NIBBLES ? 1 : m.scale_type == FP_F32 ? 4 : 2;
+}
+
+/* Where biases come from: the numbers themselves, or the block's of affine_dq. */
+inline const uint8_t *bias_source(const fp_matrix &m, int64_t first)
+{
+    return m.biases + (m.scale_type == FP_NIBBLES ? first / blocks::DQ_GROUPS * blocks::DQ_BYTES : first * number_bytes(m));
+}
+
+inline float dq_number(const fp_matrix &m, int64_t group, blocks::DqNumber which)
+{
+    uint16_t number;
+    memcpy(&number, m.biases + group / blocks::DQ_GROUPS * blocks::DQ_BYTES + 2 * which, 2);
+    return float_of((uint32_t)number << 16);
+}
+
+/* Scales of affine_dq, or biases, of the eight groups of a block from group `first` on; products of codes are exact. */
+template <bool BIASES> inline Floats dq_block(const fp_matrix &m, int64_t first)
+{
+    const Floats codes = nibbles8<BIASES ? 4 : 0>(m.scales + first);
+    if (BIASES)
+        return mul_add8(
+            all8(dq_number(m, first, blocks::DQ_BIAS)), codes, all8(dq_number(m, first, blocks::DQ_BIAS_STEP)));
+    return mul_add8(none8(), codes, all8(dq_number(m, first, blocks::DQ_SCALE_STEP)));
+}
+
+/* The same of `count` groups that need not be whole blocks, then zeros. */
+template <bool BIASES> inline Strip dq_strip(const fp_matrix &m, int64_t first, int64_t count)
+{
+    if (first % blocks::DQ_GROUPS == 0 && count == 16)
+        return strip_of(dq_block<BIASES>(m, first), dq_block<BIASES>(m, first + 8));
+    if (first % blocks::DQ_GROUPS == 0 && count == 8)
+        return strip_of(dq_block<BIASES>(m, first), none8());
+    alignas(64) float numbers[16] = {0};
+    for (int64_t i = 0; i < count; i++) {
+        const uint8_t code = m.scales[first + i];
+        numbers[i] = BIASES ? dq_number(m, first + i, blocks::DQ_BIAS) +
+                                  dq_number(m, first + i, blocks::DQ_BIAS_STEP) * (float)(code >> 4)
+                            : dq_number(m, first + i, blocks::DQ_SCALE_STEP) * (float)(code & 15);
+    }
+    return load_strip(numbers);
+}
+
 /* Scales or biases of a strip: `count` numbers of a matrix of `all`, from number `first` on, then zeros. */
 FP_INLINE Strip numbers_of(const uint8_t *source, int type, int64_t first, int64_t count, int64_t all)
 {
@@ -121,23 +167,32 @@ FP_INLINE Strip numbers_of(const uint8_t *source, int type, int64_t first, int64
     }
 }
 
-template <int FORMAT> FP_INLINE Strip scales_of(const fp_matrix &m, int64_t first, int64_t count, int64_t all)
+template <int FORMAT, int GROUP>
+FP_INLINE Strip scales_of(const fp_matrix &m, int64_t first, int64_t count, int64_t all)
 {
     if (FORMAT != MXFP4)
-        return numbers_of(m.scales, m.scale_type, first, count, all);
+        return GROUP == blocks::DQ_GROUP && m.scale_type == FP_NIBBLES
+                   ? dq_strip<false>(m, first, count)
+                   : numbers_of(m.scales, m.scale_type, first, count, all);
     alignas(64) float scales[16] = {0};
     for (int64_t i = 0; i < count; i++)
         scales[i] = 0.5f * power_of_two(m.scales[first + i]); /* codes are twice the values */
     return load_strip(scales);
 }
 
+template <int GROUP> FP_INLINE Strip biases_of(const fp_matrix &m, int64_t first, int64_t count, int64_t all)
+{
+    return GROUP == blocks::DQ_GROUP && m.scale_type == FP_NIBBLES
+               ? dq_strip<true>(m, first, count)
+               : numbers_of(m.biases, m.scale_type, first, count, all);
+}
+
 /* Asks for a matrix's scales and biases from number `first` on. */
 inline void prefetch_numbers(const fp_matrix &m, int64_t first)
 {
-    const int64_t bytes = m.kind == FP_MXFP4 ? 1 : m.scale_type == FP_F32 ? 4 : 2;
-    prefetch(m.scales + first * bytes);
+    prefetch(m.scales + first * number_bytes(m));
     if (m.biases)
-        prefetch(m.biases + first * bytes);
+        prefetch(bias_source(m, first));
 }
 
 } // namespace

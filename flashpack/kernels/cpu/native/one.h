@@ -36,7 +36,7 @@ inline void rows_of_one(const fp_matrix &m, const Shape &s, int64_t row, const A
 {
     constexpr int64_t strip = GROUP / 4; /* units */
     const int64_t pitch = m.width * unit_bytes(FORMAT) / 64, all = m.rows * s.groups;
-    const int64_t number = m.kind == FP_MXFP4 ? 1 : m.scale_type == FP_F32 ? 4 : 2;
+    const int64_t number = number_bytes(m);
     const int64_t next = 6 * s.groups * number > SCALES_AHEAD ? 6 * s.groups * number : SCALES_AHEAD;
     const uint8_t *weights = m.weight + row * pitch;
     const int64_t complete = uncopied<FORMAT>(s);
@@ -51,10 +51,10 @@ inline void rows_of_one(const fp_matrix &m, const Shape &s, int64_t row, const A
         for (int r = 0; r < R; r++) {
             const int64_t first = (row + r) * s.groups + group;
             prefetch(m.scales + first * number + next);
-            store_strip(scales[r], scales_of<FORMAT>(m, first, count, all));
+            store_strip(scales[r], scales_of<FORMAT, GROUP>(m, first, count, all));
             if (FORMAT != MXFP4) {
-                prefetch(m.biases + first * number + next);
-                const Strip biases = numbers_of(m.biases, m.scale_type, first, count, all);
+                prefetch(bias_source(m, first) + next);
+                const Strip biases = biases_of<GROUP>(m, first, count, all);
                 sums[r] = add_strip(sums[r], biases, load_strip(a.sums + group));
             }
         }
