@@ -6,7 +6,7 @@ Each FILE (a .gguf file, a folder of mlx-lm, or a pack) is decoded to float32 an
 CHECKPOINT, so that only the weights differ: first only its routed experts, with ``--whole`` all that it holds. KLD is
 KL(checkpoint || file) in nats per token, natural logarithm, over all positions of windows of 512 tokens that each
 start afresh; its standard error is over windows. Bits per weight are the bytes of the stored tensors without padding,
-names and tokenizer, x 8 / weights. A tool call is what greedy decoding gives, judged as ``bench/quality.py`` does; it
+names and tokenizer, x 8 / weights. A tool call is what greedy decoding gives, judged as ``flashpack eval`` does; it
 is generated from where it leaves what the checkpoint says. ``--half even`` and ``--half odd`` take every other window,
 so that a choice can be made on one half and be reported on the other. Needs the package gguf for .gguf files.
 

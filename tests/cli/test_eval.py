@@ -70,8 +70,6 @@ def test_a_limit_for_scripts(pack: Path) -> None:
     [
         (("--against", CHECKPOINTS / "qwen3_moe"), 2, "different vocabularies"),
         (("--against", ROOT / "absent"), 3, "absent"),
-        (("--against", TRAINED, "--length", "5000"), 2, "4096 positions"),
-        (("--against", TRAINED, "--part", "last"), 2, "--part last"),
         (("--against", TRAINED, "--ignore", "timeout"), 2, "--ignore timeout"),
         (("--against", TRAINED, "--scratch", ROOT / "absent"), 2, "not a folder"),
         (("--against", TRAINED, "--tools", DATA / "docs.txt"), 2, "line 1: not JSON"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -147,8 +149,6 @@ def test_fewer_experts_are_judged_one_token_per_step(pack_of: PackOf) -> None:
 
 
 def test_no_model_is_in_memory_beside_the_other(pack_of: PackOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    import weakref
-
     pack, reference = pack_of("trained", "q4", "q8"), pack_of("trained", "source", "source")
     alive: list[weakref.ref[Any]] = []
 
@@ -192,10 +192,14 @@ def test_what_is_no_text_to_judge_with_is_refused(pack_of: PackOf, tmp_path: Pat
         read_windows(pack, short, 1, 64)
 
 
-def test_another_vocabulary_is_refused(pack_of: PackOf, pack_copy: Any) -> None:
+def test_another_vocabulary_is_refused(pack_of: PackOf, monkeypatch: pytest.MonkeyPatch) -> None:
     pack, windows = pack_of("trained", "q4", "q8"), torch.zeros(1, 8, dtype=torch.long)
     with pytest.raises(UsageError, match="different vocabularies"):
         divergence(pack, pack_of("qwen3_moe"), windows)
+    words = iter([{"a": 0, "b": 1}, {"a": 1, "b": 0}])  # of as many tokens
+    monkeypatch.setattr(score, "load_tokenizer", lambda folder: SimpleNamespace(get_vocab=lambda: next(words)))
+    with pytest.raises(UsageError, match="different vocabularies"):
+        divergence(pack, pack_of("trained", "source", "source"), windows)
 
 
 def test_a_small_disk_is_refused_before_anything_is_computed(
