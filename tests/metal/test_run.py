@@ -53,9 +53,18 @@ def metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("lazy", [False, True])
-@pytest.mark.parametrize("name", ["trained", "qwen3_moe", "qwen2_moe", "qwen3_next"])
-def test_logits_are_the_processors(pack_of: PackOf, metal: Any, name: str, lazy: bool) -> None:
-    pack = pack_of(name, "q4", "q4")
+@pytest.mark.parametrize(
+    ("name", "experts"),
+    [
+        ("trained", "q4"),
+        ("trained", "gate_up=dq2,down=dq3"),
+        ("qwen3_moe", "dq4"),
+        ("qwen2_moe", "q4"),
+        ("qwen3_next", "q4"),
+    ],
+)
+def test_logits_are_the_processors(pack_of: PackOf, metal: Any, name: str, experts: str, lazy: bool) -> None:
+    pack = pack_of(name, experts, "q4")
     ids = some_ids(20)
     expected, _ = decode(flashpack.load(pack, device="cpu", reference=True), ids, 11)
     gpu = metal(FakeMps(lazy=lazy, guarded=False))
