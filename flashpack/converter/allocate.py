@@ -1,7 +1,7 @@
 """Which matrices get more bits: what rounding each of them costs, and the choice that a budget allows.
 
-What counts is how far the output of a layer's experts moves, as a share of what it is added to: where the residual
-stream is large, an error is felt less.
+What counts is how far a layer's experts move each token, as a share of what it then is: an error in a token that is
+large is felt less. Some tokens are a hundred times as large as most.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear
 
-from flashpack.converter.calibrated import LayerCalibration, one_thread
+from flashpack.converter.calibrated import Expert, LayerCalibration, one_thread, spaced
+from flashpack.converter.gptq import gptq
 from flashpack.errors import SourceError
 from flashpack.formats.encodings import decode
 from flashpack.formats.records import PROJECTIONS, Encoding
 from flashpack.kernels.cpu.quantize import quantize
+
+ROWS = 128
+"""Rows of a matrix, evenly spaced, that are rounded to see what it costs with ``gptq``."""
 
 Matrices = Mapping[str, NDArray[np.float32]]
 
@@ -34,58 +38,63 @@ def sensitivities(
     """What it costs to round a matrix of one expert to each of its candidates, by projection: float64 [candidates].
 
     ``values``: float32 [out, in] by projection, ``biases``: [out] of those that have one. With the ``layer``'s tokens:
-    the squares by which the expert's outputs move, over the squares of the residual stream, as a mean over all tokens;
-    without: the squared error. They are measured as "starts" rounds; ``gptq`` leaves less, but about the same share
-    of it. Raises ``SourceError``.
+    the squares by which the expert's outputs move if ``gptq`` rounds this matrix, over those of the token behind the
+    layer, as a mean over all tokens. Without: the squared error that "starts" leaves. Raises ``SourceError``.
     """
     names = [name for name in PROJECTIONS if name in values]
-    costs = {name: np.zeros(len(candidates[name])) for name in names}
-    outputs = None if layer is None else _Outputs(layer, expert, values, biases)
     for name in names:
-        for i, encoding in enumerate(candidates[name]):
-            parts, squared, _ = quantize(values[name], "F32", encoding, "starts")
-            if not np.isfinite(squared):
-                raise SourceError(f"expert {expert}, {name}: infinite or NaN values cannot be quantized")
-            costs[name][i] = squared
-            if outputs is not None:
-                decoded = decode(encoding, parts, values[name].shape)
-                costs[name][i] = outputs.moved(name, decoded)
-    return costs
+        if not np.isfinite(values[name]).all():
+            raise SourceError(f"expert {expert}, {name}: infinite or NaN values cannot be quantized")
+    if layer is None:
+        return {
+            name: np.array([quantize(values[name], "F32", encoding, "starts")[1] for encoding in candidates[name]])
+            for name in names
+        }
+    with torch.inference_mode(), one_thread():
+        return _Judge(layer, expert, values, biases).costs(candidates)
 
 
-class _Outputs:
-    """What an expert gives for some of its tokens."""
+class _Judge:
+    """How far the outputs of one expert move for some of its tokens."""
 
     def __init__(self, layer: LayerCalibration, expert: int, values: Matrices, biases: Matrices) -> None:
-        self._activation, self._device = layer.activation, layer.device
-        self._source = {name: self._tensor(values[name]) for name in PROJECTIONS if name in values}
-        self._biases = {name: self._tensor(bias) for name, bias in biases.items()}
-        self._first = [name for name in self._source if name != "down"]
-        self._x, weights = layer.typical(expert)
-        with torch.inference_mode(), one_thread():
-            self._before = {name: self._product(name, self._source[name]) for name in self._first}
-            self._y = self._activation(torch.cat(list(self._before.values()), dim=1))
-        # Of each token, its share of the mean over all tokens.
-        self._shares = weights.double().square() / (layer.residual * values["down"].shape[0])
+        self._expert = Expert(layer, expert, values, biases)
+        self._x, self._shares = layer.typical(expert)
+        self._activation = layer.activation
+        self._products = {
+            name: linear(self._x, self._expert.source[name], self._expert.biases.get(name))
+            for name in self._expert.first
+        }
+        self._y = self._activated(self._products)
 
-    @torch.inference_mode()
-    def moved(self, name: str, decoded: NDArray[np.float32]) -> float:
-        """By how much, if this matrix alone is rounded."""
-        rounded = self._tensor(decoded)
-        with one_thread():
-            if name == "down":
-                change = linear(self._y, rounded - self._source["down"])
-            else:
-                before = self._before | {name: self._product(name, rounded)}
-                y = self._activation(torch.cat(list(before.values()), dim=1))
-                change = linear(y - self._y, self._source["down"])
-            return float(change.double().square().sum(1) @ self._shares)
+    def costs(self, candidates: Mapping[str, Sequence[Encoding]]) -> dict[str, NDArray[np.float64]]:
+        """By projection: [candidates]."""
+        hessians = dict.fromkeys(self._expert.first, self._expert.first_hessian()[1])
+        hessians["down"] = self._expert.down_hessian()[1]
+        return {
+            name: np.array([self._cost(name, hessian, encoding) for encoding in candidates[name]])
+            for name, hessian in hessians.items()
+        }
 
-    def _tensor(self, array: NDArray[np.float32]) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+    def _cost(self, name: str, hessian: Tensor, encoding: Encoding) -> float:
+        """Of one matrix, from ``ROWS`` of its rows: what they lose does not depend on the others."""
+        whole = self._expert.source[name]
+        rows = spaced(len(whole), ROWS)
+        some = whole[rows]
+        parts = gptq(some, hessian, encoding, refined=False)
+        lost = torch.from_numpy(decode(encoding, parts, tuple(some.shape))).to(some) - some
+        if name == "down":
+            return self._share(linear(self._y, lost))
+        products = self._products[name].clone()
+        products[:, rows] += linear(self._x, lost)
+        moved = linear(self._activated(self._products | {name: products}) - self._y, self._expert.source["down"])
+        return self._share(moved) * len(whole) / len(rows)
 
-    def _product(self, name: str, matrix: Tensor) -> Tensor:
-        return linear(self._x, matrix, self._biases.get(name))
+    def _activated(self, products: Mapping[str, Tensor]) -> Tensor:
+        return self._activation(torch.cat(list(products.values()), dim=1))
+
+    def _share(self, moved: Tensor) -> float:
+        return float(moved.double().square().mean(dim=1) @ self._shares)
 
 
 def choose(costs: NDArray[np.float64], bits: NDArray[np.float64], budget: float) -> NDArray[np.intp]:

@@ -25,7 +25,7 @@ from flashpack.converter.gptq import gptq
 from flashpack.converter.quantize import Error, Errors
 from flashpack.errors import SourceError
 from flashpack.formats.encodings import decode
-from flashpack.formats.records import RecordKind
+from flashpack.formats.records import PROJECTIONS, Encoding, RecordKind
 from flashpack.kernels import Activation
 
 if TYPE_CHECKING:
@@ -91,9 +91,10 @@ class LayerCalibration:
             if not np.isfinite(matrix).all():
                 raise SourceError(f"expert {expert}, {name}: infinite or NaN values cannot be quantized")
         with one_thread():
-            work = _Expert(self, expert, kind, values, biases)
-            work.encode_first()
-            work.encode_down()
+            work = Expert(self, expert, values, biases)
+            encodings = {p.name: p.encoding for p in kind.projections if p.encoding.name in ENCODINGS}
+            work.encode_first(encodings)
+            work.encode_down(encodings)
         return work.parts, work.errors
 
     @torch.inference_mode()
@@ -101,7 +102,7 @@ class LayerCalibration:
         """H [in, in] of all tokens, with a mean diagonal of 1."""
         with self._lock, one_thread():
             if self._hessian is None:
-                tokens = _spaced(len(self._tokens.inputs), LAYER_TOKENS)
+                tokens = spaced(len(self._tokens.inputs), LAYER_TOKENS)
                 total = sum((x.T @ x for x in self.inputs(tokens)), torch.zeros((), device=self.device))
                 self._hessian = total / _mean_diagonal(total)
             return self._hessian
@@ -112,25 +113,23 @@ class LayerCalibration:
             stored = np.ascontiguousarray(self._tokens.inputs[tokens[start : start + CHUNK]])
             yield torch.from_numpy(stored.view(np.int16)).to(self.device).view(torch.bfloat16).float()
 
-    @property
-    def residual(self) -> float:
-        """Mean square of a value of what the experts' output is added to."""
-        return float(self._tokens.residual)
-
     def sample(self) -> NDArray[np.intp]:
         """A few of all tokens."""
-        return _spaced(len(self._tokens.inputs), EXPERT_TOKENS)
+        return spaced(len(self._tokens.inputs), EXPERT_TOKENS)
 
     def typical(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Inputs [tokens, in] that stand for all of an expert, and weights [tokens]: sums of squares with them are like
-        those over all its tokens, divided by the number of the layer's."""
+        """Inputs [tokens, in] that stand for all of an expert, and shares [tokens]: sums with these of what is added to
+        a token, as mean squares, are means over the layer's tokens of the share of all that is behind the layer."""
         own, weights = self.chosen(expert)
-        if not len(own):  # it counts as if one token had chosen it
-            x = torch.cat(list(self.inputs(self.sample())))
-            return x, torch.full((len(x),), (len(x) * len(self._tokens.inputs)) ** -0.5, device=self.device)
-        some = _spaced(len(own), TYPICAL_TOKENS)
-        scale = (len(own) / (len(some) * len(self._tokens.inputs))) ** 0.5
-        return torch.cat(list(self.inputs(own[some]))), torch.from_numpy(weights[some]).to(self.device) * scale
+        if len(own):
+            some = spaced(len(own), TYPICAL_TOKENS)
+            tokens, energy = own[some], weights[some].astype(np.float64) ** 2 * len(own)
+        else:  # it counts as if one token had chosen it
+            tokens = self.sample()
+            energy = np.ones(len(tokens))
+        behind = self._tokens.residual[tokens, 0].astype(np.float64)
+        energy /= np.where(behind > 0, behind, 1) * len(tokens) * len(self._tokens.inputs)
+        return torch.cat(list(self.inputs(tokens))), torch.from_numpy(energy).to(self.device)
 
     def chosen(self, expert: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
         """The tokens that chose ``expert``, and the router's weights of it."""
@@ -138,71 +137,79 @@ class LayerCalibration:
         return tokens, np.ascontiguousarray(self._tokens.weights[tokens, choice])
 
 
-class _Expert:
-    """One expert while it is encoded."""
+class Expert:
+    """One expert while it is encoded: its matrices and tokens.
+
+    ``parts`` and ``errors``: see ``LayerCalibration.encode``. ``first``: gate and up, or up; ``source`` and ``biases``:
+    tensors by projection.
+    """
 
     def __init__(
         self,
         layer: LayerCalibration,
         number: int,
-        kind: RecordKind,
         values: Mapping[str, NDArray[np.float32]],
         biases: Mapping[str, NDArray[np.float32]],
     ) -> None:
         self.parts: dict[str, Arrays] = {}
         self.errors: Errors = {}
         self._layer, self._number = layer, number
-        self._encodings = {p.name: p.encoding for p in kind.projections}
-        self._first = [name for name in self._encodings if name != "down"]
-        self._source = {name: torch.from_numpy(values[name]).to(layer.device) for name in self._encodings}
-        self._rounded = dict(self._source)
-        self._bias = None
-        if biases:
-            self._bias = torch.from_numpy(np.concatenate([biases[name] for name in self._first])).to(layer.device)
+        self.source = {name: torch.from_numpy(values[name]).to(layer.device) for name in PROJECTIONS if name in values}
+        self.biases = {name: torch.from_numpy(bias).to(layer.device) for name, bias in biases.items()}
+        self.first = [name for name in self.source if name != "down"]
+        self._rounded = dict(self.source)
         self._tokens, weights = layer.chosen(number)
         self._weights = torch.from_numpy(weights).to(layer.device).unsqueeze(-1)
         energy = weights.astype(np.float64) ** 2
         # As many tokens of equal weight would say as much.
         self._count = float(energy.sum() ** 2 / (energy**2).sum()) if energy.any() else 0.0
 
-    def encode_first(self) -> None:
-        """gate and up."""
-        names = [name for name in self._first if self._is_calibrated(name)]
+    def first_hessian(self) -> tuple[Tensor, Tensor]:
+        """For gate and up: the sum over the expert's tokens, and the H that is used."""
+        shared = self._layer.hessian()
+        own = self._moment(len(shared), (x * w for x, w in self._own()))
+        return own, damped(self._mixed(own / _mean_diagonal(own), shared))
+
+    def down_hessian(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For down: the sum over the expert's tokens of [y, y'] side by side; the H of y' that is used, and what it is
+        for the products of y and y'."""
+        width = self.source["down"].shape[1]
+        own = self._moment(2 * width, (self._intermediate(x) * w for x, w in self._own()))
+        some = self._moment(2 * width, map(self._intermediate, self._layer.inputs(self._layer.sample())))
+        mixed = self._mixed(*(m / _mean_diagonal(m[width:, width:]) for m in (own, some)))
+        hessian = damped(mixed[width:, width:])
+        return own, hessian, mixed[:width, width:] + torch.diag(hessian.diagonal() - mixed[width:, width:].diagonal())
+
+    def encode_first(self, encodings: Mapping[str, Encoding]) -> None:
+        """gate and up, those that have an encoding here."""
+        names = [name for name in self.first if name in encodings and self._has_enough(name)]
         if not names:
             return
-        own = self._moment(x * w for x, w in self._own())
-        hessian = _damped(self._mixed(own / _mean_diagonal(own), self._layer.hessian()))
-        for encoding in dict.fromkeys(self._encodings[name] for name in names):
-            same = [name for name in names if self._encodings[name] == encoding]
-            self._round(same, torch.stack([self._source[name] for name in same]), hessian)
+        own, hessian = self.first_hessian()
+        for encoding in dict.fromkeys(encodings[name] for name in names):
+            same = [name for name in names if encodings[name] == encoding]
+            self._round(same, torch.stack([self.source[name] for name in same]), hessian, encoding)
         for name in names:
-            lost = self._rounded[name] - self._source[name]
-            self._note(name, _energy(lost, own), _energy(self._source[name], own))
+            lost = self._rounded[name] - self.source[name]
+            self._note(name, _energy(lost, own), _energy(self.source[name], own))
 
-    def encode_down(self) -> None:
+    def encode_down(self, encodings: Mapping[str, Encoding]) -> None:
         """down, after the others."""
-        if not self._is_calibrated("down"):
+        if "down" not in encodings or not self._has_enough("down"):
             return
-        width, source = self._source["down"].shape[1], self._source["down"]
-        # Of [y, y'] side by side, so that one product has all that is needed.
-        own = self._moment(self._intermediate(x) * w for x, w in self._own())
-        some = self._moment(self._intermediate(x) for x in self._layer.inputs(self._layer.sample()))
-        mixed = self._mixed(*(m / _mean_diagonal(m[width:, width:]) for m in (own, some)))
-        hessian = _damped(mixed[width:, width:])
-        cross = mixed[:width, width:] + torch.diag(hessian.diagonal() - mixed[width:, width:].diagonal())
-        self._round(["down"], torch.linalg.solve(hessian, (source @ cross).T).T.unsqueeze(0), hessian)
+        width, source = self.source["down"].shape[1], self.source["down"]
+        own, hessian, cross = self.down_hessian()
+        target = torch.linalg.solve(hessian, (source @ cross).T).T
+        self._round(["down"], target.unsqueeze(0), hessian, encodings["down"])
         lost = torch.cat([-source, self._rounded["down"]], dim=1)
         self._note("down", _energy(lost, own), _energy(source, own[:width, :width]))
 
-    def _is_calibrated(self, name: str) -> bool:
-        if self._encodings[name].name not in ENCODINGS:
-            return False
+    def _has_enough(self, name: str) -> bool:
         self.errors[name] = Error(tokens=len(self._tokens))
-        return self._count >= FEWEST * self._source[name].shape[1]
+        return self._count >= FEWEST * self.source[name].shape[1]
 
-    def _round(self, names: list[str], target: Tensor, hessian: Tensor) -> None:
-        """Store ``target`` [names, out, in] for matrices of one encoding."""
-        encoding = self._encodings[names[0]]
+    def _round(self, names: list[str], target: Tensor, hessian: Tensor, encoding: Encoding) -> None:
+        """Store ``target`` [names, out, in]."""
         stacked = gptq(target, hessian, encoding, self._layer.refined)
         for i, name in enumerate(names):
             self.parts[name] = {part: array[i] for part, array in stacked.items()}
@@ -212,7 +219,7 @@ class _Expert:
     def _note(self, name: str, lost: float, whole: float) -> None:
         """The errors of a matrix: that of its values, and that of what it gives, of which ``lost`` and ``whole`` are
         the squares."""
-        error, source = self.errors[name], self._source[name].double()
+        error, source = self.errors[name], self.source[name].double()
         error.error = float((self._rounded[name] - source).square().sum())
         error.norm = float(source.square().sum())
         error.weighted = (lost / whole) ** 0.5 if whole else 0.0
@@ -224,12 +231,15 @@ class _Expert:
 
     def _intermediate(self, x: Tensor) -> Tensor:
         """The inputs of down [tokens, 2 * in], of the source's gate and up and then of the rounded ones."""
-        first = (torch.cat([matrices[name] for name in self._first]) for matrices in (self._source, self._rounded))
-        return torch.cat([self._layer.activation(linear(x, matrix, self._bias)) for matrix in first], dim=1)
+        both = []
+        for matrices in (self.source, self._rounded):
+            products = [linear(x, matrices[name], self.biases.get(name)) for name in self.first]
+            both.append(self._layer.activation(torch.cat(products, dim=1)))
+        return torch.cat(both, dim=1)
 
-    def _moment(self, inputs: Iterator[Tensor]) -> Tensor:
-        """The sum of x x^T."""
-        total = sum((x.T @ x for x in inputs), torch.zeros((), device=self._layer.device))
+    def _moment(self, width: int, inputs: Iterator[Tensor]) -> Tensor:
+        """The sum of x x^T over x [width]."""
+        total = sum((x.T @ x for x in inputs), torch.zeros(width, width, device=self._layer.device))
         if not bool(total.isfinite().all()):
             raise SourceError(f"expert {self._number}: what it does with the calibration's tokens is not finite")
         return total
@@ -240,7 +250,8 @@ class _Expert:
         return own * share + shared * (1 - share)
 
 
-def _damped(hessian: Tensor) -> Tensor:
+def damped(hessian: Tensor) -> Tensor:
+    """``hessian`` with ``DAMPING``."""
     return hessian + torch.eye(len(hessian)).to(hessian) * (DAMPING * _mean_diagonal(hessian))
 
 
@@ -256,7 +267,7 @@ def _energy(matrix: Tensor, moment: Tensor) -> float:
     return max(0.0, float(((wide @ moment.double()) * wide).sum()))
 
 
-def _spaced(count: int, most: int) -> NDArray[np.intp]:
+def spaced(count: int, most: int) -> NDArray[np.intp]:
     """Up to ``most`` of ``count`` numbers, evenly spaced."""
     return np.arange(min(count, most)) * count // min(count, most)
 

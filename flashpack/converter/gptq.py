@@ -2,8 +2,9 @@
 
 The error of a matrix is ``trace((V - W) H (V - W)^T)``: V decodes to what is stored, ``H = sum of x x^T`` over the
 inputs x. Columns are rounded one after the other, and what a column loses is made up for by those that follow (Frantar
-et al., 2023). Scales and biases of a group are chosen just before its columns are rounded. ``refined``: then groups
-are visited again; each gets the scale, the bias and the codes that are best while all others stay.
+et al., 2023; here without an inverse of H, as Chee et al., 2023, have it). Scales and biases of a group are chosen just
+before its columns are rounded. ``refined``: then groups are visited again; each gets the scale, the bias and the codes
+that are best while all others stay.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from flashpack.converter.grids import Grid, Quadratic, grid_for
 from flashpack.formats.records import Encoding
 
 SWEEPS = 2
-"""Visits of all groups by ``refined``: more give nothing that could be measured."""
+"""Visits of all groups by ``refined``: a third gives nothing that could be measured."""
 
 
 @torch.inference_mode()
@@ -30,7 +31,7 @@ def gptq(weights: Tensor, hessian: Tensor, encoding: Encoding, refined: bool) ->
     """
     columns = weights.mT.contiguous()
     grid = grid_for(encoding, columns)
-    codes = _round(columns.clone(), _inverse_factor(hessian), grid)
+    codes = _round(columns, feedback(hessian), grid)
     if refined:
         error = decode(codes, grid) - columns
         slope = hessian @ error
@@ -45,34 +46,33 @@ def decode(codes: Tensor, grid: Grid) -> Tensor:
     return grouped.add_(grid.biases.unsqueeze(-2)).reshape(codes.shape)
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper triangular U with ``U^T U = H^-1``."""
-    # Of the matrix turned by half a turn, the lower factor is the upper factor V of H = V V^T, turned; U = V^-1.
+def feedback(hessian: Tensor) -> Tensor:
+    """How much of what column i lost is added to column j before that is rounded: [..., i, j], of use for i < j.
+
+    It is U of ``H = U D U^T``, whose diagonal is 1.
+    """
+    # Turned by half a turn, the lower factor of the matrix that was turned so is upper, and H = V V^T.
     lower: Tensor = torch.linalg.cholesky(hessian.flip(-1, -2))
-    unit = torch.eye(hessian.shape[-1], device=hessian.device).expand_as(lower)
-    inverse: Tensor = torch.linalg.solve_triangular(lower, unit, upper=False)
-    return inverse.flip(-1, -2)
+    upper = lower.flip(-1, -2)
+    return upper / upper.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
 
 
-def _round(columns: Tensor, factor: Tensor, grid: Grid) -> Tensor:
-    """Codes [..., in, out]; ``columns`` is used up."""
-    width = columns.shape[-2]
-    codes = torch.empty_like(columns)
-    for number, first in enumerate(range(0, width, grid.group)):
+def _round(source: Tensor, feedback: Tensor, grid: Grid) -> Tensor:
+    """Codes [..., in, out] for columns [..., in, out]."""
+    columns, codes = source.clone(), torch.empty_like(source)
+    for number, first in enumerate(range(0, source.shape[-2], grid.group)):
         end = first + grid.group
         grid.fit(number, columns[..., first:, :])
         scale, bias = grid.scales[..., number, :], grid.biases[..., number, :]
         step = torch.where(scale == 0, 1.0, scale)
-        lost = torch.empty_like(columns[..., first:end, :])
+        lost = torch.empty_like(source[..., first:end, :])
         for i in range(first, end):
-            own = factor[..., i, i:end].unsqueeze(-1)
-            column = columns[..., i, :]
-            code = column.sub(bias).div_(step).round_().clamp_(0, grid.levels)
+            code = columns[..., i, :].sub(bias).div_(step).round_().clamp_(0, grid.levels)
             codes[..., i, :] = code
-            loss = (column - code.mul_(scale).add_(bias)).unsqueeze(-2) / own[..., :1, :]
-            columns[..., i + 1 : end, :] -= own[..., 1:, :] * loss
-            lost[..., i - first : i - first + 1, :] = loss
-        columns[..., end:, :] -= factor[..., first:end, end:].mT @ lost
+            loss = lost[..., i - first : i - first + 1, :]
+            loss[..., 0, :] = source[..., i, :] - code.mul_(scale).add_(bias)
+            columns[..., i + 1 : end, :] += feedback[..., i, i + 1 : end].unsqueeze(-1) * loss
+        columns[..., end:, :] += feedback[..., first:end, end:].mT @ lost
     return codes
 
 

@@ -1,9 +1,9 @@
 """Calibration files: what a model's experts were given on some text, layer by layer.
 
 A safetensors file. Layer 3 has ``layer-0003.inputs`` BF16 [tokens, hidden], ``layer-0003.experts`` I32 [tokens, top_k],
-``layer-0003.weights`` F32 [tokens, top_k] as the router applied them, and ``layer-0003.residual`` F32 [1], the mean
-square of the values that the experts' output is added to (0: not known). The metadata names the architecture, the pack
-that ran and the texts, and has the BLAKE3 digest of each layer's bytes; so the header's own digest stands for the file.
+``layer-0003.weights`` F32 [tokens, top_k] as the router applied them, and ``layer-0003.residual`` F32 [tokens, 1], the
+mean square of a token's values behind the layer (0: not known). The metadata names the architecture, the pack that ran
+and the texts, and has the BLAKE3 digest of each layer's bytes; so the header's own digest stands for the file.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ _LAYER = "layer-{:04}"
 @dataclass(frozen=True)
 class LayerTokens:
     """One layer's tokens: inputs uint16 [tokens, hidden] (the bits of bfloat16), experts int32 and weights float32
-    [tokens, top_k], ``residual`` as in the file. The arrays are mapped."""
+    [tokens, top_k], ``residual`` float32 [tokens, 1] as in the file. The arrays are mapped."""
 
     inputs: NDArray[np.uint16]
     experts: NDArray[np.int32]
     weights: NDArray[np.float32]
-    residual: float
+    residual: NDArray[np.float32]
 
 
 def _specs(layers: Mapping[int, tuple[int, int]], tokens: int) -> list[TensorSpec]:
     """``layers``: number -> (hidden, top_k)."""
     specs = []
     for number, (hidden, top_k) in sorted(layers.items()):
-        shapes = {"inputs": (tokens, hidden), "experts": (tokens, top_k), "weights": (tokens, top_k), "residual": (1,)}
+        widths = {"inputs": hidden, "experts": top_k, "weights": top_k, "residual": 1}
         for part, dtype in PARTS.items():
             alignment = C.PAGE if part == "inputs" else C.SECTION_ALIGNMENT
-            specs.append(TensorSpec(f"{_LAYER.format(number)}.{part}", dtype, shapes[part], alignment))
+            specs.append(TensorSpec(f"{_LAYER.format(number)}.{part}", dtype, (tokens, widths[part]), alignment))
     return specs
 
 
@@ -109,9 +109,10 @@ class CalibrationWriter:
         inputs: NDArray[np.uint16],
         experts: NDArray[np.int32],
         weights: NDArray[np.float32],
+        residual: NDArray[np.float32],
     ) -> None:
         """The layer's tokens from number ``first`` on."""
-        for part, array in (("inputs", inputs), ("experts", experts), ("weights", weights)):
+        for part, array in zip(PARTS, (inputs, experts, weights, residual), strict=True):
             place = self._places[f"{_LAYER.format(layer)}.{part}"]
             rows, width = place.shape
             data = np.ascontiguousarray(array, dtype=NUMPY[place.dtype])
@@ -119,12 +120,6 @@ class CalibrationWriter:
                 raise ValueError(f"{place.name}: {data.shape} at {first} in {place.shape}")
             with output_errors(self.path):
                 pwrite(self._fd, data.data.cast("B"), place.offset + first * width * data.itemsize)
-
-    def residual(self, layer: int, value: float) -> None:
-        """The mean square of what the layer's output is added to."""
-        with output_errors(self.path):
-            data = np.array([value], dtype=np.float32).tobytes()
-            pwrite(self._fd, data, self._places[f"{_LAYER.format(layer)}.residual"].offset)
 
     def finish(self) -> str:
         """Write the header with the digests, make all durable and give it its name; returns the file's digest."""
@@ -204,7 +199,7 @@ class Calibration:
         for part, dtype in PARTS.items():
             t = self._tensors[f"{_LAYER.format(number)}.{part}"]
             arrays[part] = np.ndarray(t.shape, NUMPY[dtype], mapped, t.offset)
-        return LayerTokens(arrays["inputs"], arrays["experts"], arrays["weights"], float(arrays["residual"][0]))
+        return LayerTokens(arrays["inputs"], arrays["experts"], arrays["weights"], arrays["residual"])
 
     def width(self, number: int) -> int:
         """Values of a layer's input."""

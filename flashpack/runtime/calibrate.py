@@ -8,7 +8,6 @@ experts thus reads about S for every ``score.AT_ONCE`` windows of ``WINDOW`` tok
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,7 +97,7 @@ def calibrate(
         "texts": json.dumps([hexdigest(path.read_bytes()) for path in texts]),
     }
     begin(windows.numel())
-    model, at_once = load_for(pack, windows, memory, {}, single=False)
+    model, at_once = load_for(pack, windows, {"memory": memory}, single=False)
     watch = _Watch(model)
     with one_thread(), library_errors("the model cannot be computed"), watch.watching():
         _run(model, windows[:1, :2])  # one token alone may take another way
@@ -106,19 +105,16 @@ def calibrate(
         architecture = type(model).__name__
         with CalibrationWriter(out, architecture, shapes, windows.numel(), about) as writer:
             first = 0
-            squares = dict.fromkeys(shapes, 0.0)
             for ids in windows.split(at_once):
                 watch.clear()
                 _run(model, ids)
                 for layer, (x, experts, weights) in watch.seen.items():
                     if not np.isfinite(x).all():
                         raise FormatError(f"{pack}: layer {layer}: the model computes values that are not numbers")
-                    writer.write(layer, first, from_float32(x, "BF16"), experts, weights)
-                    squares[layer] += watch.squares.get(layer, math.nan)
+                    squares = watch.squares.get(layer, np.zeros((len(x), 1), dtype=np.float32))
+                    writer.write(layer, first, from_float32(x, "BF16"), experts, weights, squares)
                 first += ids.numel()
                 advance(ids.numel())
-            for layer, total in squares.items():
-                writer.residual(layer, 0.0 if math.isnan(total) else total / windows.numel())
             return writer.finish()
 
 
@@ -131,7 +127,7 @@ class _Watch:
     """Takes note of what experts are given and of the residual stream, pass by pass.
 
     ``seen``: layer -> inputs float32 [tokens, hidden], experts int32 and weights float32 [tokens, top_k];
-    ``squares``: layer -> sum over tokens of the mean square behind the layer, where there is such a thing.
+    ``squares``: layer -> each token's mean square behind the layer, float32 [tokens, 1], where there is such a thing.
     """
 
     def __init__(self, model: Any) -> None:
@@ -142,7 +138,7 @@ class _Watch:
             if isinstance(getattr(module, "flashpack", None), RoutedExperts)
         }
         self.seen: dict[int, tuple[Any, Any, Any]] = {}
-        self.squares: dict[int, float] = {}
+        self.squares: dict[int, Any] = {}
 
     def clear(self) -> None:
         """Forget the last pass."""
@@ -182,6 +178,6 @@ class _Watch:
         def measure(module: nn.Module, args: Any, output: Any) -> None:
             stream = output[0] if isinstance(output, tuple) else output
             wide = stream.detach().float().cpu().numpy().reshape(-1, stream.shape[-1])
-            self.squares[layer] = float(np.square(wide, dtype=np.float64).mean(axis=1).sum())
+            self.squares[layer] = np.square(wide, dtype=np.float64).mean(axis=1, keepdims=True).astype(np.float32)
 
         return measure

@@ -39,8 +39,8 @@ def calib(tmp_path_factory: pytest.TempPathFactory) -> Path:
             experts = np.stack([generator.permutation(site.num_experts - 1)[:2] for _ in range(256)])
             inputs = generator.standard_normal((256, layers[site.layer][0])).astype(np.float32)
             weights = generator.uniform(0.2, 0.8, (256, 2)).astype(np.float32)
-            writer.write(site.layer, 0, from_float32(inputs, "BF16"), experts.astype(np.int32), weights)
-            writer.residual(site.layer, 1.0)
+            arrays = from_float32(inputs, "BF16"), experts.astype(np.int32), weights
+            writer.write(site.layer, 0, *arrays, np.ones((256, 1), dtype=np.float32))
         writer.finish()
     return path
 

@@ -44,7 +44,9 @@ def tokens() -> LayerTokens:
     for expert, count in COUNTS.items():
         experts[generator.permutation(1500)[:count], expert] = expert
     weights = generator.uniform(0.2, 0.8, experts.shape).astype(np.float32)
-    return LayerTokens(from_float32(inputs(1500).numpy(), "BF16"), experts, weights, 0.5)
+    return LayerTokens(
+        from_float32(inputs(1500).numpy(), "BF16"), experts, weights, np.ones((1500, 1), dtype=np.float32)
+    )
 
 
 def outputs(values: dict[str, NDArray[np.float32]], x: Tensor, biases: dict[str, NDArray[np.float32]]) -> Tensor:
@@ -101,7 +103,7 @@ def test_down_makes_up_for_what_the_others_lost() -> None:
     directions = torch.randn(8, HIDDEN, generator=torch.Generator().manual_seed(0))
     x = torch.randn(1500, 8, generator=torch.Generator().manual_seed(1)) @ directions
     one = np.zeros((1500, 1))
-    tokens = LayerTokens(from_float32(x.numpy(), "BF16"), one.astype(np.int32), one.astype(np.float32) + 1, 0.5)
+    tokens = LayerTokens(from_float32(x.numpy(), "BF16"), one.astype(np.int32), *[one.astype(np.float32) + 1] * 2)
     kind = kind_of(gate=affine_dq(2), up=affine_dq(2), down=Encoding("affine", "BF16", 8, 32))
     parts, _ = LayerCalibration(tokens, SILU, refined=True).encode(EXPERT, kind, matrices(), {})
     found, source = decoded(kind, parts), matrices()
