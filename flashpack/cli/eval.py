@@ -32,6 +32,7 @@ def eval(
     memory: str | None = typer.Option(None, help="For the whole process: 6GB, 6GiB or smallest. Default: free memory."),
     experts_per_token: int | None = typer.Option(None, min=1, help="Of PACK, as for run; one token per step then."),
     prefer_cached: float | None = typer.Option(None, help="Of PACK, as for run; one token per step then."),
+    plain: bool = typer.Option(False, help="Compute with torch and transformers alone: slow; only the weights differ."),
     scratch: Path | None = typer.Option(None, help="Folder for temporary files. Default: the system's."),
     max_kld: float | None = typer.Option(None, min=0.0, help="End with exit code 1 if the mean divergence is larger."),
     json: bool = typer.Option(False, "--json", help="Print the result as one JSON object."),
@@ -55,7 +56,7 @@ def eval(
     with _Progress() as progress:
         with _as_pack(against, scratch, progress) as reference:
             found = divergence(
-                pack, reference, pieces, scratch, memory, experts_per_token, prefer_cached,
+                pack, reference, pieces, scratch, memory, experts_per_token, prefer_cached, plain,
                 lambda name, total: progress.begin(total, name, "tokens"), progress.advance,
             )  # fmt: skip
         if cases:
@@ -63,8 +64,9 @@ def eval(
 
             progress.begin(len(cases), "tool calls", "calls")
             model = load(
-                pack, memory=memory, warm=False, experts_per_token=experts_per_token, prefer_cached=prefer_cached
-            )
+                pack, memory=memory, reference=plain, warm=False, experts_per_token=experts_per_token,
+                prefer_cached=prefer_cached,
+            )  # fmt: skip
             prompt = SYSTEM if system is None else system
             counts = tool_calls(model, load_tokenizer(pack), cases, prompt, ignored, progress.advance)
     if json:

@@ -23,20 +23,20 @@ _LOGITS = 2**21
 """Logits computed at once, about: of a few tokens where the vocabulary is large."""
 
 
-def load_for(
-    pack: Path, windows: Tensor, memory: int | str | None, options: dict[str, Any], single: bool
-) -> tuple[PreTrainedModel, int]:
+def load_for(pack: Path, windows: Tensor, options: dict[str, Any], single: bool) -> tuple[PreTrainedModel, int]:
     """The model of ``pack`` for windows (int64 [windows, length]), and how many of them it takes at once; results
-    are the same for any number. ``memory`` and ``options`` are those of ``load``. ``single``: one token per step.
+    are the same for any number. ``options`` are those of ``load``. ``single``: one token per step.
     """
     length = windows.shape[1]
     # The experts see a chunk of a prompt at a time, and in products of many tokens each value is rounded in another way
     # than in those of few: windows go together only where no chunk has tokens of two, so that nothing depends on it.
-    together = not single and memory != "smallest" and length % PROMPT_CHUNK == 0
+    # torch's own products promise nothing of the kind.
+    alike = length % PROMPT_CHUNK == 0 and not options.get("reference")
+    together = alike and not single and options.get("memory") != "smallest"
     most = min(AT_ONCE, len(windows)) if together else 1
     for at_once in sorted({1, most}, reverse=True):
         try:
-            model = load(pack, memory=memory, context=length, warm=False, sequences=at_once, **options)
+            model = load(pack, context=length, warm=False, sequences=at_once, **options)
         except MemoryBudgetError:
             if at_once == 1:
                 raise

@@ -93,15 +93,17 @@ def divergence(
     memory: int | str | None = None,
     experts_per_token: int | None = None,
     prefer_cached: float | None = None,
+    plain: bool = False,
     begin: Begin | None = None,
     advance: Callable[[int], object] | None = None,
 ) -> Divergence:
     """How far ``pack`` is from the pack ``reference`` on ``windows``, which ``read_windows`` gives.
 
     Neither memory nor threads change the result. ``experts_per_token`` and ``prefer_cached`` are those of ``load``, of
-    ``pack`` alone; with one of them both models take one token per step, as in decoding. ``scratch``: folder of the
-    temporary file (4 bytes for each token and entry of the vocabulary). ``begin`` is called with each model's name and
-    the number of its tokens, ``advance`` with tokens as they are done.
+    ``pack`` alone; with one of them both models take one token per step, as in decoding. ``plain``: both are computed
+    by torch and transformers alone, so that only the weights differ, not the kernels' rounding. ``scratch``: folder of
+    the temporary file (4 bytes for each token and entry of the vocabulary). ``begin`` is called with each model's name
+    and the number of its tokens, ``advance`` with tokens as they are done.
 
     Raises ``UsageError`` if the two have not the same vocabulary, ``OutputError`` if the disk is too small.
     """
@@ -109,7 +111,8 @@ def divergence(
 
     begin, advance = begin or (lambda text, total: None), advance or (lambda count: None)
     rows, entries = windows.numel(), _same_vocabulary(pack, reference)
-    options: dict[str, Any] = {"experts_per_token": experts_per_token, "prefer_cached": prefer_cached}
+    common: dict[str, Any] = {"memory": memory, "reference": plain}
+    options = common | {"experts_per_token": experts_per_token, "prefer_cached": prefer_cached}
     single = experts_per_token is not None or prefer_cached is not None
     kld, own, theirs = (torch.empty(rows, dtype=torch.float64) for _ in range(3))
     same = torch.empty(rows, dtype=torch.bool)
@@ -118,7 +121,7 @@ def divergence(
     with _temporary(folder, 4 * rows * entries) as file:
         for judged in (False, True):
             begin("judged model" if judged else "reference", rows)
-            model = load_for(pack if judged else reference, windows, memory, options if judged else {}, single)
+            model = load_for(*((pack, windows, options) if judged else (reference, windows, common)), single)
             done = 0
             with one_thread():
                 for found in log_probabilities(*model, windows, single):

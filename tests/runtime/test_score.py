@@ -68,8 +68,9 @@ def test_a_quantized_trained_model_against_transformers(pack_of: PackOf) -> None
     ids = AutoTokenizer.from_pretrained(TRAINED)(DOCS.read_text())["input_ids"]
     assert windows.flatten().tolist() == ids[: 3 * 512]
     p = of_library(AutoModelForCausalLM.from_pretrained(TRAINED, dtype=torch.float32), windows)
-    q = of_library(flashpack.load(pack), windows)
-    expect(divergence(pack, reference, windows), p, q, windows, 1e-4)
+    for plain in (False, True):
+        q = of_library(flashpack.load(pack, reference=plain), windows)
+        expect(divergence(pack, reference, windows, plain=plain), p, q, windows, 1e-4)
 
 
 def test_a_tiny_checkpoint_against_transformers(pack_of: PackOf) -> None:
@@ -128,15 +129,16 @@ def test_neither_memory_nor_threads_nor_windows_per_pass_change_a_bit(
 def test_windows_go_together_only_where_there_is_room_and_nothing_changes(pack_of: PackOf) -> None:
     pack = pack_of("trained", "q4", "q8")
     windows = torch.zeros(6, 512, dtype=torch.long)
-    model, at_once = load_for(pack, windows, None, {}, single=False)
+    model, at_once = load_for(pack, windows, {}, single=False)
     assert at_once == 4
     four = flashpack.load(pack, memory="smallest", context=512, sequences=4).flashpack.budget
     assert four.work + four.kv > 3 * (model.flashpack.budget.work + model.flashpack.budget.kv) / 4
-    assert load_for(pack, windows, four.total - 50 * 2**20, {}, single=False)[1] == 1
-    assert load_for(pack, windows[:, :500], None, {}, single=False)[1] == 1
-    assert load_for(pack, windows, None, {}, single=True)[1] == 1
+    assert load_for(pack, windows, {"memory": four.total - 50 * 2**20}, single=False)[1] == 1
+    assert load_for(pack, windows[:, :500], {}, single=False)[1] == 1
+    assert load_for(pack, windows, {}, single=True)[1] == 1
+    assert load_for(pack, windows, {"reference": True}, single=False)[1] == 1
     with pytest.raises(MemoryBudgetError):
-        load_for(pack, windows, 50 * 2**20, {}, single=False)
+        load_for(pack, windows, {"memory": 50 * 2**20}, single=False)
 
 
 def test_fewer_experts_are_judged_one_token_per_step(pack_of: PackOf) -> None:
