@@ -19,7 +19,7 @@ from flashpack.converter import notes, units
 from flashpack.converter.against import against
 from flashpack.converter.quality import QUALITY_FILES
 from flashpack.converter.quality_page import page
-from flashpack.converter.quality_plots import nice
+from flashpack.converter.quality_plots import heatmap, nice
 from flashpack.converter.repair import repair
 from flashpack.converter.units import Outcome
 from flashpack.errors import OutputError, SourceError
@@ -341,6 +341,12 @@ def test_a_report_of_a_very_large_model_stays_small(mixed: Path) -> None:
     }
     report["layers"] = [layer | {"index": i, "projections": wide} for i in range(60)]
     assert len(page(report)) < 2.5e6
+
+
+def test_equal_experts_beside_each_other_are_drawn_as_one() -> None:
+    plot = heatmap("title", [(0, [1] * 300 + [0] * 212), (1, [1] * 512)], "expert", "layer")
+    drawn = re.findall(r'class="heat h(\d)" d="([^"]*)"', plot)
+    assert [(shade, path.count("M")) for shade, path in drawn] == [("0", 1), ("1", 2)]
 
 
 @pytest.mark.parametrize(
