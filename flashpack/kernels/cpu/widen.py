@@ -112,7 +112,7 @@ def group_numbers(weight: StoredMatrix, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Scales and biases, float32 [rows, groups], of these rows of an ``affine_dq`` matrix."""
     assert weight.blocks is not None
     codes = weight.scales[rows]
-    groups = weight.first + rows.unsqueeze(1) * codes.shape[1] + torch.arange(codes.shape[1])
+    groups = weight.first + rows.unsqueeze(1) * codes.shape[1] + torch.arange(codes.shape[1], device=rows.device)
     d, c, m = weight.blocks[groups // GROUPS].float().unbind(-1)
     return d * (codes & 15), c + m * (codes >> 4)
 

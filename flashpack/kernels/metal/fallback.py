@@ -13,9 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flashpack.formats.constants import DQ_BLOCK, DQ_GROUP
 from flashpack.formats.floats import E2M1, E4M3, E8M0
-from flashpack.kernels.cpu.widen import cut
+from flashpack.kernels.cpu.widen import cut, group_numbers
 from flashpack.kernels.interface import Activation, RecordView, StoredMatrix
 
 BLOCK_VALUES = 2**22
@@ -87,12 +86,8 @@ def decode(weight: Tensor | StoredMatrix) -> Tensor:
 
 def _affine(weight: StoredMatrix, ids: Tensor) -> StoredMatrix:
     """Rows ``ids`` [n] of an ``affine_dq`` matrix, with float32 scales and biases."""
-    assert weight.blocks is not None
-    codes = weight.scales[ids]
-    groups = torch.arange(codes.shape[1], device=ids.device) + ids.unsqueeze(1) * codes.shape[1] + weight.first
-    d, c, m = weight.blocks[groups // (DQ_BLOCK // DQ_GROUP)].float().unbind(-1)
     encoding = replace(weight.encoding, name="affine", dtype="F32")
-    return StoredMatrix(encoding, weight.weight[ids], d * (codes & 15), c + m * (codes >> 4))
+    return StoredMatrix(encoding, weight.weight[ids], *group_numbers(weight, ids))
 
 
 def unpack_bits(words: Tensor, bits: int) -> Tensor:
