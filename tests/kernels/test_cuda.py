@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from flashpack.errors import DeviceError
 from flashpack.formats.constants import AFFINE_BITS, DQ_BITS, GROUP_SIZES
 from flashpack.formats.dtypes import NUMPY, from_float32
 from flashpack.formats.records import Encoding
@@ -115,6 +117,19 @@ def test_a_device_gives_the_bytes_of_the_processor(dtype: str, encoding: Encodin
     expected, *totals = quantize(stored, dtype, encoding, method)
     assert all(found[name].tobytes() == expected[name].tobytes() for name in expected)
     assert sums == totals
+
+
+def test_a_device_that_errs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def err(stored: np.ndarray, dtype: str, encoding: Encoding, method: str) -> object:
+        parts, error, norm = quantize(stored, dtype, encoding, method)
+        parts["weight"][-1, -1] ^= np.uint32(1 << 31)
+        return parts, error, norm
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(cuda, "_quantize", err)
+    cuda._check.cache_clear()
+    with pytest.raises(DeviceError, match=r"a card: .* other bytes than the processor"):
+        cuda.quantize(np.zeros((1, 64), np.float32), "F32", Encoding("affine", "BF16", 4, 64), "starts")
 
 
 def test_without_a_device_it_says_so_in_one_line() -> None:

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flashpack.formats.dtypes import NUMPY
+from flashpack.errors import DeviceError
+from flashpack.formats.dtypes import NUMPY, from_float32
 from flashpack.formats.records import Encoding
 from flashpack.kernels.cpu import native
+from flashpack.kernels.cpu import quantize as cpu
 
 THREADS = 128
 """Of a thread block."""
@@ -57,9 +59,33 @@ def status() -> str:
 def quantize(
     stored: NDArray[np.generic], dtype: str, encoding: Encoding, method: str
 ) -> tuple[dict[str, NDArray[np.generic]], float, float]:
-    """``kernels.cpu.quantize.quantize``, to the bit. Only to be called if nothing is ``missing``."""
+    """``kernels.cpu.quantize.quantize``, to the bit. Only to be called if nothing is ``missing``.
+
+    Raises ``DeviceError`` if the device's compiler made something else of it.
+    """
     with _compiling:
-        kernel = _kernel(encoding.name, encoding.group_size)
+        _check(dtype, encoding, method)
+    return _quantize(stored, dtype, encoding, method)
+
+
+@functools.cache
+def _check(dtype: str, encoding: Encoding, method: str) -> None:
+    """Compiles, and compares what is new with the processor: compilers for devices have been seen to err here."""
+    values = np.random.default_rng(0).standard_normal((64, 512)).astype(np.float32)
+    stored = from_float32(values, dtype)
+    found, *sums = _quantize(stored, dtype, encoding, method)
+    expected, *totals = cpu.quantize(stored, dtype, encoding, method)
+    if sums != totals or any(found[part].tobytes() != expected[part].tobytes() for part in expected):
+        raise DeviceError(
+            f"{torch.cuda.get_device_name()}: the quantizer of {encoding} compiled for it gives other bytes than the "
+            f"processor's; set CUDA_VISIBLE_DEVICES= to convert without it"
+        )
+
+
+def _quantize(
+    stored: NDArray[np.generic], dtype: str, encoding: Encoding, method: str
+) -> tuple[dict[str, NDArray[np.generic]], float, float]:
+    kernel = _kernel(encoding.name, encoding.group_size)
     device = torch.device("cuda")
     source = torch.from_numpy(np.ascontiguousarray(stored).view(np.uint8)).to(device)
     layout = encoding.parts(stored.shape)

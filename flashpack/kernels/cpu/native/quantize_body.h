@@ -145,7 +145,9 @@ INLINE float NAME(encode)(
 {
     const VECTOR zero = {0}, top = zero + levels;
     VECTOR error[STEP] = {{0}};
-    int32_t wide[MAX_GROUP];
+#if LANES > 1
+    int32_t wide[MAX_GROUP]; /* narrowed in a loop of its own, which becomes a few instructions; NVRTC gets it wrong */
+#endif
     size_t i, k;
     for (i = 0; i < size; i += 8) {
         for (k = 0; k < STEP; k++) {
@@ -158,12 +160,18 @@ INLINE float NAME(encode)(
             code -= ROUNDER;
             difference = code * scale + bias - x;
             error[k] += difference * difference;
-            memcpy(wide + i + k * LANES, &integer, sizeof integer);
             memcpy(wrong + i + k * LANES, &difference, sizeof difference);
+#if LANES > 1
+            memcpy(wide + i + k * LANES, &integer, sizeof integer);
+#else
+            codes[i + k] = (uint8_t)integer;
+#endif
         }
     }
+#if LANES > 1
     for (i = 0; i < size; i++)
         codes[i] = (uint8_t)wide[i];
+#endif
     return NAME(total)(error);
 }
 
