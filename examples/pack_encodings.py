@@ -6,8 +6,8 @@ import numpy as np
 
 SIZES = {"U8": 1, "U32": 4, "I32": 4, "I64": 8, "BF16": 2, "F16": 2, "F32": 4}
 FLOATS = ("BF16", "F16", "F32")
-PARTS = ("weight", "scales", "biases", "global")
-FEATURES = ("mxfp4", "nvfp4", "fp8_e4m3")  # encodings that a pack must list
+PARTS = ("weight", "scales", "biases", "blocks", "global")
+FEATURES = ("mxfp4", "nvfp4", "fp8_e4m3", "affine_dq")  # encodings that a pack must list
 
 
 class PackError(Exception):
@@ -37,6 +37,13 @@ def stored_parts(encoding: Any, shape: list[int]) -> dict[str, tuple[str, list[i
         need(bits in (2, 3, 4, 5, 6, 8) and group in (32, 64, 128) and dtype in FLOATS and width % group == 0, odd)
         scales = (dtype, [out, width // group])
         return {"weight": ("U32", [out, width * bits // 32]), "scales": scales, "biases": scales}
+    if name == "affine_dq":
+        numbers = [encoding.get(key) for key in ("bits", "group_size", "scale_dtype")]
+        need(
+            numbers[0] in (2, 3, 4) and numbers[1:] == [32, "BF16"] and width % 32 == 0 and out * width % 256 == 0, odd
+        )
+        return {"weight": ("U32", [out, width * numbers[0] // 32]), "scales": ("U8", [out, width // 32]),
+                "blocks": ("BF16", [out * width // 256, 3])}  # fmt: skip
     if name == "fp8_e4m3":
         block, dtype = encoding.get("block"), encoding.get("scale_dtype")
         need(isinstance(block, list) and len(block) == 2 and dtype in (*FLOATS, "E8M0"), odd)
@@ -80,6 +87,11 @@ def decode(encoding: Any, parts: dict[str, np.ndarray]) -> np.ndarray:
         if name == "affine":
             scales, biases = (np.repeat(parts[part], encoding["group_size"], axis=1) for part in PARTS[1:3])
             return integers(weight, encoding["bits"]).astype("<f4") * scales + biases  # two steps
+        if name == "affine_dq":
+            d, c, m = np.repeat(parts["blocks"], 8, axis=0).T  # of each group
+            scale, bias = d * (scales.ravel() & 15), c + m * (scales.ravel() >> 4)
+            own = (np.repeat(numbers.reshape(scales.shape), 32, axis=1) for numbers in (scale, bias))
+            return integers(weight, encoding["bits"]).astype("<f4") * next(own) + next(own)
         if name == "mxfp4":
             return e2m1(integers(weight, 4)) * np.repeat(e8m0(scales), 32, axis=1)
         if name == "nvfp4":

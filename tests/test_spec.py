@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 import re
 import tarfile
@@ -24,7 +25,7 @@ from flashpack.formats.entries import ROLES, Layer, Matrix
 from flashpack.formats.floats import E2M1, E4M3, E8M0
 from flashpack.formats.layout import ShardLayout
 from flashpack.formats.manifest import canonical
-from flashpack.formats.records import MXFP4, PARTS, fp8, nvfp4
+from flashpack.formats.records import MXFP4, PARTS, affine_dq, fp8, nvfp4
 from tests.conftest import ROOT, PackOf, source_of
 
 TEXT = (ROOT / "SPEC.md").read_text()
@@ -96,8 +97,10 @@ def test_parameters_of_the_affine_encoding() -> None:
 
 
 def test_small_float_encodings() -> None:
-    names, _, _, _, types, mx, nv, scales, parameters, fp = tables(6)[:10]
-    encodings = {"mxfp4": MXFP4, "nvfp4": nvfp4("divide"), "fp8_e4m3": fp8("F16", (2, 3))}
+    names, _, _, _, types, mx, nv, scales, parameters, fp, _, dq_parameters, dq = tables(6)[:13]
+    encodings = {
+        "mxfp4": MXFP4, "nvfp4": nvfp4("divide"), "fp8_e4m3": fp8("F16", (2, 3)), "affine_dq": affine_dq(3)
+    }  # fmt: skip
     assert [row[0] for row in names[1:]] == ["raw", "affine", *encodings]
     assert {row[0]: row[2] for row in names[1:]} == {"raw": "", "affine": ""} | {name: name for name in encodings}
     assert encodings.keys() <= C.FEATURES.keys()
@@ -110,13 +113,17 @@ def test_small_float_encodings() -> None:
         "block": f"two integers from 0 to {C.MAX_BLOCK}",
         "scale_dtype": ", ".join(C.FP8_SCALE_DTYPES),
     }
-    rows, width = 7, 96
-    for encoding, table in zip(encodings.values(), (mx, nv, fp), strict=True):
+    assert dict(dq_parameters[1:]) == {
+        "bits": ", ".join(map(str, C.DQ_BITS)), "group_size": str(C.DQ_GROUP), "scale_dtype": C.DQ_DTYPE
+    }  # fmt: skip
+    rows, width = 8, 96
+    for encoding, table in zip(encodings.values(), (mx, nv, fp, dq), strict=True):
         stated = {}
         for part, dtype, shape in table[1:]:
             text = shape.split("]")[0].strip("[").replace("O", str(rows)).replace("I", str(width))
             text = text.replace("r", str(encoding.block[0])).replace("c", str(encoding.block[1]))
-            quotients = [[int(n) for n in size.split(" / ")] for size in text.split(", ")]
+            text = text.replace("b", str(encoding.bits))
+            quotients = [[math.prod(map(int, n.split(" * "))) for n in size.split(" / ")] for size in text.split(", ")]
             stated[part] = (dtype.replace("D, or U8 if D is E8M0", encoding.dtype),
                             tuple(-(-q[0] // (q[1] if len(q) > 1 else 1)) for q in quotients))  # fmt: skip
         assert encoding.parts((rows, width)) == stated

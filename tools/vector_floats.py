@@ -15,7 +15,7 @@ from flashpack.formats import Encoding, Projection, RecordKind
 from flashpack.formats import constants as C
 from flashpack.formats.checksums import hexdigest
 from flashpack.formats.entries import Matrix
-from flashpack.formats.records import MXFP4, fp8, nvfp4
+from flashpack.formats.records import MXFP4, affine_dq, fp8, nvfp4
 
 F32 = Encoding("raw", "F32")
 NVFP4 = {name: nvfp4(name) for name in C.GLOBAL_SCALES}
@@ -52,6 +52,16 @@ def fp8_blocks(folder: Path) -> None:
     pack = Builder(folder, kinds)
     pack.layer(0, *((i, 1) for i in range(len(FP8)))).layer(1, *((i + len(FP8), 1) for i in range(len(FP8))))
     pack.dense(1, SMALL, *dense_of(FP8, (11, 19))).commit()
+
+
+def dq_blocks(folder: Path) -> None:
+    """Twice rounded integers of each width: blocks of whole rows, blocks that begin within rows; alone, beside others."""
+    two, three, four = map(affine_dq, (2, 3, 4))
+    kinds = [gated(two, two, three, 64, 256), gated(two, three, four, 32, 96), ungated(four)]
+    pack = Builder(folder, kinds)
+    pack.layer(0, (0, 1), (1, 1)).layer(1, (2, 1), codec="zstd")
+    matrices = [Matrix(f"{name}.weight", (8, 96), e) for name, e in zip("abc", (two, three, four), strict=True)]
+    pack.dense(1, SMALL, *matrices).commit()
 
 
 def float_codes(folder: Path) -> None:
@@ -123,6 +133,7 @@ FLOAT_VALID: dict[str, Callable[[Path], None]] = {
     "mxfp4": mxfp4,
     "nvfp4": nvfp4_scales,
     "fp8": fp8_blocks,
+    "affine-dq": dq_blocks,
     "float-codes": float_codes,
     "float-rounding": float_rounding,
     "expert-biases": expert_biases,
@@ -220,7 +231,8 @@ def fields() -> Iterator[Fault]:
 V = "version"
 FLOAT_FAULTS: list[Fault] = [
     *fields(),
-    *(Fault("unused-feature", without_feature(name), valid="small-floats", variant=f"unlisted-{name}".replace("_", "-"))
+    *(Fault("unused-feature", without_feature(name), valid="affine-dq" if name == "affine_dq" else "small-floats",
+            variant=f"unlisted-{name}".replace("_", "-"))
       for name in C.FEATURES if name != "zstd"),
     *(Fault("unused-feature", with_feature(name), valid="small", variant=name.replace("_", "-"))
       for name in C.FEATURES if name != "zstd"),
@@ -252,6 +264,10 @@ FLOAT_FAULTS: list[Fault] = [
             {"name": "mxfp4"}, "mxfp4", {"weight": ("U32", [1, 6]), "scales": ("U8", [1, 1])}, 48)),
         ("width-not-multiple", "nvfp4", odd_width({"name": "nvfp4", "global_scale": "none"}, "nvfp4",
                                                   {"weight": ("U32", [1, 3]), "scales": ("U8", [1, 1])}, 24)),
+        ("width-not-multiple", "affine-dq", odd_width(affine_dq(2).to_json(), "affine_dq",
+                                                      {"weight": ("U32", [1, 3]), "scales": ("U8", [1, 1])}, 48)),
+        ("values-not-in-blocks", "", odd_width(affine_dq(2).to_json(), "affine_dq",
+                                               {"weight": ("U32", [1, 6]), "scales": ("U8", [1, 3])}, 96)),
         # Section 7
         ("unknown-dtype", "f64", change(lambda m: m["tensors"][-1].update(dtype="F64"))),
         ("unknown-dtype", "i16", change(lambda m: m["tensors"][-1].update(dtype="I16", shape=[8]))),
@@ -260,6 +276,12 @@ FLOAT_FAULTS: list[Fault] = [
         ("matrix-part-shape", "fp8-rows", matrix(2, encoding=fp8("F32", (1, 0)).to_json())),
         ("matrix-part-shape", "fp8-columns", matrix(2, encoding=fp8("F32", (2, 31)).to_json())),
         ("matrix-part-shape", "fp8-scales", matrix(2, encoding=fp8("BF16", (2, 0)).to_json())),
+    ]),
+    *(Fault(rule, put, valid="affine-dq", variant=variant) for rule, variant, put in [
+        ("dq-out-of-range", "", matrix(0, encoding=affine_dq(2).to_json() | {"bits": 5})),
+        ("dq-out-of-range", "group", matrix(0, encoding=affine_dq(2).to_json() | {"group_size": 64})),
+        ("dq-out-of-range", "scale", matrix(0, encoding=affine_dq(2).to_json() | {"scale_dtype": "F16"})),
+        ("matrix-part-missing", "blocks", unnamed_part("blocks")),
     ]),
     *(Fault("section-overlap", sections(edit), valid="small-biases", variant=variant) for variant, edit in [
         ("biases-swapped", swap_biases),

@@ -52,9 +52,6 @@ SCALE_DTYPES = ("BF16", "F16", "F32")
 RAW_DTYPES = ("BF16", "F16", "F32")
 BIAS_DTYPES = ("BF16", "F16", "F32")
 
-DQ_GROUP, DQ_BLOCK = 32, 256
-"""Values of ``affine_dq`` that share a scale and a bias, and those that share what these are made of."""
-
 DQ_BITS = (2, 3, 4)
 DQ_GROUP = 32
 DQ_BLOCK = 256

@@ -109,8 +109,8 @@ def test_rows_of_a_matrix_are_decoded_as_in_the_whole(encoding: Encoding) -> Non
     assert set(encoding.parts((rows, width))) == set(encoding.part_names)
     for start in range(rows):
         for stop in range(start + 1, rows + 1):
-            cut = {part: array[encoding.part_rows(part, start, stop)] for part, array in parts.items()}
-            first = start % encoding.block[0] if encoding.block[0] else 0
+            cut = {part: array[encoding.part_rows(part, start, stop, width)] for part, array in parts.items()}
+            first = encoding.first_in_block(start, width)
             assert same(decode(encoding, cut, (stop - start, width), first), whole[start:stop])
             if not first:
                 assert {p: a.shape for p, a in cut.items()} == {

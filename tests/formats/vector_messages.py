@@ -56,6 +56,8 @@ MESSAGES = {
     "not-a-number": "JSON holds (NaN|-Infinity)",
     "not-canonical": "not in canonical form|Unexpected UTF-8 BOM",
     "not-utf8": "not valid JSON: 'utf-8' codec",
+    "dq-out-of-range": "has a parameter out of range",
+    "values-not-in-blocks": "are not in blocks of 256",
     "nvfp4-out-of-range": "has a parameter out of range",
     "odd-projections": "a record holds gate, up, down or up, down; not",
     "other-format": "not a flashpack manifest",

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from flashpack.formats import Encoding, Projection, RecordKind
 from flashpack.formats.dtypes import from_float32
-from flashpack.formats.records import MXFP4, fp8
+from flashpack.formats.records import MXFP4, affine_dq, fp8
 from flashpack.formats.writer import RecordBuffer
 from flashpack.kernels import Activation, StoredMatrix
 from flashpack.kernels.activations import recognize
@@ -34,6 +34,7 @@ AFFINE = [
     for group in (32, 64, 128)
     for dtype in ("BF16", "F16", "F32")
 ]
+DQ = [affine_dq(bits) for bits in (2, 3, 4)]
 
 
 def product(
@@ -44,6 +45,12 @@ def product(
     out = torch.full((len(x), weight.shape[0]), float("nan"))
     compute.Workers(threads, level).linear(x.data_ptr(), len(x), matrix, out.data_ptr())
     return out
+
+
+def whole_rows(rows: int, width: int, encoding: Encoding) -> int:
+    """So many rows or a few more, that such a matrix can have."""
+    step = encoding.whole_rows(width)
+    return -(-rows // step) * step
 
 
 def takes_bytes(encoding: Encoding, level: int) -> bool:
@@ -63,11 +70,12 @@ def states(tokens: int, width: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("encoding", [*AFFINE, MXFP4], ids=str)
+@pytest.mark.parametrize("encoding", [*AFFINE, *DQ, MXFP4], ids=str)
 def test_products_with_codes_are_close_and_do_not_depend_on_company(encoding: Encoding, level: int) -> None:
     """Widths of whole and half units of 64, of less and more than a segment; rows and tokens beside multiples."""
     for rows, units in ((37, 1), (6, 3), (3, 37), (2, 129)):
         width = encoding.group_size * units
+        rows = whole_rows(rows, width, encoding)
         parts, decoded = random_matrix(rows, width, encoding, seed=rows)
         weight = stored_matrix(parts, encoding, (rows, width))
         x = states(70, width)
@@ -118,7 +126,7 @@ def test_what_is_not_finite_is_not_hidden(value: float, level: int, place: int) 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forbids a page as Linux does")
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("encoding", [e for e in [*AFFINE, MXFP4] if e.dtype in ("BF16", "E8M0")], ids=str)
+@pytest.mark.parametrize("encoding", [e for e in [*AFFINE, *DQ, MXFP4] if e.dtype in ("BF16", "E8M0")], ids=str)
 def test_nothing_is_read_behind_a_matrix(encoding: Encoding, level: int) -> None:
     """Codes end where memory ends: reading on would end the process."""
     page = mmap.PAGESIZE
@@ -126,7 +134,8 @@ def test_nothing_is_read_behind_a_matrix(encoding: Encoding, level: int) -> None
     start = np.frombuffer(place, np.uint8).ctypes.data
     libc = ctypes.CDLL(None)
     assert libc.mprotect(ctypes.c_void_p(start + 4 * page), page, 0) == 0
-    rows, width = 3, 3 * encoding.group_size
+    width = 3 * encoding.group_size
+    rows = whole_rows(3, width, encoding)
     parts, decoded = random_matrix(rows, width, encoding, seed=1)
     weight = stored_matrix(parts, encoding, (rows, width))
     matrix = matrix_of(weight)
@@ -201,7 +210,7 @@ def in_bytes(x: np.ndarray, count: int) -> np.ndarray:
     return (np.rint(parts / scale) * scale).reshape(x.shape)
 
 
-@pytest.mark.parametrize("encoding", [e for e in [*AFFINE, MXFP4] if e.bits == 4], ids=str)
+@pytest.mark.parametrize("encoding", [e for e in [*AFFINE, *DQ, MXFP4] if e.bits == 4], ids=str)
 def test_experts_of_four_bits_with_many_tokens(encoding: Encoding) -> None:
     """Whole and half units, more tokens than a tile and a block have, activations rounded to bytes or not."""
     native = NativeKernels(2)

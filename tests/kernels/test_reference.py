@@ -14,7 +14,7 @@ from flashpack.formats import constants as C
 from flashpack.formats.constants import AFFINE_BITS
 from flashpack.formats.dtypes import ITEMSIZE, NUMPY, from_float32, to_float32
 from flashpack.formats.encodings import decode
-from flashpack.formats.records import MXFP4, fp8, nvfp4
+from flashpack.formats.records import MXFP4, affine_dq, fp8, nvfp4
 from flashpack.formats.writer import RecordBuffer
 from flashpack.kernels import StoredMatrix, get_kernels
 from flashpack.kernels.cpu.native import compute
@@ -25,6 +25,8 @@ FLOATS = [
     MXFP4, *map(nvfp4, C.GLOBAL_SCALES), fp8("F32", (0, 0)), fp8("BF16", (1, 0)), fp8("F16", (0, 1)),
     fp8("E8M0", (1, 32)), fp8("F32", (128, 128)), fp8("BF16", (5, 7)), fp8("E8M0", (48, 0)),
 ]  # fmt: skip
+DQ_SHAPES = [(8, 32), (8, 96), (80, 1056), (300, 2048)]
+"""Blocks of several rows, blocks that begin within rows, and what is cut into parts."""
 FLOAT_SHAPES = [(1, 32), (7, 96), (67, 320), (300, 2048), (33, 77), (1, 1)]
 
 
@@ -101,7 +103,9 @@ def test_linear_and_embedding_over_quantized_matrices(bits: int, rows: int, widt
 
 
 @pytest.mark.parametrize(
-    ("encoding", "rows", "width"), [(e, *s) for e in FLOATS for s in FLOAT_SHAPES if s[1] % (e.group_size or 1) == 0]
+    ("encoding", "rows", "width"),
+    [(e, *s) for e in FLOATS for s in FLOAT_SHAPES if s[1] % (e.group_size or 1) == 0]
+    + [(affine_dq(bits), *s) for bits in (2, 3, 4) for s in DQ_SHAPES],
 )
 def test_linear_and_embedding_over_small_floats(encoding: Encoding, rows: int, width: int) -> None:
     """Of many rows a block is cut in the middle of a block of scales."""
