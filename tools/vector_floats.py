@@ -55,7 +55,7 @@ def fp8_blocks(folder: Path) -> None:
 
 
 def dq_blocks(folder: Path) -> None:
-    """Twice rounded integers of each width: blocks of whole rows, blocks that begin within rows; alone, beside others."""
+    """Twice rounded integers of each width: blocks of whole rows, blocks that begin within rows; beside each other."""
     two, three, four = map(affine_dq, (2, 3, 4))
     kinds = [gated(two, two, three, 64, 256), gated(two, three, four, 32, 96), ungated(four)]
     pack = Builder(folder, kinds)

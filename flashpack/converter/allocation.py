@@ -102,7 +102,7 @@ def _decide(plan: Plan, costs: list[NDArray[np.float64]]) -> Allocation:
     bpw = float(plan.options.bpw)
     if not least <= bpw <= most:
         raise UsageError(f"--bpw {plan.options.bpw}: the widths of this model's experts give {least:.4g} to {most:.4g}")
-    chosen = choose(*flat, bpw * weights).reshape(-1, len(GROUPS)).tolist()
+    chosen = choose(flat[0], flat[1], bpw * weights).reshape(-1, len(GROUPS)).tolist()
     layers = {}
     for layer in plan.layers:
         layers[layer.layer.index] = [_widths(*(CANDIDATES[i] for i in row)) for row in chosen[: layer.layer.experts]]

@@ -105,14 +105,16 @@ def calibrate(
         architecture = type(model).__name__
         with CalibrationWriter(out, architecture, shapes, windows.numel(), about) as writer:
             first = 0
-            for ids in windows.split(at_once):
+            for begun in range(0, len(windows), at_once):
+                ids = windows[begun : begun + at_once]
                 watch.clear()
                 _run(model, ids)
                 for layer, (x, experts, weights) in watch.seen.items():
                     if not np.isfinite(x).all():
                         raise FormatError(f"{pack}: layer {layer}: the model computes values that are not numbers")
                     squares = watch.squares.get(layer, np.zeros((len(x), 1), dtype=np.float32))
-                    writer.write(layer, first, from_float32(x, "BF16"), experts, weights, squares)
+                    bits = from_float32(x, "BF16").view(np.uint16)
+                    writer.write(layer, first, bits, experts, weights, squares)
                 first += ids.numel()
                 advance(ids.numel())
             return writer.finish()

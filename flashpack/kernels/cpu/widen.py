@@ -72,11 +72,11 @@ def cut(weight: Tensor | StoredMatrix, step: int) -> list[Tensor | StoredMatrix]
         ]
     scales = torch.split(w.scales, step)
     if w.blocks is not None:
-        cuts = []
+        cuts: list[Tensor | StoredMatrix] = []
         for i, (part, codes) in enumerate(zip(words, scales, strict=True)):
             start = w.first + i * step * w.scales.shape[1]
-            rows = w.blocks[start // GROUPS : -(-(start + codes.numel()) // GROUPS)]
-            cuts.append(StoredMatrix(e, part, codes, first=start % GROUPS, blocks=rows))
+            blocks = w.blocks[start // GROUPS : -(-(start + codes.numel()) // GROUPS)]
+            cuts.append(StoredMatrix(e, part, codes, first=start % GROUPS, blocks=blocks))
         return cuts
     biases = torch.split(w.biases, step) if w.biases is not None else [None] * len(words)
     return [StoredMatrix(e, *parts, w.global_scale) for parts in zip(words, scales, biases, strict=True)]
