@@ -62,6 +62,12 @@ def test_a_budget_that_fits_is_used_up() -> None:
     assert choose(costs, bits, 21).tolist() == [1] * 5 + [0] * 3
 
 
+def test_a_step_that_does_not_fit_is_the_last() -> None:
+    """Else the second row would have more bits for 5 than for 6."""
+    costs, bits = np.array([[100.0, 0], [1.0, 0]]), np.array([[1.0, 5], [1.0, 2]])
+    assert [choose(costs, bits, budget).tolist() for budget in (5, 6, 7)] == [[0, 0], [1, 0], [1, 1]]
+
+
 @pytest.fixture(scope="module")
 def tokens() -> LayerTokens:
     """Expert 0 has all of 500 tokens, expert 1 every tenth, expert 2 none; each second one is ten times as large."""
