@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashpack.converter.ahead import in_order
-from flashpack.converter.allocate import choose, sensitivities
 from flashpack.converter.encode import expert_values, record_spans
 from flashpack.converter.options import CANDIDATES
 from flashpack.errors import UsageError
@@ -102,6 +101,8 @@ def _decide(plan: Plan, costs: list[NDArray[np.float64]]) -> Allocation:
     bpw = float(plan.options.bpw)
     if not least <= bpw <= most:
         raise UsageError(f"--bpw {plan.options.bpw}: the widths of this model's experts give {least:.4g} to {most:.4g}")
+    from flashpack.converter.allocate import choose  # imports torch
+
     chosen = choose(flat[0], flat[1], bpw * weights).reshape(-1, len(GROUPS)).tolist()
     layers = {}
     for layer in plan.layers:
@@ -127,6 +128,8 @@ def _bits(plan: Plan, layer: LayerPlan) -> NDArray[np.float64]:
 
 def _measure(plan: Plan, layer: LayerPlan, advance: Callable[[int], object]) -> NDArray[np.float64]:
     """[experts, groups, candidates] what rounding each expert costs."""
+    from flashpack.converter.allocate import sensitivities  # imports torch
+
     encodings = [plan.projections(layer.sources, _widths(width, width)) for width in CANDIDATES]
     costs = np.zeros((layer.layer.experts, len(GROUPS), len(CANDIDATES)))
     folder = plan.checkpoint.folder

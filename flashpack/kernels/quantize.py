@@ -7,7 +7,6 @@ from numpy.typing import NDArray
 
 from flashpack.formats.records import Encoding
 from flashpack.kernels.cpu import quantize as cpu
-from flashpack.kernels.cuda import quantize as cuda
 
 DEVICE_VALUES = 2**20
 """Values from which on a search is worth a device's start and the way there and back. Plain rounding never is: the
@@ -18,6 +17,9 @@ def quantize(
     stored: NDArray[np.generic], dtype: str, encoding: Encoding, method: str
 ) -> tuple[cpu.Parts, float, float]:
     """As ``kernels.cpu.quantize.quantize``, on a CUDA device if there is one and it is worth it."""
-    if method == "starts" and stored.size >= DEVICE_VALUES and cuda.missing() is None:
-        return cuda.quantize(stored, dtype, encoding, method)
+    if method == "starts" and stored.size >= DEVICE_VALUES:
+        from flashpack.kernels.cuda import quantize as cuda  # imports torch
+
+        if cuda.missing() is None:
+            return cuda.quantize(stored, dtype, encoding, method)
     return cpu.quantize(stored, dtype, encoding, method)
