@@ -47,15 +47,17 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def pack_of(tmp_path_factory: pytest.TempPathFactory) -> PackOf:
-    """``pack_of(name, experts=, dense=, group_size=)``: a pack of a checkpoint, made once. Do not change it."""
+    """``pack_of(name, experts=, dense=, group_size=, quality=)``: a pack, made once. Do not change it."""
     import flashpack
 
     folder = tmp_path_factory.mktemp("packs")
 
-    def make(name: str, experts: str = "auto", dense: str = "auto", group_size: int = 64) -> Path:
-        out = folder / f"{name}-{experts}-{dense}-{group_size}"
+    def make(
+        name: str, experts: str = "auto", dense: str = "auto", group_size: int = 64, quality: str = "default"
+    ) -> Path:
+        out = folder / f"{name}-{experts}-{dense}-{group_size}-{quality}"
         if not out.exists():
-            flashpack.convert(source_of(name), out, experts, dense, group_size)
+            flashpack.convert(source_of(name), out, experts, dense, group_size, quality=quality)
         return out
 
     return make

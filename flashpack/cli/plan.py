@@ -167,6 +167,15 @@ def _print(here: _Here) -> None:
     _print_table(told)
     most = "at most " if plan.options.codec != "raw" else ""
     say(f"pack:            {most}{gb(chosen.pack_bytes)}, {chosen.bits:.2f} bits per weight")
+    if weights := plan.rounded_weights():
+        from flashpack.converter.options import COSTS
+
+        seconds = COSTS[plan.recipe["quantizer"]]
+        hours = weights * seconds / 1e9 / 3600
+        say(
+            f"rounding:        {plan.options.quality}, about {seconds} core-seconds per 10^9 weights of the experts, "
+            f"{hours:.2g} core-hours in all"
+        )
     what = "to download" if told.remote else "read"
     rest = f"; {gb(told.dropped_bytes)} of the source are not read" if told.dropped_bytes else ""
     headers = f"{gb(told.header_bytes)} of headers, {gb(told.copy_bytes)} of small files"

@@ -21,6 +21,9 @@ CANDIDATES = ("dq2", "dq3", "dq4")
 QUANTIZERS = {"fast": "minmax", "default": "starts", "high": "gptq", "max": "gptq-refined"}
 """Quality -> how values are rounded, as the recipe names it."""
 
+COSTS = {"minmax": 1, "starts": 20, "gptq": 290, "gptq-refined": 1030}
+"""Seconds of one core for 10^9 weights, about: the largest of docs/quality.md."""
+
 CALIBRATED = ("gptq", "gptq-refined")
 """Quantizers that need the model's own activations."""
 

@@ -140,6 +140,16 @@ class Plan:
             sizes[name] = self.checkpoint.folder.size(name)
         return sizes
 
+    def rounded_weights(self) -> int:
+        """Values of experts that are not carried over."""
+        return sum(
+            count * math.prod(projection.shape)
+            for p in self.layers
+            for kind, count in Counter(p.kinds).items()
+            for projection in kind.projections
+            if p.sources[projection.name].matrix(0).encoding != projection.encoding
+        )
+
     def source_bytes(self) -> dict[str, int]:
         """Bytes of the source behind each shard and dense file."""
         sizes = {

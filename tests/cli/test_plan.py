@@ -42,6 +42,8 @@ def test_plan_and_dry_run_are_the_same_and_write_nothing(tmp_path: Path) -> None
     assert "dropped: mtp.* (" in first.stdout
     assert first.stdout.count(" *\n") + first.stdout.count(" * ") == 1
     assert "4.50 bits" in first.stdout
+    assert "rounding:        default, about 20 core-seconds per 10^9 weights of the experts" in first.stdout
+    assert "rounding:" not in flashpack("plan", source, "--experts", "source", cwd=tmp_path).stdout
 
 
 def told(*arguments: object, **options: Any) -> dict[str, Any]:

@@ -1,0 +1,91 @@
+"""Recording what experts are given."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flashpack.errors import UsageError
+from flashpack.formats.calibration import Calibration
+from flashpack.formats.dtypes import to_float32
+from flashpack.runtime.calibrate import WINDOW, calibrate, read_text
+from tests.conftest import ROOT, TRAINED, PackOf
+
+TEXT = ROOT / "flashpack" / "cli" / "calibration.txt"
+TOKENS = 4 * WINDOW
+
+
+@pytest.fixture(scope="module")
+def exact(pack_of: PackOf) -> Path:
+    return pack_of("trained", "source", "source")
+
+
+@pytest.fixture(scope="module")
+def recorded(exact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("calib") / "a.calib"
+    calibrate(exact, [TEXT], path, TOKENS)
+    return path
+
+
+def test_neither_memory_nor_threads_change_a_byte(exact: Path, recorded: Path, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        done: list[int] = []
+        calibrate(exact, [TEXT], tmp_path / "b.calib", TOKENS, "smallest", advance=done.append)
+    finally:
+        torch.set_num_threads(threads)
+    assert sum(done) == TOKENS
+    assert (tmp_path / "b.calib").read_bytes() == recorded.read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["b.calib"]
+
+
+def test_inputs_are_those_of_transformers_own_model(exact: Path, recorded: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(TRAINED, dtype=torch.float32).eval()
+    seen: dict[int, Any] = {}
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.experts.register_forward_pre_hook(
+            lambda module, args, number=number: seen.__setitem__(number, [a.detach().numpy() for a in args])
+        )
+    windows = read_text(exact, [TEXT], TOKENS)
+    with torch.inference_mode():
+        model.model(input_ids=windows, use_cache=False)
+    opened = Calibration(recorded)
+    assert opened.layers == list(range(6))
+    assert opened.tokens == TOKENS
+    for number in opened.layers:
+        found = opened.layer(number)
+        x, experts, weights = seen[number]
+        bound = 2**-8 * np.abs(x) + 1e-3  # a step of bfloat16, and the kernels' rounding
+        assert (np.abs(to_float32(found.inputs, "BF16") - x) <= bound).all()
+        same = found.experts == experts
+        assert same.mean() > 0.999
+        assert np.allclose(found.weights[same], weights[same], atol=1e-3)
+
+
+def test_texts_and_chats_by_lines(exact: Path, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    rows = [{"messages": [{"role": "user", "content": "list the files " * 60}]}, {"text": "plain text " * 600}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    windows = read_text(exact, [path, TEXT], 4 * WINDOW)
+    assert windows.shape[1] == WINDOW
+    assert 3 <= len(windows) <= 4
+    path.write_text('{"message": 1}\n')
+    with pytest.raises(UsageError, match=r"line 1 is not"):
+        read_text(exact, [path], WINDOW)
+
+
+def test_a_text_that_is_too_short_or_missing_is_refused(exact: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("a few words")
+    with pytest.raises(UsageError, match=r"short\.txt: .* tokens, and 512 are needed"):
+        calibrate(exact, [tmp_path / "short.txt"], tmp_path / "out.calib")
+    with pytest.raises(UsageError, match=r"none\.txt: cannot be read"):
+        calibrate(exact, [tmp_path / "none.txt"], tmp_path / "out.calib")
+    assert not list(tmp_path.glob("*.calib*"))
