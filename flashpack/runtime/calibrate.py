@@ -68,7 +68,8 @@ def _content(path: Path, tokenizer: Any) -> str:
             row = json.loads(line)
             if "messages" in row:
                 chosen = tokenizer.get_chat_template()
-                pieces.append(template.render(chosen, row["messages"], **tokenizer.special_tokens_map))
+                variables = tokenizer.special_tokens_map | {"add_generation_prompt": False}
+                pieces.append(template.render(chosen, row["messages"], **variables))
             else:
                 pieces.append(str(row["text"]))
         except (ValueError, KeyError, TypeError) as e:

@@ -41,7 +41,8 @@ def start() -> None:
 
 
 def render(template: str, messages: list[dict[str, Any]], **variables: Any) -> str:
-    """The text of ``messages`` in ``template``, as ``apply_chat_template`` renders it.
+    """The text of ``messages`` in ``template``, as ``apply_chat_template`` renders it; the beginning of an answer
+    follows unless ``variables`` have ``add_generation_prompt=False``.
 
     Raises ``FormatError`` if the template fails or takes too long, too much memory, or makes too long a text.
     """
@@ -113,7 +114,7 @@ def _serve() -> None:
         template = request["template"]
         most = max(TEXT, TEXT_FACTOR * len(json.dumps(request)))
         rendered: Any = render_jinja_template(
-            [request["messages"]], chat_template=template, add_generation_prompt=True, **request["variables"]
+            [request["messages"]], chat_template=template, **{"add_generation_prompt": True} | request["variables"]
         )
         text = rendered[0][0]
         if len(text) > most:

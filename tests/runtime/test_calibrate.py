@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from flashpack.errors import UsageError
+from flashpack.errors import FormatError, UsageError
 from flashpack.formats.calibration import Calibration
 from flashpack.formats.dtypes import to_float32
 from flashpack.runtime.calibrate import WINDOW, calibrate, read_text
@@ -68,6 +68,7 @@ def test_inputs_are_those_of_transformers_own_model(exact: Path, recorded: Path)
         same = found.experts == experts
         assert same.mean() > 0.999
         assert np.allclose(found.weights[same], weights[same], atol=1e-3)
+        assert (found.residual > 0).all()
 
 
 def test_texts_and_chats_by_lines(exact: Path, tmp_path: Path) -> None:
@@ -89,3 +90,38 @@ def test_a_text_that_is_too_short_or_missing_is_refused(exact: Path, tmp_path: P
     with pytest.raises(UsageError, match=r"none\.txt: cannot be read"):
         calibrate(exact, [tmp_path / "none.txt"], tmp_path / "out.calib")
     assert not list(tmp_path.glob("*.calib*"))
+
+
+def test_lines_are_one_text(exact: Path, tmp_path: Path) -> None:
+    text = TEXT.read_text(encoding="utf-8")[:6000]
+    messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "What is 2 plus 2?"}]
+    lines, plain = tmp_path / "a.jsonl", tmp_path / "a.txt"
+    lines.write_text("\n".join(map(json.dumps, [{"text": text}, {"messages": messages}] * 2)))
+    chat = "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nWhat is 2 plus 2?<|im_end|>\n"
+    plain.write_text((text + chat) * 2)
+    windows = read_text(exact, [lines], 99_999)
+    assert len(windows) > 5
+    assert torch.equal(windows, read_text(exact, [plain], 99_999))
+
+
+def test_each_text_gives_the_same_share_evenly_spaced(exact: Path) -> None:
+    texts = [ROOT / "tests" / "data" / "chat.txt", TEXT]
+    whole = [read_text(exact, [path], 10**9) for path in texts]
+    expected = [rows[i * len(rows) // 4] for rows in whole for i in range(4)]
+    assert torch.equal(read_text(exact, texts, 8 * WINDOW), torch.stack(expected))
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"5", b"{", b'{"messages": 5}', b"\xff\xfe"])
+def test_other_lines_are_refused_in_one_line(exact: Path, tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"--text .*a\.jsonl: (line 1 is not|cannot be read)") as refused:
+        read_text(exact, [path], WINDOW)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_pack_without_tokenizer_is_refused(pack_of: PackOf, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="the pack has no tokenizer") as refused:
+        calibrate(pack_of("olmoe", "source", "source"), [TEXT], tmp_path / "out")
+    assert "\n" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
