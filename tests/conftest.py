@@ -14,6 +14,7 @@ os.environ["FLASHPACK_WARM"] = "0"
 import hashlib
 import shutil
 import signal
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +38,14 @@ PackOf = Callable[..., Path]
 def source_of(name: str) -> Path:
     """The checkpoint folder of a name: "trained", or one of the tiny ones."""
     return TRAINED if name == "trained" else CHECKPOINTS / name
+
+
+def extract(archive: Path, folder: Path) -> None:
+    """All that a vector holds, links that lead out of the folder among it; without the argument of ``extractall`` that
+    Python 3.11 has from 3.11.4 on only."""
+    with tarfile.open(archive) as tar:
+        tar.extraction_filter = lambda member, path: member
+        tar.extractall(folder)
 
 
 def contents(folder: Path) -> dict[str, str]:

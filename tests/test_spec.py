@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from flashpack.formats.floats import E2M1, E4M3, E8M0
 from flashpack.formats.layout import ShardLayout
 from flashpack.formats.manifest import canonical
 from flashpack.formats.records import MXFP4, PARTS, affine_dq, fp8, nvfp4
-from tests.conftest import ROOT, PackOf, source_of
+from tests.conftest import ROOT, PackOf, extract, source_of
 
 TEXT = (ROOT / "SPEC.md").read_text()
 SECTIONS = {int(m[1]): m[2] for m in re.finditer(r"^## (\d+)\. .*?\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)}
@@ -340,8 +339,7 @@ def test_a_record_is_compressed_only_where_a_page_is_saved() -> None:
 
 
 def test_min_reader_is_the_newest_that_a_feature_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with tarfile.open(ROOT / "tests/vectors/valid/small-compressed.tar.gz") as tar:
-        tar.extractall(tmp_path, filter="fully_trusted")
+    extract(ROOT / "tests/vectors/valid/small-compressed.tar.gz", tmp_path)
     manifest = Manifest.from_bytes((tmp_path / C.MANIFEST).read_bytes())
     monkeypatch.setattr(C, "FIRST_READER", "0.9.0")
     monkeypatch.setattr(C, "FEATURES", {"zstd": "0.10.0"})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from flashpack.cli.console import answer_json, gb, note, progress_bar, quiet_libraries, say
-from flashpack.cli.plan import BPW_HELP, DENSE_HELP, EXPERTS_HELP, QUALITY_HELP, choice, show
+from flashpack.cli.plan import BPW_HELP, CALIB_MEMORY_HELP, DENSE_HELP, EXPERTS_HELP, QUALITY_HELP, choice, show
 
 if TYPE_CHECKING:
     from flashpack.converter import Plan, Report
@@ -28,6 +28,7 @@ def convert(
     quality: str = typer.Option("default", help=QUALITY_HELP),
     calib: str = typer.Option("", help="Calibration file, as flashpack calibrate writes it; for high and max."),
     bpw: str = typer.Option("", help=BPW_HELP),
+    calib_memory: str = typer.Option("4GB", help=CALIB_MEMORY_HELP),
     dry_run: bool = typer.Option(False, help="Print the plan and write nothing, as flashpack plan does."),
     overwrite: bool = typer.Option(False, help="Replace a finished or unfinished pack."),
     workers: int | None = typer.Option(None, min=1, help="Files written at once. Default: one per processor."),
@@ -41,8 +42,17 @@ def convert(
     auto carries a quantized source over as it is; otherwise experts get 4 bits and the dense part 8.
     """
     quiet_libraries(src)
+    from flashpack.runtime.memory import parse_size
+
     if dry_run:
-        show(src, out, (experts, dense, group_size, codec, quality, calib, bpw), overwrite, workers, json)
+        show(
+            src,
+            out,
+            (experts, dense, group_size, codec, quality, calib, bpw, parse_size(calib_memory)),
+            overwrite,
+            workers,
+            json,
+        )
         return
     from flashpack.converter import convert as run_convert
     from flashpack.converter.elsewhere import scheduler as cluster
@@ -87,6 +97,7 @@ def convert(
                 calib,
                 bpw,
                 choosing,
+                parse_size(calib_memory),
             )
     finally:
         if bar is not None:

@@ -21,7 +21,9 @@ DENSE_HELP = "auto, source, q8, q6, q5 or q4."
 QUALITY_HELP = "fast, default, high or max: how values are rounded; high and max need --calib."
 BPW_HELP = "Bits per weight of all routed experts, such as 2.8: each expert gets its own width."
 
-_Choices = tuple[str, str, int, str, str, str, str]
+CALIB_MEMORY_HELP = "Memory of the experts that are calibrated at once."
+
+_Choices = tuple[str, str, int, str, str, str, str, int]
 """The fields of ``Options``."""
 
 
@@ -35,6 +37,7 @@ def plan(
     quality: str = typer.Option("default", help=QUALITY_HELP),
     calib: str = typer.Option("", help="Calibration file, as flashpack calibrate writes it; for high and max."),
     bpw: str = typer.Option("", help=BPW_HELP),
+    calib_memory: str = typer.Option("4GB", help=CALIB_MEMORY_HELP),
     overwrite: bool = typer.Option(False, help="As if a pack that is there were replaced."),
     workers: int | None = typer.Option(None, min=1, help="Files written at once. Default: one per processor."),
     json: bool = typer.Option(False, "--json", help="Print everything as JSON, with all dropped tensors."),
@@ -44,7 +47,16 @@ def plan(
     Ends with 0 if the pack can be made and run here, with 6 if the disk is too small, with 7 if the memory is.
     """
     quiet_libraries(src)
-    show(src, out, (experts, dense, group_size, codec, quality, calib, bpw), overwrite, workers, json)
+    from flashpack.runtime.memory import parse_size
+
+    show(
+        src,
+        out,
+        (experts, dense, group_size, codec, quality, calib, bpw, parse_size(calib_memory)),
+        overwrite,
+        workers,
+        json,
+    )
 
 
 @dataclass(frozen=True)

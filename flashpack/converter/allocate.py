@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear
 
-from flashpack.converter.calibrated import Expert, LayerCalibration, one_thread, spaced
+from flashpack.converter.calibrated import Expert, LayerCalibration, spaced
 from flashpack.converter.gptq import gptq
 from flashpack.errors import SourceError
 from flashpack.formats.encodings import decode
 from flashpack.formats.records import PROJECTIONS, Encoding
-from flashpack.kernels.cpu.quantize import quantize
+from flashpack.kernels.cpu.pool import one_thread
+from flashpack.kernels.quantize import quantize
 
 ROWS = 128
 """Rows of a matrix, evenly spaced, that are rounded to see what it costs with ``gptq``."""

@@ -1,7 +1,7 @@
 """Which width each expert gets under ``--bpw``: measured on the source, decided once, kept in the pack.
 
-All experts are rounded to each candidate width without calibration, and what that costs is compared (``allocate``). The
-decision is a small file of the pack, so that a conversion that is continued, here or elsewhere, follows it.
+All experts are rounded to each candidate width, and what that costs is compared (``allocate``). The decision is a small
+file of the pack, so that a conversion that is continued, here or elsewhere, follows it.
 """
 
 from __future__ import annotations
@@ -136,11 +136,12 @@ def _measure(plan: Plan, layer: LayerPlan, advance: Callable[[int], object]) -> 
     with folder.steps(lambda i: record_spans(layer, i), layer.layer.experts, Event()) as steps:
 
         def measure(expert: int, _: None) -> int:
-            with steps.step(expert) as reader:
-                values, biases = expert_values(reader, layer, expert)
-                nbytes = sum(source.matrix(expert).nbytes for source in layer.sources.values())
             candidates = {p.name: [e[i].encoding for e in encodings] for i, p in enumerate(encodings[0])}
-            found = sensitivities(values, biases, candidates, layer.calibrated, expert)
+            nbytes = sum(source.matrix(expert).nbytes for source in layer.sources.values())
+            with layer.calibrated.room if layer.calibrated else contextlib.nullcontext():
+                with steps.step(expert) as reader:
+                    values, biases = expert_values(reader, layer, expert)
+                found = sensitivities(values, biases, candidates, layer.calibrated, expert)
             for row, names in enumerate(GROUPS):
                 costs[expert, row] = sum(found[name] for name in names if name in found)
             return nbytes

@@ -11,7 +11,7 @@ Few tokens say little. H is mixed with that of all tokens, each scaled to the sa
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from flashpack.errors import SourceError
 from flashpack.formats.encodings import decode
 from flashpack.formats.records import PROJECTIONS, Encoding, RecordKind
 from flashpack.kernels import Activation
+from flashpack.kernels.cpu.pool import one_thread
 
 if TYPE_CHECKING:
     from flashpack.formats.calibration import LayerTokens
@@ -59,16 +60,31 @@ Arrays = dict[str, NDArray[Any]]
 """Part -> stored array."""
 
 
-class LayerCalibration:
-    """One layer's tokens, for its experts one by one or side by side.
+def expert_bytes(shapes: Mapping[str, tuple[int, int]]) -> int:
+    """Memory that an expert with matrices of these ``shapes`` [out, in] takes while it is calibrated, at most: float32
+    of Hessians, of copies of the matrices, and of ``CHUNK`` tokens. The factors hold what was measured."""
+    hidden, inner = shapes["up"][1], shapes["down"][1]
+    weights = sum(rows * width for rows, width in shapes.values())
+    return 4 * (4 * hidden**2 + 12 * inner**2 + 5 * weights + 2 * CHUNK * (hidden + 6 * inner))
 
-    ``refined``: see ``gptq``. ``device`` does the work; on a processor results are the same for any number of threads.
+
+class LayerCalibration:
+    """One layer's tokens, for its experts one by one or side by side; ``room`` lets in as many as memory holds.
+
+    ``refined``: see ``gptq``. ``device`` does the work; on a processor results are the same for any number of threads,
+    since torch, whose sums are cut by their number, works on the calling thread alone.
     """
 
     def __init__(
-        self, tokens: LayerTokens, activation: Activation, refined: bool, device: torch.device | str = "cpu"
+        self,
+        tokens: LayerTokens,
+        activation: Activation,
+        refined: bool,
+        device: torch.device | str = "cpu",
+        room: AbstractContextManager[object] | None = None,
     ) -> None:
         self.activation, self.refined, self.device = activation, refined, torch.device(device)
+        self.room = room or nullcontext()
         self._tokens = tokens
         self._hessian: Tensor | None = None
         self._lock = Lock()
@@ -270,15 +286,3 @@ def _energy(matrix: Tensor, moment: Tensor) -> float:
 def spaced(count: int, most: int) -> NDArray[np.intp]:
     """Up to ``most`` of ``count`` numbers, evenly spaced."""
     return np.arange(min(count, most)) * count // min(count, most)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch works on the calling thread alone: sums are cut by the number of threads, and so would results depend on
-    it. The setting is each thread's own."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -22,7 +22,7 @@ from flashpack.converter.allocation import Allocation, allocate, nominal
 from flashpack.converter.elsewhere import Elsewhere, Job
 from flashpack.converter.execute import default_workers, execute, resume
 from flashpack.converter.folder import Source, SourceFolder, base_name, is_remote, pinned
-from flashpack.converter.journal import Journal, check_folder, origin_of
+from flashpack.converter.journal import Journal, check_folder, check_start, origin_of, start_of
 from flashpack.converter.names import Bindings, fit
 from flashpack.converter.options import Options
 from flashpack.converter.plan import Plan, bits_per_weight, make_plan
@@ -93,6 +93,7 @@ def convert(
     calib: str | os.PathLike[str] | None = None,
     bpw: str | float | None = None,
     choosing: Callable[[int], Progress] | None = None,
+    calib_memory: int = Options.calib_memory,
 ) -> Report:
     """Convert a Hugging Face checkpoint to a pack: a folder, ``hf://org/model[@revision]``, or the URL of a folder.
 
@@ -104,6 +105,7 @@ def convert(
     what the model does, as ``calib`` has recorded it (``flashpack calibrate``). ``bpw``: bits per weight of the routed
     experts together; each gets its own width then. To choose them the experts are read once more;
     ``choosing(bytes)`` is called before that, and gives what is called with the bytes as they are done.
+    ``calib_memory``: bytes that experts may take together while they are calibrated.
 
     ``executor`` does the work in other processes or on other machines, which see source and ``out`` under the same
     paths and have the same versions of flashpack and transformers; else ``workers`` threads do it.
@@ -113,19 +115,36 @@ def convert(
     begun = time.monotonic()
     target = Path(out) if out is not None else default_out(src)
     options = Options(
-        experts, dense, group_size, codec, quality, "" if calib is None else str(calib), "" if bpw is None else str(bpw)
+        experts, dense, group_size, codec, quality, str(calib or ""), "" if bpw is None else str(bpw), calib_memory
     )
     source = bound(src if overwrite else pinned(src, origin_of(target)))
-    work = source.plan(options)
-    if options.bpw:
-        known = None if overwrite else Allocation.read(target, work)
-        work = source.plan(options, known or allocate(work, choosing or (lambda total: lambda count: None)))
-    elsewhere = None
-    if executor is not None:
-        where = str(src) if is_remote(src) else str(Path(src).resolve())
-        elsewhere = Elsewhere(executor, Job(where, options, str(target.resolve()), json.dumps(start(work))))
-    with contextlib.closing(work.checkpoint.folder):
+    with contextlib.closing(source.checkpoint.folder):
+        work = source.plan(options)
+        with output_errors(target):
+            check_folder(target, overwrite)
+            check_space(target, work.file_sizes(), overwrite)
+        if options.bpw:
+            work = source.plan(
+                options, _allocation(work, target, overwrite, choosing or (lambda total: lambda count: None))
+            )
+        elsewhere = None
+        if executor is not None:
+            where = str(src) if is_remote(src) else str(Path(src).resolve())
+            elsewhere = Elsewhere(executor, Job(where, options, str(target.resolve()), json.dumps(start(work))))
         return _convert(work, target, overwrite, workers, elsewhere, on_plan, progress or (lambda count: None), begun)
+
+
+def _allocation(work: Plan, target: Path, overwrite: bool, choosing: Callable[[int], Progress]) -> Allocation:
+    """What an unfinished conversion decided, or else a decision now, which takes long: not before it is clear that the
+    conversion can go on."""
+    begun = {} if overwrite else start_of(target)
+    if begun:
+        wanted = json.loads(json.dumps(start(work)))
+        for line in (begun, wanted):  # what is to be decided still
+            line["recipe"] = {k: v for k, v in line.get("recipe", {}).items() if k != "allocation"}
+        check_start(target, begun, wanted)
+    known = None if overwrite else Allocation.read(target, work)
+    return known or allocate(work, choosing)
 
 
 def _convert(
@@ -139,9 +158,6 @@ def _convert(
     begun: float,
 ) -> Report:
     source_bytes = work.source_bytes()
-    with output_errors(target):
-        check_folder(target, overwrite)
-        check_space(target, work.file_sizes(), overwrite)
     journal = Journal(target, start(work), overwrite)
     try:
         if work.allocation is not None:  # before anything that follows it

@@ -64,7 +64,8 @@ def _calibrated(folder: Reader, plan: LayerPlan, expert: int) -> tuple[dict[str,
     exact = all(is_exact(plan.sources[p.name].matrix(expert), p.encoding) for p in projections)
     if plan.calibrated is None or exact:
         return {}, {}
-    return plan.calibrated.encode(expert, plan.kinds[expert], *expert_values(folder, plan, expert))
+    with plan.calibrated.room:
+        return plan.calibrated.encode(expert, plan.kinds[expert], *expert_values(folder, plan, expert))
 
 
 def expert_values(folder: Reader, plan: LayerPlan, expert: int) -> tuple[dict[str, Values], dict[str, Values]]:

@@ -176,7 +176,11 @@ def working_bytes(plan: Plan, workers: int) -> int:
     for tensors in plan.dense_files.values():
         units.append(2 * _THREAD + max(_encoding_bytes(t.source.flat(), t.encoding) for t in tensors))
     copies = sum(plan.checkpoint.folder.size(name) for name in plan.copies)
-    return sum(sorted(units)[-workers:]) + copies
+    calibrating = 0
+    if plan.calibration is not None:
+        together, each = plan.calibrated_at_once()
+        calibrating = each * min(together, AHEAD * workers)
+    return sum(sorted(units)[-workers:]) + calibrating + copies
 
 
 def _encoding_bytes(source: SourceTensor, target: Encoding) -> int:

@@ -95,7 +95,7 @@ class Journal:
         elif finished and (lines[0] != start or _DISCARD in lines):
             raise _finished(self.folder)
         if lines:
-            self._compare(lines[0], start)
+            check_start(self.folder, lines[0], start)
         for number, line in enumerate(lines[1:], 2):
             if line is None:
                 self.notices.append(f"{self.path}: line {number} is damaged; what it recorded is done again")
@@ -125,18 +125,6 @@ class Journal:
             whole = f.read().split(b"\n")[:-1]
         lines = [_parse(text, signed=number > 0) for number, text in enumerate(whole)]
         return lines, sum(len(text) + 1 for text in whole)
-
-    def _compare(self, old: Line | None, start: Line) -> None:
-        if old is None:
-            raise OutputError(f"{self.path}: damaged; use --overwrite to start anew")
-        if old != start:
-            changes = differences(old, start)
-            more = f"; and {len(changes) - _SHOWN_CHANGES} more" if len(changes) > _SHOWN_CHANGES else ""
-            raise OutputError(
-                f"{self.folder}: an unfinished conversion differs from this one: "
-                f"{'; '.join(changes[:_SHOWN_CHANGES])}{more}. "
-                f"Finish it with its own source and options, or use --overwrite to start anew"
-            )
 
     def _discard(self) -> None:
         """Delete everything but the journal, in an order that a kill at any point does not harm."""
@@ -196,15 +184,33 @@ class Journal:
         self.close()
 
 
-def origin_of(folder: Path) -> dict[str, Any]:
-    """The origin of the source of an unfinished conversion in ``folder``; empty if there is none, or no origin."""
+def start_of(folder: Path) -> Line:
+    """What an unfinished conversion in ``folder`` says that it is of; empty if there is none, or it cannot be read."""
     try:
         with open(folder / C.JOURNAL, "rb") as f:
-            line = _parse(f.readline(), signed=False)
+            return _parse(f.readline(), signed=False) or {}
     except OSError:
         return {}
-    origin = (line or {}).get("origin")
+
+
+def origin_of(folder: Path) -> dict[str, Any]:
+    """The origin of the source of an unfinished conversion in ``folder``; empty if there is none, or no origin."""
+    origin = start_of(folder).get("origin")
     return origin if isinstance(origin, dict) else {}
+
+
+def check_start(folder: Path, old: Line | None, start: Line) -> None:
+    """Raise ``OutputError`` if the unfinished conversion in ``folder`` is not the one that ``start`` says."""
+    if old is None:
+        raise OutputError(f"{folder / C.JOURNAL}: damaged; use --overwrite to start anew")
+    if old != start:
+        changes = differences(old, start)
+        more = f"; and {len(changes) - _SHOWN_CHANGES} more" if len(changes) > _SHOWN_CHANGES else ""
+        raise OutputError(
+            f"{folder}: an unfinished conversion differs from this one: "
+            f"{'; '.join(changes[:_SHOWN_CHANGES])}{more}. "
+            f"Finish it with its own source and options, or use --overwrite to start anew"
+        )
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:

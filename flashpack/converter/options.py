@@ -36,7 +36,8 @@ class Options:
 
     ``experts``: one of ``EXPERT_CHOICES`` or of ``WIDTHS`` by projection ("gate_up=q2,down=q4", or only the bits).
     ``quality``: one of ``QUANTIZERS``. ``calib``: a calibration file, as a path. ``bpw``: bits per weight of all
-    routed experts together, as text; then each expert gets its own width.
+    routed experts together, as text; then each expert gets its own width. ``calib_memory``: bytes that experts may
+    take together while they are calibrated; it changes no result.
     """
 
     experts: str = "auto"
@@ -46,6 +47,7 @@ class Options:
     quality: str = "default"
     calib: str = ""
     bpw: str = ""
+    calib_memory: int = 4 * 10**9
 
     def __post_init__(self) -> None:
         if self.codec not in C.CODECS:

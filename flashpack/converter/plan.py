@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from threading import Semaphore
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -119,6 +120,8 @@ class Plan:
     source_format: str
     allocation: Allocation | None = None
     calibration: Calibration | None = None
+    calibrating: Semaphore | None = None
+    """As many experts as may be calibrated at once."""
     kinds: list[RecordKind] = field(default_factory=list)
     layers: list[LayerPlan] = field(default_factory=list)
     dense_files: dict[str, list[DensePlan]] = field(default_factory=dict)
@@ -149,6 +152,14 @@ class Plan:
             for projection in kind.projections
             if p.sources[projection.name].matrix(0).encoding != projection.encoding
         )
+
+    def calibrated_at_once(self) -> tuple[int, int]:
+        """How many experts ``calib_memory`` holds while they are calibrated (one goes even if it does not), and the
+        bytes that each takes at most."""
+        from flashpack.converter.calibrated import expert_bytes
+
+        each = max(expert_bytes({p.name: p.shape for p in kind.projections}) for kind in self.kinds)
+        return max(1, self.options.calib_memory // each), each
 
     def source_bytes(self) -> dict[str, int]:
         """Bytes of the source behind each shard and dense file."""
@@ -227,6 +238,8 @@ def make_plan(
         plan.notice(f"the checkpoint lacks {name}, as it may; stored as transformers initializes it")
     for site in sites:
         _plan_layer(plan, site, bindings.experts[site.name])
+    if calibration is not None:
+        plan.calibrating = Semaphore(plan.calibrated_at_once()[0])
     _plan_dense(plan, model, sites, bindings.dense)
     if quantized and (recipe["experts"] != "source" or recipe["dense"] != "source"):
         plan.notice("the source is quantized already: an explicit width rounds its values a second time")
@@ -276,7 +289,7 @@ def _calibration(plan: Plan, site: ExpertsModule) -> Callable[[], LayerCalibrati
         from flashpack.converter.calibrated import LayerCalibration
 
         refined = plan.recipe["quantizer"] == QUANTIZERS["max"]
-        return LayerCalibration(opened.layer(site.layer), site.activation(), refined, _device())
+        return LayerCalibration(opened.layer(site.layer), site.activation(), refined, _device(), plan.calibrating)
 
     return begin
 

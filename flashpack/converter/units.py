@@ -90,6 +90,18 @@ def write(plan: Plan, path: str, site: Site) -> Outcome:
         raise
 
 
+class _Slot:
+    """Room for a record; new room where the one before was of another kind: between sections there are zeros."""
+
+    def __init__(self) -> None:
+        self._kind: RecordKind | None = None
+
+    def of(self, kind: RecordKind) -> RecordBuffer:
+        if kind is not self._kind:
+            self._kind, self._buffer = kind, RecordBuffer(kind)
+        return self._buffer
+
+
 def _write_layer(
     plan: LayerPlan,
     kinds: list[RecordKind],
@@ -102,7 +114,7 @@ def _write_layer(
 
     layer = plan.layer
     earlier = begun_layer(site.journal, layer)
-    buffers = [{kind: RecordBuffer(kind) for kind in set(plan.kinds)} for _ in range(AHEAD)]
+    slots = [_Slot() for _ in range(AHEAD)]
     records = [record for record, _ in earlier]
     with ShardWriter(site.out, layer, kinds, plan.table(), records, site.token) as writer:
         first = writer.done
@@ -112,14 +124,14 @@ def _write_layer(
         notes = Notes(site.journal, layer.path, writer)
         with site.folder.steps(lambda i: record_spans(plan, first + i), layer.experts - first, site.stop) as steps:
 
-            def encode(index: int, buffers: dict[RecordKind, RecordBuffer]) -> Errors:
+            def encode(index: int, slot: _Slot) -> Errors:
                 with steps.step(index) as reader:
-                    return encode_record(reader, plan, first + index, buffers[plan.kinds[first + index]], advance)
+                    return encode_record(reader, plan, first + index, slot.of(plan.kinds[first + index]), advance)
 
-            with contextlib.closing(in_order(encode, layer.experts - first, buffers)) as made:
-                for index, filled, found in made:
+            with contextlib.closing(in_order(encode, layer.experts - first, slots)) as made:
+                for index, slot, found in made:
                     errors.append(found)
-                    writer.write(first + index, filled[plan.kinds[first + index]].data.data)
+                    writer.write(first + index, slot.of(plan.kinds[first + index]).data.data)
                     notes.add(part_of_layer(writer.stored[-1], found))
         site.check()
         entry = writer.finish()

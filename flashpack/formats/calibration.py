@@ -12,6 +12,8 @@ import contextlib
 import mmap
 import os
 import re
+import shutil
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +22,11 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from flashpack.errors import FormatError, SourceError
+from flashpack.errors import FormatError, OutputError, SourceError
 from flashpack.formats import constants as C
 from flashpack.formats.checksums import hexdigest, hexdigest_of
 from flashpack.formats.dtypes import NUMPY
-from flashpack.formats.files import chunks, create, output_errors, pread, publish, pwrite, resize, sync
+from flashpack.formats.files import chunks, create, make_folder, output_errors, pread, publish, pwrite, resize, sync
 from flashpack.formats.header import Header, TensorSpec, build_header, read_header
 
 KIND = "calibration"
@@ -88,6 +90,13 @@ class CalibrationWriter:
         self._header = build_header(self._specs, self._about | digests, str(path))[1]
         self._places = {t.name: t for t in self._header.tensors}
         with output_errors(path):
+            make_folder(path.parent)
+            free = shutil.disk_usage(path.parent).free
+            if self._header.size > free:
+                raise OutputError(
+                    f"{path}: {self._header.size / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; "
+                    f"take fewer --tokens, or another disk"
+                )
             self._fd = create(self._partial)
             resize(self._fd, self._header.size)
 
@@ -102,22 +111,14 @@ class CalibrationWriter:
             self._fd = -1
             self._partial.unlink(missing_ok=True)
 
-    def write(
-        self,
-        layer: int,
-        first: int,
-        inputs: NDArray[np.uint16],
-        experts: NDArray[np.int32],
-        weights: NDArray[np.float32],
-        residual: NDArray[np.float32],
-    ) -> None:
-        """The layer's tokens from number ``first`` on."""
-        for part, array in zip(PARTS, (inputs, experts, weights, residual), strict=True):
+    def write(self, first: int, layer: int, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+        """Some arrays of a layer, by part, for its tokens from number ``first`` on."""
+        for part, array in arrays.items():
             place = self._places[f"{_LAYER.format(layer)}.{part}"]
             rows, width = place.shape
-            data = np.ascontiguousarray(array, dtype=NUMPY[place.dtype])
-            if data.ndim != 2 or data.shape[1] != width or first + len(data) > rows:
-                raise ValueError(f"{place.name}: {data.shape} at {first} in {place.shape}")
+            data = np.ascontiguousarray(array)
+            if data.dtype != NUMPY[place.dtype] or data.shape[1:] != (width,) or first + len(data) > rows:
+                raise ValueError(f"{place.name}: {data.dtype} {data.shape} at {first} in {place.shape}")
             with output_errors(self.path):
                 pwrite(self._fd, data.data.cast("B"), place.offset + first * width * data.itemsize)
 
@@ -165,6 +166,7 @@ class Calibration:
         except BaseException:
             os.close(self._fd)
             raise
+        self._close = weakref.finalize(self, os.close, self._fd)
         self._tensors = {t.name: t for t in header.tensors}
         self._sound: set[int] = set()
 
@@ -206,8 +208,8 @@ class Calibration:
         return self._tensors[f"{_LAYER.format(number)}.inputs"].shape[1]
 
     def close(self) -> None:
-        """Close the file; arrays that were given stay valid."""
-        os.close(self._fd)
+        """Close the file, as is done when nobody uses it any more; arrays that were given stay valid."""
+        self._close()
 
 
 def open_calibration(path: str | os.PathLike[str], architecture: str, layers: Mapping[int, int]) -> Calibration:

@@ -1,8 +1,9 @@
 """What a model's experts are given on some text, written to a calibration file for the converter.
 
-The text goes through the model in windows, a few per pass; each pass streams the experts once. A pack of S bytes of
-experts thus reads about S for every ``score.AT_ONCE`` windows of ``WINDOW`` tokens, and the file has
-2 * hidden + 8 * top_k bytes per token and layer: for 131,072 tokens of a model with 60 layers of width 4,096, 65 GB.
+The text goes through the model in windows, a few per pass; each pass streams the experts once, and one layer's inputs
+are held at a time. A pack of S bytes of experts thus reads about S for every ``predict.AT_ONCE`` windows of ``WINDOW``
+tokens. The file has 2 * hidden + 8 * top_k + 4 bytes per token and layer: for 131,072 tokens of a model with 60 layers
+of width 4,096 and 10 experts per token, 65 GB.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flashpack.errors import FormatError, UsageError
 from flashpack.formats import Pack
@@ -23,12 +26,15 @@ from flashpack.formats.checksums import hexdigest
 from flashpack.formats.dtypes import from_float32
 from flashpack.runtime import template
 from flashpack.runtime.experts import RoutedExperts
-from flashpack.runtime.predict import load_for, one_thread
+from flashpack.runtime.predict import inference, load_for
 from flashpack.runtime.tokenizer import encode, load_tokenizer
 from flashpack.skeleton import library_errors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+Found = dict[str, NDArray[Any]]
+"""Arrays of some tokens, by the names of ``formats.calibration.PARTS``."""
 
 WINDOW = 512
 """Tokens of a window; each begins anew."""
@@ -99,26 +105,22 @@ def calibrate(
     }
     begin(windows.numel())
     model, at_once = load_for(pack, windows, {"memory": memory}, single=False)
-    watch = _Watch(model)
-    with one_thread(), library_errors("the model cannot be computed"), watch.watching():
-        _run(model, windows[:1, :2])  # one token alone may take another way
-        shapes = {layer: (x.shape[1], experts.shape[1]) for layer, (x, experts, _) in watch.seen.items()}
-        architecture = type(model).__name__
-        with CalibrationWriter(out, architecture, shapes, windows.numel(), about) as writer:
-            first = 0
+    with inference(), library_errors("the model cannot be computed"):
+        widths: dict[int, tuple[int, int]] = {}
+        with _watching(model, lambda layer, found: _note_widths(widths, layer, found)):
+            _run(model, windows[:1, :2])  # one token alone may take another way
+        with CalibrationWriter(out, type(model).__name__, widths, windows.numel(), about) as writer:
             for begun in range(0, len(windows), at_once):
                 ids = windows[begun : begun + at_once]
-                watch.clear()
-                _run(model, ids)
-                for layer, (x, experts, weights) in watch.seen.items():
-                    if not np.isfinite(x).all():
-                        raise FormatError(f"{pack}: layer {layer}: the model computes values that are not numbers")
-                    squares = watch.squares.get(layer, np.zeros((len(x), 1), dtype=np.float32))
-                    bits = from_float32(x, "BF16").view(np.uint16)
-                    writer.write(layer, first, bits, experts, weights, squares)
-                first += ids.numel()
+                with _watching(model, partial(writer.write, begun * WINDOW)):
+                    _run(model, ids)
                 advance(ids.numel())
             return writer.finish()
+
+
+def _note_widths(widths: dict[int, tuple[int, int]], layer: int, found: Found) -> None:
+    if "inputs" in found:
+        widths[layer] = found["inputs"].shape[1], found["experts"].shape[1]
 
 
 def _run(model: Any, ids: Tensor) -> None:
@@ -126,61 +128,50 @@ def _run(model: Any, ids: Tensor) -> None:
     model.get_decoder()(input_ids=ids.to(model.device), use_cache=False)
 
 
-class _Watch:
-    """Takes note of what experts are given and of the residual stream, pass by pass.
+@contextmanager
+def _watching(model: Any, take: Callable[[int, Found], object]) -> Iterator[None]:
+    """While this lasts, ``take`` gets each layer's number and what its experts are given, as a calibration file has it;
+    then, where the layer itself can be found, ``residual``. Nothing is kept."""
+    experts: dict[str, Any] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "flashpack", None), RoutedExperts)
+    }
+    own = {name: module.flashpack for name, module in experts.items()}
+    hooks = []
+    try:
+        for name, module in experts.items():
+            module.flashpack = _noting(own[name], take)
+            # The layer is what the path's last number belongs to: model.layers.3 of model.layers.3.mlp.experts.
+            match = re.match(r"(.*\.\d+)\.", name)
+            if match:
+                parent = model.get_submodule(match[1])
+                hooks.append(parent.register_forward_hook(_measuring(own[name].layer, take)))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, module in experts.items():
+            module.flashpack = own[name]
 
-    ``seen``: layer -> inputs float32 [tokens, hidden], experts int32 and weights float32 [tokens, top_k];
-    ``squares``: layer -> each token's mean square behind the layer, float32 [tokens, 1], where there is such a thing.
-    """
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._experts: dict[str, Any] = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(getattr(module, "flashpack", None), RoutedExperts)
-        }
-        self.seen: dict[int, tuple[Any, Any, Any]] = {}
-        self.squares: dict[int, Any] = {}
+def _noting(routed: RoutedExperts, take: Callable[[int, Found], object]) -> Callable[..., Tensor]:
+    def note(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        inputs = x.float().cpu().contiguous().numpy()
+        if not np.isfinite(inputs).all():
+            raise FormatError(f"layer {routed.layer}: the model computes values that are not numbers")
+        found = {"experts": index.int().cpu().numpy(), "weights": weights.float().cpu().numpy()}
+        take(routed.layer, {"inputs": from_float32(inputs, "BF16")} | found)
+        return routed(x, index, weights)
 
-    def clear(self) -> None:
-        """Forget the last pass."""
-        self.seen.clear()
-        self.squares.clear()
+    return note
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """While this lasts."""
-        hooks, own = [], {name: module.flashpack for name, module in self._experts.items()}
-        try:
-            for name, module in self._experts.items():
-                layer = own[name].layer
-                module.flashpack = self._noting(layer, own[name])
-                # The layer is what the path's last number belongs to: model.layers.3 of model.layers.3.mlp.experts.
-                match = re.match(r"(.*\.\d+)\.", name)
-                if match:
-                    parent = self._model.get_submodule(match[1])
-                    hooks.append(parent.register_forward_hook(self._measuring(layer)))
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for name, module in self._experts.items():
-                module.flashpack = own[name]
 
-    def _noting(self, layer: int, routed: Any) -> Any:
-        def note(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-            arrays = (x.float(), index.int(), weights.float())
-            self.seen[layer] = tuple(a.cpu().contiguous().numpy().copy() for a in arrays)  # type: ignore[assignment]
-            output: Tensor = routed(x, index, weights)
-            return output
+def _measuring(layer: int, take: Callable[[int, Found], object]) -> Any:
+    def measure(module: nn.Module, args: Any, output: Any) -> None:
+        stream = output[0] if isinstance(output, tuple) else output
+        wide = stream.detach().float().cpu().numpy().reshape(-1, stream.shape[-1])
+        squares = np.square(wide, dtype=np.float64).mean(axis=1, keepdims=True)
+        take(layer, {"residual": squares.astype(np.float32)})
 
-        return note
-
-    def _measuring(self, layer: int) -> Any:
-        def measure(module: nn.Module, args: Any, output: Any) -> None:
-            stream = output[0] if isinstance(output, tuple) else output
-            wide = stream.detach().float().cpu().numpy().reshape(-1, stream.shape[-1])
-            self.squares[layer] = np.square(wide, dtype=np.float64).mean(axis=1, keepdims=True).astype(np.float32)
-
-        return measure
+    return measure

@@ -46,17 +46,15 @@ def load_for(pack: Path, windows: Tensor, options: dict[str, Any], single: bool)
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """torch cuts operations by the number of threads, which changes last bits. The model has its own way."""
+def inference() -> Iterator[None]:
+    """Nothing is kept for gradients, and torch's own operations run on one thread: it cuts them by the number of
+    threads, which changes last bits. The kernels have threads of their own."""
     import torch
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        torch.set_num_threads(threads)
+    from flashpack.kernels.cpu.pool import one_thread
+
+    with torch.inference_mode(), one_thread():
+        yield
 
 
 def log_probabilities(model: Any, at_once: int, windows: Tensor, single: bool) -> Iterator[Tensor]:

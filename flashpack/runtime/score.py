@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 from flashpack.errors import FormatError, OutputError, UsageError
 from flashpack.formats import Pack
 from flashpack.formats.files import output_errors
-from flashpack.runtime.predict import load_for, log_probabilities, one_thread
+from flashpack.runtime.predict import inference, load_for, log_probabilities
 from flashpack.runtime.tokenizer import encode, load_tokenizer
 from flashpack.skeleton import read_config
 
@@ -123,7 +123,7 @@ def divergence(
             begin("judged model" if judged else "reference", rows)
             model = load_for(*((pack, windows, options) if judged else (reference, windows, common)), single)
             done = 0
-            with one_thread():
+            with inference():
                 for found in log_probabilities(*model, windows, single):
                     these = slice(done, done + len(found))
                     losses = -found.gather(1, following[these, None])[:, 0]

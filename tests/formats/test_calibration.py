@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from flashpack.errors import FormatError, SourceError
+from flashpack.errors import FormatError, OutputError, SourceError
 from flashpack.formats.calibration import Calibration, CalibrationWriter, open_calibration
 
 LAYERS = {1: (64, 2), 3: (96, 4)}
@@ -17,22 +18,22 @@ LAYERS = {1: (64, 2), 3: (96, 4)}
 TOKENS = 7
 
 
-def arrays(layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def arrays(layer: int) -> dict[str, np.ndarray]:
     hidden, top_k = LAYERS[layer]
     generator = np.random.default_rng(layer)
-    return (
-        generator.integers(0, 1 << 16, (TOKENS, hidden), dtype=np.uint16),
-        generator.integers(0, 8, (TOKENS, top_k), dtype=np.int32),
-        generator.random((TOKENS, top_k), dtype=np.float32),
-        generator.random((TOKENS, 1), dtype=np.float32),
-    )
+    return {
+        "inputs": generator.integers(0, 1 << 16, (TOKENS, hidden), dtype=np.uint16),
+        "experts": generator.integers(0, 8, (TOKENS, top_k), dtype=np.int32),
+        "weights": generator.random((TOKENS, top_k), dtype=np.float32),
+        "residual": generator.random((TOKENS, 1), dtype=np.float32),
+    }
 
 
 def write(path: Path, pieces: tuple[int, ...] = (0, TOKENS)) -> str:
     with CalibrationWriter(path, "ToyMoe", LAYERS, TOKENS, {"pack": "abc"}) as writer:
         for first, end in pairwise(pieces):
             for layer in LAYERS:
-                writer.write(layer, first, *(a[first:end] for a in arrays(layer)))
+                writer.write(first, layer, {part: a[first:end] for part, a in arrays(layer).items()})
         return writer.finish()
 
 
@@ -45,9 +46,8 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     layers = {n: opened.layer(n) for n in LAYERS}
     opened.close()
     for n, layer in layers.items():
-        found = [layer.inputs.view(np.uint16), layer.experts, layer.weights, layer.residual]
-        for array, expected in zip(found, arrays(n), strict=True):
-            np.testing.assert_array_equal(array, expected)
+        for part, expected in arrays(n).items():
+            np.testing.assert_array_equal(getattr(layer, part), expected)
 
 
 def test_pieces_do_not_change_the_file(tmp_path: Path) -> None:
@@ -61,20 +61,30 @@ def test_an_unfinished_file_leaves_nothing_and_the_old_one(tmp_path: Path) -> No
     write(path)
     before = path.read_bytes()
     with CalibrationWriter(path, "ToyMoe", LAYERS, TOKENS, {}) as writer:
-        writer.write(1, 0, *arrays(1))
+        writer.write(0, 1, arrays(1))
         assert len(list(tmp_path.iterdir())) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["a.calib"]
     assert path.read_bytes() == before
 
 
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(OutputError, match=r"a\.calib: 0\.00 GB needed, 0\.00 GB free; take fewer --tokens"):
+        CalibrationWriter(tmp_path / "a.calib", "ToyMoe", LAYERS, TOKENS, {})
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("first", [0, 1], ids=["width", "rows"])
 def test_arrays_that_do_not_fit_are_refused(tmp_path: Path, first: int) -> None:
-    inputs, *others = arrays(1)
+    inputs = arrays(1)["inputs"]
     with (
         CalibrationWriter(tmp_path / "a", "ToyMoe", LAYERS, TOKENS, {}) as writer,
         pytest.raises(ValueError, match="inputs: "),
     ):
-        writer.write(1, first, inputs[:, first - 1 :], *others)
+        writer.write(first, 1, {"inputs": inputs[:, first - 1 :]})
 
 
 def test_flipped_bytes_of_any_array_are_found(tmp_path: Path) -> None:

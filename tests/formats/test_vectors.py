@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 import sys
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from flashpack.errors import FlashpackError, VersionError
 from flashpack.formats import Pack, verify
 from flashpack.formats import constants as C
 from flashpack.formats.entries import Layer
-from tests.conftest import ROOT
+from tests.conftest import ROOT, extract
 from tests.formats.vector_messages import MESSAGES
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -42,8 +41,7 @@ WRITER_RULES = {
 
 
 def unpack(kind: str, name: str, folder: Path) -> Path:
-    with tarfile.open(VECTORS / kind / f"{name}.tar.gz") as tar:
-        tar.extractall(folder, filter="fully_trusted")
+    extract(VECTORS / kind / f"{name}.tar.gz", folder)
     return folder
 
 

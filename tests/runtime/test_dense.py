@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from flashpack.formats import Pack
 from flashpack.kernels import get_kernels
 from flashpack.runtime.dense import fill
-from tests.conftest import ROOT
+from tests.conftest import ROOT, extract
 
 
 class Tables(PreTrainedModel):
@@ -29,8 +28,7 @@ class Tables(PreTrainedModel):
 
 
 def test_integers_stay_integers_whatever_the_type_of_the_model(tmp_path: Path) -> None:
-    with tarfile.open(ROOT / "tests/vectors/valid/integer-tensors.tar.gz") as tar:
-        tar.extractall(tmp_path, filter="fully_trusted")
+    extract(ROOT / "tests/vectors/valid/integer-tensors.tar.gz", tmp_path)
     pack = Pack(tmp_path)
     with torch.device("meta"):
         model = Tables()

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import flashpack
 from flashpack.errors import FormatError, MemoryBudgetError, OutputError, UsageError
 from flashpack.runtime import predict, score
-from flashpack.runtime.predict import load_for, log_probabilities, one_thread
+from flashpack.runtime.predict import inference, load_for, log_probabilities
 from flashpack.runtime.score import divergence, read_windows
 from tests.conftest import CHECKPOINTS, ROOT, TRAINED, PackOf
 
@@ -92,7 +92,7 @@ def test_logits_are_those_of_the_whole_model(
     model = flashpack.load(pack_of(name, "source", "source"))
     windows = torch.from_numpy(known["prompt"])[None].repeat(3, 1)
     for at_once in (1, 2):
-        with one_thread():
+        with inference():
             pieces = list(log_probabilities(model, at_once, windows, single=False))
         assert max(len(piece) for piece in pieces) == min(rows // 256, windows.shape[1])
         found = torch.cat(pieces).view(*windows.shape, -1).numpy()
