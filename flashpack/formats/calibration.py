@@ -187,7 +187,7 @@ class Calibration:
             digests = all(re.fullmatch("[0-9a-f]{64}", self.metadata[_LAYER.format(n)]) for n in self.layers)
             if specs == {t.name: (t.dtype, t.shape) for t in tensors.values()} and digests and self.tokens > 0:
                 return
-        raise FormatError(f"{self.path}: its arrays are not those of a calibration file")
+        raise FormatError(f"{self.path}: no calibration file of this version; make it again with flashpack calibrate")
 
     def layer(self, number: int) -> LayerTokens:
         """A layer's tokens; its bytes are compared with their digest the first time."""

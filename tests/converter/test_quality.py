@@ -214,6 +214,18 @@ def test_a_report_that_was_changed_is_found_out(pack_copy: Copy) -> None:
     assert [(f.code, f.file) for f in against(pack, TRAINED)] == [("source-copy", QUALITY)]
 
 
+def test_a_page_that_another_version_drew_is_no_finding(pack_copy: Copy) -> None:
+    """Nor is one that is not there; the numbers decide."""
+    pack = pack_copy("trained")
+    rewrite(pack, QUALITY_PAGE, b"<!DOCTYPE html><title>an older page</title>")
+    assert flashpack.verify(pack) == []
+    assert against(pack, TRAINED) == []
+    manifest = Manifest.from_bytes((pack / "flashpack.json").read_bytes())
+    (pack / QUALITY_PAGE).unlink()
+    commit(pack, replace(manifest, files=tuple(f for f in manifest.files if f.path != QUALITY_PAGE)))
+    assert against(pack, TRAINED) == []
+
+
 def test_a_lost_report_is_made_again_from_the_source(pack_copy: Copy, pack_of: PackOf) -> None:
     pack = pack_copy("trained")
     (pack / QUALITY).write_bytes(b"damaged")

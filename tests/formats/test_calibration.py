@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from flashpack.errors import FormatError, OutputError, SourceError
-from flashpack.formats.calibration import Calibration, CalibrationWriter, open_calibration
+from flashpack.formats.calibration import PARTS, Calibration, CalibrationWriter, open_calibration
 
 LAYERS = {1: (64, 2), 3: (96, 4)}
 """Number -> width of the inputs and experts per token."""
@@ -130,6 +130,17 @@ def test_headers_of_something_else_are_refused_in_one_line(tmp_path: Path, old: 
         Calibration(path)
     assert str(refused.value).startswith(f"{path}: ")
     assert "\n" not in str(refused.value)
+
+
+def test_the_file_of_another_version_is_to_be_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one from before there was ``residual``."""
+    path = tmp_path / "a.calib"
+    with monkeypatch.context() as patch:
+        patch.delitem(PARTS, "residual")
+        with CalibrationWriter(path, "ToyMoe", LAYERS, TOKENS, {}) as writer:
+            writer.finish()
+    with pytest.raises(FormatError, match="no calibration file of this version; make it again with flashpack calib"):
+        Calibration(path)
 
 
 @pytest.mark.parametrize("size", [0, 7, 100, -1])
