@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
@@ -80,8 +81,8 @@ def open_for_reading(
 
 
 @dataclass(frozen=True)
-class _Record:
-    """A record to try with; ``cached``: how much of it is in the page cache, 0 to 1."""
+class Extent:
+    """Bytes of a file to try with, a record as a rule; ``cached``: how much of it is in the page cache, 0 to 1."""
 
     layer: int
     offset: int
@@ -106,7 +107,7 @@ def _probe(shards: dict[int, Shard], direct: dict[int, int], buffered: dict[int,
     def rates() -> Iterator[tuple[float, float]]:
         with ThreadPoolExecutor(depth) as pool:
             for one, two in zip(blocks[::2], blocks[1::2], strict=False):
-                yield _rate(pool, direct, one, places), _rate(pool, buffered, two, places)
+                yield rate(pool, direct, one, places), rate(pool, buffered, two, places)
                 if not cached and hasattr(os, "posix_fadvise"):
                     for r in two:
                         os.posix_fadvise(buffered[r.layer], r.offset, r.size, os.POSIX_FADV_DONTNEED)
@@ -129,22 +130,22 @@ def choose(rounds: Iterable[tuple[float, float]]) -> tuple[str, str]:
     return way, measured
 
 
-def _rate(pool: ThreadPoolExecutor, fds: dict[int, int], records: list[_Record], places: list[memoryview]) -> float:
-    """Bytes per second of reading ``records`` at once."""
+def rate(pool: ThreadPoolExecutor, fds: dict[int, int], records: list[Extent], places: list[memoryview]) -> float:
+    """Bytes per second of reading ``records`` at once, each into its place."""
     begun = time.perf_counter()
     list(pool.map(lambda r, place: pread_into(fds[r.layer], place[: r.size], r.offset, ""), records, places))
     return sum(r.size for r in records) / (time.perf_counter() - begun)
 
 
-def _pick(shards: dict[int, Shard], fds: dict[int, int], count: int) -> list[_Record]:
+def _pick(shards: dict[int, Shard], fds: dict[int, int], count: int) -> list[Extent]:
     """Up to ``count`` records from all over the pack, the same ones at every start."""
     everything = [(layer, e) for layer, shard in shards.items() for e in range(shard.layout.layer.experts)]
     chosen = random.Random(0).sample(everything, min(count, len(everything)))
     extents = [(layer, *shards[layer].extent(e)) for layer, e in chosen]
-    return [_Record(*extent, _in_page_cache(fds[extent[0]], *extent[1:])) for extent in extents]
+    return [Extent(*extent, in_page_cache(fds[extent[0]], *extent[1:])) for extent in extents]
 
 
-def _in_page_cache(fd: int, offset: int, size: int) -> float:
+def in_page_cache(fd: int, offset: int, size: int) -> float:
     """Share of the pages of a part of a file that are in memory. The system may say 1 where it keeps this a secret."""
     before = offset % mmap.ALLOCATIONGRANULARITY
     with mmap.mmap(fd, before + size, prot=mmap.PROT_READ, offset=offset - before) as mapping:
@@ -160,14 +161,20 @@ def _in_page_cache(fd: int, offset: int, size: int) -> float:
     return float((pages & 1).mean())
 
 
+def open_file(folder: Path, path: str, direct: bool) -> int:
+    """A descriptor of ``path`` below ``folder`` for reads of whole pages; ``OSError`` where ``direct`` is not possible."""
+    fd = open_inside(folder, path, _DIRECT if direct else 0)
+    if direct and sys.platform == "darwin":
+        fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
+    return fd
+
+
 def _open_all(pack: Pack, direct: bool) -> dict[int, int]:
     """Descriptors by layer; ``OSError`` where ``direct`` is not possible."""
     fds: dict[int, int] = {}
     try:
         for layer in pack.manifest.layers:
-            fds[layer.index] = open_inside(pack.folder, layer.path, _DIRECT if direct else 0)
-            if direct and sys.platform == "darwin":
-                fcntl.fcntl(fds[layer.index], fcntl.F_NOCACHE, 1)
+            fds[layer.index] = open_file(pack.folder, layer.path, direct)
     except OSError:
         for fd in fds.values():
             os.close(fd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -72,11 +73,22 @@ def _system_available() -> int:
         if match:
             return int(match[1]) * 1024
     # No honest figure for free memory here: half of what is installed.
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return installed() // 2
 
 
-def _cgroup_folders() -> list[Path]:
-    """The process's own memory cgroup and all its ancestors."""
+def installed() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def limit() -> int | None:
+    """Bytes that the cgroups of this process allow all that is in them; None without a limit."""
+    least = min(map(_cgroup_limit, cgroup_folders()), default=math.inf)
+    return None if math.isinf(least) else int(least)
+
+
+def cgroup_folders(controller: str = "memory") -> list[Path]:
+    """The process's own cgroup and all its ancestors, in which ``controller`` ("memory", "cpu") has its files."""
     if not _LISTING.exists():
         return []
     folders = []
@@ -84,8 +96,8 @@ def _cgroup_folders() -> list[Path]:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             root = _CGROUPS
-        elif "memory" in controllers.split(","):
-            root = _CGROUPS / "memory"
+        elif controller in controllers.split(","):
+            root = _CGROUPS / controller
         else:
             continue
         own = root / path.lstrip("/")
@@ -95,23 +107,28 @@ def _cgroup_folders() -> list[Path]:
 
 def _cgroups_available() -> list[float]:
     """What the cgroups that this process is in have left; infinity stands for no limit."""
-    return [math.inf, *map(_cgroup_available, _cgroup_folders())]
+    return [math.inf, *map(_cgroup_available, cgroup_folders())]
+
+
+def _cgroup_limit(folder: Path) -> float:
+    """The least limit of one cgroup; infinity without one."""
+    least = math.inf
+    # Beyond memory.high nothing is killed, but everything crawls.
+    for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            number = int((folder / name).read_text())  # "max" is none
+            least = min(least, number if number < 2**60 else math.inf)
+    return least
 
 
 def _cgroup_available(folder: Path) -> float:
     """The least limit minus what is in use and cannot be dropped; infinity without a limit."""
-    for limit_names, used_name in (
-        # Beyond memory.high nothing is killed, but everything crawls.
-        (("memory.max", "memory.high"), "memory.current"),
-        (("memory.limit_in_bytes",), "memory.usage_in_bytes"),
-    ):
+    for name in ("memory.current", "memory.usage_in_bytes"):
         try:
-            texts = [(folder / name).read_text().strip() for name in limit_names if (folder / name).exists()]
-            used = int((folder / used_name).read_text())
+            used = int((folder / name).read_text())
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            limits = [int(text) for text in texts if text != "max" and int(text) < 2**60]
         except (OSError, ValueError):
             continue
         cache = sum(int(stat.get(f"total_{k}", stat.get(k, 0))) for k in ("active_file", "inactive_file"))
-        return min(limits, default=math.inf) - max(0, used - cache)
+        return _cgroup_limit(folder) - max(0, used - cache)
     return math.inf

@@ -39,12 +39,12 @@ def test_pages_in_the_page_cache_are_seen(tmp_path: Path) -> None:
     fd = os.open(path, os.O_RDWR)
     os.fsync(fd)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    if drive._in_page_cache(fd, 2**16, 2**17):
+    if drive.in_page_cache(fd, 2**16, 2**17):
         pytest.skip("this file system keeps its pages")
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead
     os.pread(fd, 2**16, 2**17)
-    assert drive._in_page_cache(fd, 2**17, 2**16) == 1
-    assert drive._in_page_cache(fd, 2**16, 2**17) == 0.5
+    assert drive.in_page_cache(fd, 2**17, 2**16) == 1
+    assert drive.in_page_cache(fd, 2**16, 2**17) == 0.5
     os.close(fd)
 
 
@@ -108,12 +108,12 @@ def test_only_records_outside_the_page_cache_count_unless_nearly_all_are_in_it(
     def in_page_cache(fd: int, offset: int, size: int) -> float:
         return 1.0 if cached or offset % 3 == 0 else 0.0
 
-    def rate(pool: object, fds: dict[int, int], records: list[drive._Record], places: list[memoryview]) -> float:
+    def rate(pool: object, fds: dict[int, int], records: list[drive.Extent], places: list[memoryview]) -> float:
         seen.extend((r.layer, r.offset) for r in records)
         return 1e9 if len(seen) // len(records) % 2 else 5e9  # the first of each round is direct
 
-    monkeypatch.setattr(drive, "_in_page_cache", in_page_cache)
-    monkeypatch.setattr(drive, "_rate", rate)
+    monkeypatch.setattr(drive, "in_page_cache", in_page_cache)
+    monkeypatch.setattr(drive, "rate", rate)
     found, _ = opened(Pack(pack_of("qwen3_moe")), 2, 10**12)
     assert found.io == "buffered"
     assert found.why.endswith("from the page cache") == cached

@@ -73,3 +73,18 @@ def test_damaged_files_of_the_system_are_no_limit(machine: Path) -> None:
     (machine / "listing").write_text("0::/\n")
     group(machine, memory__max="what", memory__current=GB)
     assert memory.available() == 8 * GB
+
+
+def test_the_limit_is_the_least_of_all_groups(machine: Path) -> None:
+    assert memory.limit() is None
+    (machine / "listing").write_text("0::/user/app\n")
+    group(machine / "user/app", memory__max="max", memory__high=5 * GB)
+    group(machine / "user", memory__max=6 * GB)
+    assert memory.limit() == 5 * GB
+    (machine / "user/app/memory.high").write_text("nonsense")
+    assert memory.limit() == 6 * GB
+
+
+def test_folders_of_another_controller(machine: Path) -> None:
+    (machine / "listing").write_text("5:cpu,cpuacct:/job/1\n4:memory:/other\n")
+    assert memory.cgroup_folders("cpu")[:2] == [machine / "cpu/job/1", machine / "cpu/job"]
