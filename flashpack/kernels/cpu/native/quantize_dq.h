@@ -61,63 +61,44 @@ INLINE void NAME(group_codes)(const float *scales, const float *biases, float le
     block->numbers[2] = m;
 }
 
-/* The integers of a vector of values, and what they decode to too much. */
-#define TRY(x, scale, bias, inverse, top, q, wrong)                                                                   \
-    do {                                                                                                              \
-        q = NAME(clip)((x - bias) * inverse, top) + ROUNDER - ROUNDER;                                                \
-        wrong = q * scale + bias - x;                                                                                 \
-    } while (0)
-
-/* The squared error of a group. */
-INLINE float NAME(trial)(const float *x, float scale, float bias, float levels)
+/* The squared error of a group. With `sums`, also the sums of its integers q, of q * q, of what they decode to too
+ * much, and of q times that. */
+INLINE float NAME(trial)(const float *x, float scale, float bias, float levels, double *sums)
 {
     const VECTOR zero = {0}, inverse = zero + (scale == 0 ? 0 : 1 / scale), top = zero + levels;
     const VECTOR scales = zero + scale, biases = zero + bias;
-    VECTOR error[STEP] = {{0}};
-    size_t i, k;
-    for (i = 0; i < DQ_GROUP; i += 8) {
-        for (k = 0; k < STEP; k++) {
-            VECTOR value, q, wrong;
-            memcpy(&value, x + i + k * LANES, sizeof value);
-            TRY(value, scales, biases, inverse, top, q, wrong);
-            error[k] += wrong * wrong;
-        }
-    }
-    return NAME(total)(error);
-}
-
-/* The same, with the sums of q, q * q, wrong and q * wrong. */
-INLINE float NAME(trial_sums)(const float *x, float scale, float bias, float levels, double *sums)
-{
-    const VECTOR zero = {0}, inverse = zero + (scale == 0 ? 0 : 1 / scale), top = zero + levels;
     VECTOR error[STEP] = {{0}}, a[STEP] = {{0}}, b[STEP] = {{0}}, c[STEP] = {{0}}, d[STEP] = {{0}};
     size_t i, k;
     for (i = 0; i < DQ_GROUP; i += 8) {
         for (k = 0; k < STEP; k++) {
             VECTOR value, q, wrong;
             memcpy(&value, x + i + k * LANES, sizeof value);
-            TRY(value, scale, bias, inverse, top, q, wrong);
+            q = NAME(clip)((value - biases) * inverse, top) + ROUNDER - ROUNDER;
+            wrong = q * scales + biases - value;
             error[k] += wrong * wrong;
-            a[k] += q;
-            b[k] += q * q;
-            c[k] += wrong;
-            d[k] += q * wrong;
+            if (sums) {
+                a[k] += q;
+                b[k] += q * q;
+                c[k] += wrong;
+                d[k] += q * wrong;
+            }
         }
     }
-    sums[0] = NAME(total)(a);
-    sums[1] = NAME(total)(b);
-    sums[2] = NAME(total)(c);
-    sums[3] = NAME(total)(d);
+    if (sums) {
+        sums[0] = NAME(total)(a);
+        sums[1] = NAME(total)(b);
+        sums[2] = NAME(total)(c);
+        sums[3] = NAME(total)(d);
+    }
     return NAME(total)(error);
 }
-#undef TRY
 
 /* The best of a group's codes and those around them. */
 INLINE void NAME(neighbours)(const float *x, NAME(block) *block, int g, float levels)
 {
     const float d = block->numbers[0], c = block->numbers[1], m = block->numbers[2];
     const float s = block->s[g], b = block->b[g];
-    float error = NAME(trial)(x, d * s, c + m * b, levels);
+    float error = NAME(trial)(x, d * s, c + m * b, levels, NULL);
     int i;
     for (i = 0; i < 9; i++) {
         float near_s = s + (float)(i / 3 - 1), near_b = b + (float)(i % 3 - 1), found;
@@ -125,7 +106,7 @@ INLINE void NAME(neighbours)(const float *x, NAME(block) *block, int g, float le
             continue;
         near_s = near_s < 0 ? 0 : near_s > 15 ? 15 : near_s;
         near_b = near_b < 0 ? 0 : near_b > 15 ? 15 : near_b;
-        found = NAME(trial)(x, d * near_s, c + m * near_b, levels);
+        found = NAME(trial)(x, d * near_s, c + m * near_b, levels, NULL);
         if (found < error) {
             error = found;
             block->s[g] = near_s;
@@ -145,8 +126,7 @@ INLINE void NAME(refit_block)(const float *x, NAME(block) *block, float levels)
     for (g = 0; g < DQ_GROUPS; g++) {
         const double s = block->s[g], b = block->b[g];
         double sums[4];
-        before[g] = NAME(trial_sums)(
-            x + g * DQ_GROUP, old[0] * block->s[g], old[1] + old[2] * block->b[g], levels, sums);
+        before[g] = NAME(trial)(x + g * DQ_GROUP, old[0] * block->s[g], old[1] + old[2] * block->b[g], levels, sums);
         t[0][g] = s * s * sums[1];
         t[1][g] = s * sums[0];
         t[2][g] = s * b * sums[0];
@@ -176,7 +156,8 @@ INLINE void NAME(refit_block)(const float *x, NAME(block) *block, float levels)
     moved[1] = NAME(as_bf16)((float)(old[1] - (c12 * g1 + c22 * g2 + c23 * g3) / determinant));
     moved[2] = NAME(as_bf16)((float)(old[2] - (c13 * g1 + c23 * g2 + c33 * g3) / determinant));
     for (g = 0; g < DQ_GROUPS; g++)
-        after[g] = NAME(trial)(x + g * DQ_GROUP, moved[0] * block->s[g], moved[1] + moved[2] * block->b[g], levels);
+        after[g] = NAME(trial)(
+            x + g * DQ_GROUP, moved[0] * block->s[g], moved[1] + moved[2] * block->b[g], levels, NULL);
     if (NAME(eight_floats)(after) < NAME(eight_floats)(before))
         memcpy(block->numbers, moved, sizeof moved);
 }
