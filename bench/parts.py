@@ -157,7 +157,8 @@ def start(pack: str, memory: int | None = None, prompt: int = 8) -> dict[str, An
 
     import flashpack
     from flashpack.runtime import budget, dense, experts, kv, lean, store, threads  # noqa: F401
-    from flashpack.runtime.generate import generate, load_tokenizer
+    from flashpack.runtime.generate import generate
+    from flashpack.runtime.tokenizer import load_tokenizer
 
     folder = Path(pack)
     log = ReadLog()

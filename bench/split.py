@@ -20,8 +20,10 @@ NAMES = {
 def split(pack: str, memory: int | None = None, tokens: int = 48, context: int = 512) -> dict[str, float]:
     """Seconds per token of sampled text, by what they went to."""
     import flashpack
-    from flashpack.runtime.generate import Sampling, generate, load_tokenizer
+    from flashpack.runtime.generate import generate
+    from flashpack.runtime.sampling import Sampling
     from flashpack.runtime.timing import Timing
+    from flashpack.runtime.tokenizer import load_tokenizer
 
     folder = Path(pack)
     model: Any = flashpack.load(folder, memory=memory, context=context)

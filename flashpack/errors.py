@@ -108,3 +108,9 @@ class DeviceError(LimitError):
     """The device does not exist here or has no kernels yet."""
 
     code = "device"
+
+
+class CancelledError(FlashpackError):
+    """The caller of a generation does not want it any more."""
+
+    code = "cancelled"

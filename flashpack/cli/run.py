@@ -81,8 +81,11 @@ def run(
         note(f"experts in memory preferred, from {prefer_cached:g} of the weight: the output is not the model's own")
     said = 0 if reference else _say(runtime.notices)
 
-    from flashpack.runtime.generate import Sampling, encode_prompt, generate, load_tokenizer
+    from flashpack.runtime.generate import generate
+    from flashpack.runtime.messages import encode_prompt
+    from flashpack.runtime.sampling import Sampling
     from flashpack.runtime.timing import Timing
+    from flashpack.runtime.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(pack)
     ids = encode_prompt(tokenizer, text, raw, None if thinking is None else thinking == "on")

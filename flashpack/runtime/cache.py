@@ -98,6 +98,10 @@ class ExpertCache:
         """Whether ``key`` has a slot; nothing counts as used."""
         return key in self._slots
 
+    def resident(self) -> list[Key]:
+        """All that have a slot; any thread may ask."""
+        return list(self._slots)  # in one step of the interpreter
+
     def claim(self, key: Key, urgent: bool = True) -> int | None:
         """A slot for ``key``, which must have none, pinned: a free one, or that of the expert with the longest wait.
 

@@ -1,43 +1,42 @@
-"""One prompt through a loaded model: chat template, limits, streaming, statistics."""
+"""One prompt through a loaded model: limits, what was read before, streaming, stopping, statistics."""
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flashpack.errors import ContextError, FormatError, UsageError
-from flashpack.runtime import template
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from flashpack.errors import CancelledError, ContextError, FormatError, UsageError
+from flashpack.runtime.budget import PROMPT_CHUNK
 from flashpack.runtime.memory import Usage, usage
-from flashpack.runtime.tokenizer import encode
-from flashpack.runtime.tokenizer import load_tokenizer as load_tokenizer
+from flashpack.runtime.prefixes import Prefix, Prefixes
+from flashpack.runtime.sampling import Logprobs, Sampling, config_of, processors, stop_tokens
+from flashpack.runtime.stream import Text
 from flashpack.skeleton import library_errors
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from flashpack.runtime.load import Runtime
     from flashpack.runtime.timing import Split, Timing
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen; temperature 0 is greedy."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-
-
-@dataclass(frozen=True)
 class Result:
-    """What a run produced. Rates in tokens per second, memory in bytes, ``finish`` is "stop" or "length"."""
+    """What a run produced. Rates in tokens per second, memory in bytes.
+
+    ``finish``: "stop" (a stop token or text), "length" or "cancelled". ``reused_tokens`` of the prompt's were not read
+    again; ``prompt_seconds`` are for the others.
+    """
 
     text: str
+    tokens: list[int]
     finish: str
+    reused_tokens: int
     prompt_tokens: int
     generated_tokens: int
     prompt_seconds: float
@@ -53,7 +52,7 @@ class Result:
 
     @property
     def prompt_rate(self) -> float:
-        return self.prompt_tokens / self.prompt_seconds
+        return (self.prompt_tokens - self.reused_tokens) / self.prompt_seconds
 
     @property
     def generate_rate(self) -> float:
@@ -65,6 +64,7 @@ class Result:
             "text": self.text,
             "finish": self.finish,
             "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.reused_tokens,
             "generated_tokens": self.generated_tokens,
             "prompt_tokens_per_second": self.prompt_rate,
             "generated_tokens_per_second": self.generate_rate,
@@ -80,34 +80,6 @@ class Result:
         }
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    raw: bool = False,
-    thinking: bool | None = None,
-    system: str | None = None,
-) -> list[int]:
-    """Token ids of a prompt: one user message in the chat template, after a ``system`` message if there is one, or the
-    text as it is (``raw``)."""
-    if raw:
-        if thinking is not None:
-            raise UsageError("--thinking needs the chat template; leave out --raw")
-        return encode(tokenizer, prompt, special=True)
-    if not tokenizer.chat_template:
-        raise UsageError("the pack has no chat template; use --raw for plain continuation")
-    with library_errors("the pack's chat template"):
-        chosen = tokenizer.get_chat_template()
-    extra: dict[str, Any] = {}
-    if thinking is not None:
-        if "enable_thinking" not in chosen:
-            raise UsageError("the pack's chat template knows no thinking switch; leave out --thinking")
-        extra["enable_thinking"] = thinking
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    messages.append({"role": "user", "content": prompt})
-    text = template.render(chosen, messages, **{**tokenizer.special_tokens_map, **extra})
-    return encode(tokenizer, text, special=False)
-
-
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -116,84 +88,81 @@ def generate(
     sampling: Sampling | None = None,
     on_text: Callable[[str], object] | None = None,
     timing: Timing | None = None,
+    prefixes: Prefixes | None = None,
+    branch: int | None = None,
+    stop: Sequence[str] = (),
+    constraint: LogitsProcessor | None = None,
+    logprobs: Logprobs | None = None,
+    cancelled: Callable[[], bool] | None = None,
 ) -> Result:
     """Continue ``ids``; ``on_text`` gets the text piece by piece as it comes. ``timing``, of ``model``, splits the time
     of the tokens after the first.
 
+    ``prefixes``: what was read before and need not be read again, if ``ids`` begin with it; what is read now is kept
+    there. ``branch``: a place in ``ids`` after which a later text may go on in another way. ``stop``: texts that end
+    the answer, and are not part of it. ``constraint``: sets logits of forbidden tokens to -inf. ``logprobs`` collects
+    probabilities. ``cancelled`` is asked before each layer of the prompt and after each token whether to stop.
+
     Raises ``ContextError`` if the prompt fills the context, ``UsageError`` for an empty prompt.
     """
-    import torch
-    from transformers import TextStreamer
-
     model_: Any = model
     runtime: Runtime = model_.flashpack
-    if not ids:
-        raise UsageError("the prompt is empty")
-    room = runtime.context - len(ids)
-    if room < 1:
-        raise ContextError(
-            f"the prompt has {len(ids)} tokens, the context {runtime.context}; shorten it or raise --context"
-        )
-
-    rows: int = model_.get_input_embeddings().num_embeddings
-    if max(ids) >= rows:
-        raise FormatError(f"the pack's tokenizer gives token {max(ids)}, but the model has {rows}")
-
-    class Stream(TextStreamer):
-        """Passes text on and takes the time and memory at each token."""
-
-        def __init__(self) -> None:
-            super().__init__(tokenizer, skip_prompt=True)
-            self.times: list[float] = []
-            self.peak = usage()
-            self.handing_over = False
-
-        def put(self, value: torch.Tensor) -> None:
-            self.times.append(time.perf_counter())
-            if timing and len(self.times) == 2:
-                timing.start()
-            now = usage()
-            self.peak = Usage(max(now.anonymous, self.peak.anonymous), max(now.file, self.peak.file))
-            if value.numel() > 1 or value.item() not in stops:
-                super().put(value)  # type: ignore[no-untyped-call]
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if on_text:
-                self.handing_over = True
-                on_text(text)
-                self.handing_over = False
-
-    stops = _stop_tokens(model.generation_config, tokenizer)
-    stream = Stream()
+    _check(model, runtime, ids)
+    before = runtime.store.stats.copied()
+    stops = stop_tokens(model.generation_config, tokenizer)
     sampling = sampling or Sampling()
     if sampling.temperature > 0:
         torch.manual_seed(sampling.seed)
-    inputs = torch.tensor([ids], device=model_.device)
+    watch = _Watch(Text(tokenizer, on_text, stops, stop, logprobs), timing, runtime, cancelled)
+    prefix = prefixes.take(ids) if prefixes else Prefix()
+    reused = len(prefix.ids)
+    chain = [p for p in (logprobs, constraint) if p] + processors(sampling, len(ids), str(model.device))
+    most = min(max_tokens, runtime.context - len(ids))
+    runtime.store.cancelled = cancelled
+    out = None
     try:
         with torch.inference_mode(), library_errors("the model of this pack cannot be computed"):
+            if prefixes:
+                _read(model_, prefix, ids, branch, prefixes.limit)
+            inputs = torch.tensor([ids], device=model_.device)
             out = model_.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
-                generation_config=_config(model.generation_config, sampling, min(max_tokens, room), tokenizer),
-                streamer=stream,
+                generation_config=config_of(model.generation_config, sampling, most, tokenizer),
+                stopping_criteria=StoppingCriteriaList([watch]),
+                logits_processor=LogitsProcessorList(chain),
+                past_key_values=prefix.cache,
             )
+    except CancelledError:
+        watch.cancelled = True
     except FormatError as e:
-        if stream.handing_over and e.__cause__:
+        if watch.text.handing_over and e.__cause__:
             raise e.__cause__ from None  # the caller's own error
         raise
-    new = out[0, len(ids) :].tolist()
-    # The stream's first entry is the prompt, handed over before it is processed.
-    begun, first, last = stream.times[0], stream.times[1], stream.times[-1]
+    finally:
+        runtime.store.cancelled = None
+        if prefixes:
+            if out is None:
+                prefix.recover()
+            else:
+                prefix.ids, prefix.cache = [*ids, *watch.text.tokens[:-1]], out.past_key_values
+            prefixes.give(prefix)
+    watch.text.end()
+    new = watch.text.tokens
+    first, last = (watch.times[0], watch.times[-1]) if new else (time.perf_counter(),) * 2
+    stopped = watch.text.stopped or (bool(new) and new[-1] in stops)
     return Result(
-        text=str(tokenizer.decode([t for t in new if t not in stops])),
-        finish="stop" if new[-1] in stops else "length",
+        text=watch.text.all,
+        tokens=new,
+        finish="stop" if stopped else "cancelled" if watch.cancelled else "length",
+        reused_tokens=reused,
         prompt_tokens=len(ids),
         generated_tokens=len(new),
-        prompt_seconds=first - begun,
+        prompt_seconds=first - watch.begun,
         generate_seconds=last - first,
-        peak=stream.peak,
+        peak=watch.peak,
         budget=runtime.budget.to_json(),
-        store=runtime.store.stats.to_json(),
+        store=runtime.store.stats.since(before).to_json(),
         kernels=runtime.kernels,
         decoding=runtime.decoding,
         experts_per_token=runtime.experts_per_token,
@@ -202,28 +171,54 @@ def generate(
     )
 
 
-def _stop_tokens(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """All stop tokens of the generation config; the tokenizer's if it names none; empty if there is none."""
-    eos = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
-    if eos is None:
-        return []
-    return list(eos) if isinstance(eos, (list, tuple)) else [eos]
+def _check(model: PreTrainedModel, runtime: Runtime, ids: list[int]) -> None:
+    if not ids:
+        raise UsageError("the prompt is empty")
+    if len(ids) >= runtime.context:
+        raise ContextError(
+            f"the prompt has {len(ids)} tokens, the context {runtime.context}; shorten it or raise --context"
+        )
+    embeddings: Any = model.get_input_embeddings()
+    if max(ids) >= embeddings.num_embeddings:
+        raise FormatError(f"the pack's tokenizer gives token {max(ids)}, but the model has {embeddings.num_embeddings}")
 
 
-def _config(
-    base: GenerationConfig, sampling: Sampling, max_tokens: int, tokenizer: PreTrainedTokenizerBase
-) -> GenerationConfig:
-    config = copy.deepcopy(base)
-    greedy = sampling.temperature == 0
-    config.do_sample = not greedy
-    # Neutral values where greedy, so that nothing of the checkpoint's sampling defaults is left.
-    config.temperature = 1.0 if greedy else sampling.temperature
-    config.top_p = 1.0 if greedy else sampling.top_p
-    config.top_k = 0 if greedy else sampling.top_k
-    config.max_new_tokens = max_tokens
-    config.max_length = None
-    stops = _stop_tokens(base, tokenizer)
-    config.eos_token_id = stops or None
-    if config.pad_token_id is None:
-        config.pad_token_id = stops[0] if stops else 0
-    return config
+def _read(model: Any, prefix: Prefix, ids: list[int], branch: int | None, room: int) -> None:
+    """Bring ``prefix`` from where it is to the last chunk of ``ids``, with a mark at ``branch``."""
+    ends = [end for end in (branch, len(ids)) if end and len(prefix.ids) < end]
+    for end in ends:
+        while (begin := len(prefix.ids)) < end:
+            chunk = ids[begin : min(begin + PROMPT_CHUNK, end)]
+            if begin + len(chunk) == len(ids):
+                return  # generate's
+            inputs = torch.tensor([chunk], device=model.device)
+            out = model(input_ids=inputs, past_key_values=prefix.cache, use_cache=True, logits_to_keep=1)
+            prefix.ids, prefix.cache = ids[: begin + len(chunk)], out.past_key_values
+        if end == branch:
+            prefix.mark(room)
+
+
+class _Watch(StoppingCriteria):
+    """After each token: the time, the memory, the text; ends the generation when it should end."""
+
+    def __init__(
+        self, text: Text, timing: Timing | None, runtime: Runtime, cancelled: Callable[[], bool] | None
+    ) -> None:
+        self.text = text
+        self.times: list[float] = []
+        self.peak = usage()
+        self.cancelled = False
+        self._timing, self._runtime, self._asked = timing, runtime, cancelled
+        self.begun = time.perf_counter()
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        token = int(input_ids[0, -1])
+        self.times.append(time.perf_counter())
+        self._runtime.store.cancelled = None  # from here on between tokens
+        if self._timing and len(self.times) == 1:
+            self._timing.start()
+        now = usage()
+        self.peak = Usage(max(now.anonymous, self.peak.anonymous), max(now.file, self.peak.file))
+        self.text.put(token)
+        self.cancelled = self._asked is not None and self._asked()
+        return torch.tensor([self.text.stopped or self.cancelled], device=input_ids.device)

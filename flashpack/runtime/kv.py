@@ -27,7 +27,7 @@ def cache_class(model: PreTrainedModel) -> type[Cache]:
 
 
 def _cache_bytes(model: PreTrainedModel, tokens: int) -> int:
-    return sum(t.nbytes for t in _tensors(_cache(model, tokens)))
+    return sum(t.nbytes for t in tensors(_cache(model, tokens)))
 
 
 @torch.no_grad()
@@ -39,13 +39,14 @@ def _cache(model: PreTrainedModel, tokens: int) -> Cache:
     return cache
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors in a cache, a layer of one, or lists and dicts of these."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
-        return [t for v in value.values() for t in _tensors(v)]
+        return [t for v in value.values() for t in tensors(v)]
     if isinstance(value, (list, tuple)):
-        return [t for v in value for t in _tensors(v)]
+        return [t for v in value for t in tensors(v)]
     if isinstance(value, (Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin)):
-        return _tensors(vars(value))
+        return tensors(vars(value))
     return []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 
@@ -29,6 +29,10 @@ class LayerStats:
     miss_seconds: float = 0.0
     own_seconds: float = 0.0
 
+    def less(self, other: LayerStats) -> LayerStats:
+        """The difference of every counter."""
+        return LayerStats(**{f.name: getattr(self, f.name) - getattr(other, f.name) for f in fields(self)})
+
 
 @dataclass
 class StoreStats:
@@ -53,6 +57,18 @@ class StoreStats:
         total = self.total()
         requests = total.hits + total.misses
         return total.hits / requests if requests else 0.0
+
+    def copied(self) -> StoreStats:
+        """As they are now."""
+        return replace(self, layers={index: replace(one) for index, one in self.layers.items()})
+
+    def since(self, before: StoreStats) -> StoreStats:
+        """What has been counted after ``before`` was copied."""
+        return replace(
+            self,
+            layers={index: one.less(before.layers[index]) for index, one in self.layers.items()},
+            steps=self.steps - before.steps,
+        )
 
     def reset(self) -> None:
         """Count from zero; what the arena holds stays."""

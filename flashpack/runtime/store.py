@@ -13,10 +13,11 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from queue import Empty
 
+from flashpack.errors import CancelledError
 from flashpack.formats import Pack
 from flashpack.kernels import Kernels, RecordView
 from flashpack.runtime.cache import ExpertCache, Key
@@ -46,7 +47,8 @@ class ExpertStore:
     ``slots``: number of records of each stride that the arena holds (``Budget.slots``). ``check``: ``"first"``
     compares a record with its digest when it is first read, ``"always"`` at every read, ``"never"`` not at all; a
     record that fails never reaches a kernel, and its read raises ``IntegrityError``. ``prefetch``: whether
-    ``prefetch`` reads anything.
+    ``prefetch`` reads anything. ``cancelled``, if somebody sets it, is asked before each request, which raises
+    ``CancelledError`` when it says yes.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class ExpertStore:
         self._last_layer, self._step_begun = -1, time.perf_counter()
         layers = {layer.index: LayerStats() for layer in pack.manifest.layers}
         self.stats = StoreStats(self._records.drive.io, self._records.drive.why, layers)
+        self.cancelled: Callable[[], bool] | None = None
         self._pool = ReadPool()
         weakref.finalize(self, self._pool.close)
 
@@ -83,6 +86,8 @@ class ExpertStore:
         Where kernels are asynchronous, the caller has waited for them to have the router's choice: of what they were
         asked for before, nothing is left to do.
         """
+        if self.cancelled is not None and self.cancelled():
+            raise CancelledError("cancelled")
         begun = time.perf_counter()
         self._unread.clear()
         if layer <= self._last_layer or not self.stats.steps:
@@ -162,6 +167,10 @@ class ExpertStore:
         for key in scores:
             if self._free[self._stride(key)]:
                 self._start_ahead(key, urgent=False)
+
+    def resident(self) -> list[Key]:
+        """The experts that are in the arena, or being read; any thread may ask."""
+        return [key for cache in self._caches.values() for key in cache.resident()]
 
     def ranking(self) -> list[tuple[Key, float]]:
         """Experts with their chance to be asked for at the next step, as ``warm`` wants them; empty if none was."""

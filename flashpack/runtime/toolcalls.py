@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashpack.errors import UsageError
-from flashpack.runtime.generate import encode_prompt, generate
+from flashpack.runtime.generate import generate
+from flashpack.runtime.messages import encode_prompt
 from flashpack.runtime.tokenizer import encode
 
 if TYPE_CHECKING:

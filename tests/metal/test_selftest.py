@@ -27,9 +27,10 @@ from flashpack.kernels.metal.source import FORMATS, PARTS, PRODUCTS, source
 from flashpack.kernels.metal.steps import KERNELS
 from flashpack.kernels.metal.watch import Watched
 from flashpack.runtime import timing
-from flashpack.runtime.generate import Result, generate, load_tokenizer
+from flashpack.runtime.generate import Result, generate
 from flashpack.runtime.lean.layers import LeanLayer
 from flashpack.runtime.timing import Timing
+from flashpack.runtime.tokenizer import load_tokenizer
 from tests.cli.test_cli import flashpack as command
 from tests.conftest import ROOT, PackOf
 from tests.metal.emulator import FakeMps, library

@@ -16,8 +16,10 @@ import torch
 import flashpack
 from flashpack.errors import FlashpackError, FormatError, UnsupportedError
 from flashpack.formats.verify import verify
-from flashpack.runtime.generate import Sampling, generate, load_tokenizer
+from flashpack.runtime.generate import generate
 from flashpack.runtime.load import _fill_buffers
+from flashpack.runtime.sampling import Sampling
+from flashpack.runtime.tokenizer import load_tokenizer
 from flashpack.skeleton import build, read_config
 from tests.conftest import CHECKPOINTS, ROOT, TRAINED
 from tests.strangers import bounded, change_json, rewrite

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from flashpack.errors import FormatError
 from flashpack.runtime import template
-from flashpack.runtime.generate import encode_prompt
+from flashpack.runtime.messages import encode_prompt
 from flashpack.runtime.tokenizer import MAX_GROWTH, encode, load_tokenizer
 from tests.conftest import TRAINED
 from tests.strangers import bounded, change_json, rewrite

@@ -12,11 +12,12 @@ import torch
 import flashpack
 from flashpack.kernels.cpu.compiled import NativeKernels
 from flashpack.kernels.cpu.native import compute
-from flashpack.runtime.generate import Result, generate, load_tokenizer
+from flashpack.runtime.generate import Result, generate
 from flashpack.runtime.lean.blocks import Experts
 from flashpack.runtime.lean.board import Board, NotLean
 from flashpack.runtime.lean.layers import MIXERS
 from flashpack.runtime.timing import Parts, Split, Timing
+from flashpack.runtime.tokenizer import load_tokenizer
 from tests.cli.test_cli import flashpack as command
 from tests.conftest import PackOf
 

@@ -12,7 +12,8 @@ import pytest
 import flashpack
 from flashpack.errors import UsageError
 from flashpack.runtime import toolcalls
-from flashpack.runtime.generate import encode_prompt, load_tokenizer
+from flashpack.runtime.messages import encode_prompt
+from flashpack.runtime.tokenizer import load_tokenizer
 from flashpack.runtime.toolcalls import Case, Counts, judge, read_cases, tool_calls
 from tests.conftest import ROOT, TRAINED, PackOf
 

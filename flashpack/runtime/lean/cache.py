@@ -63,6 +63,10 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """A token's key and value have been written behind the others."""
         self._used = {name: used + 1 for name, used in self._used.items()}
 
+    def cut(self, length: int) -> None:
+        """Forget what comes after ``length`` tokens; the room stays."""
+        self._used = {name: min(used, length) for name, used in self._used.items()}
+
     def get_seq_length(self) -> int:
         return self.length
 

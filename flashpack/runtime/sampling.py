@@ -1,0 +1,141 @@
+"""How tokens are chosen: transformers' processors of logits, in its own order."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; temperature 0 is greedy.
+
+    ``presence`` is taken from the logit of each token that the answer has already, ``frequency`` once for each time;
+    ``repetition`` divides those of prompt and answer (None: the pack's own).
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence: float = 0.0
+    frequency: float = 0.0
+    repetition: float | None = None
+    seed: int = 0
+
+    @classmethod
+    def of(cls, config: GenerationConfig) -> Sampling:
+        """What the makers of the model recommend; greedy if they say nothing."""
+        if not config.do_sample:
+            return cls()
+        return cls(
+            temperature=1.0 if config.temperature is None else config.temperature,
+            top_p=1.0 if config.top_p is None else config.top_p,
+            top_k=config.top_k or 0,
+            min_p=config.min_p or 0.0,
+        )
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A generated token, the log of its probability, and the ``top`` likeliest ones with theirs."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass
+class Logprobs(LogitsProcessor):
+    """Collects log-probabilities (natural, of the model's own distribution: before temperature and constraints), one
+    entry per token; ``top`` alternatives each."""
+
+    top: int = 0
+    entries: list[TokenLogprob] = field(default_factory=list)
+    _last: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._last = torch.log_softmax(scores[0].float(), dim=-1)
+        return scores
+
+    def take(self, token: int) -> None:
+        """``token`` was chosen."""
+        assert self._last is not None
+        best = torch.topk(self._last, self.top) if self.top else None
+        top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best else []
+        self.entries.append(TokenLogprob(token, float(self._last[token]), top))
+
+
+class _Penalties(LogitsProcessor):
+    """OpenAI's presence and frequency penalties."""
+
+    def __init__(self, prompt: int, presence: float, frequency: float) -> None:
+        self._prompt, self._presence, self._frequency = prompt, presence, frequency
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        tokens, counts = torch.unique(input_ids[0, self._prompt :], return_counts=True)
+        scores[0, tokens] -= self._presence + self._frequency * counts
+        return scores
+
+
+def processors(sampling: Sampling, prompt: int, device: str) -> list[LogitsProcessor]:
+    """What to do with the logits of each token after a prompt of so many tokens."""
+    made: list[Any] = []
+    if sampling.repetition not in (None, 1.0):
+        made.append(RepetitionPenaltyLogitsProcessor(sampling.repetition))
+    if sampling.presence or sampling.frequency:
+        made.append(_Penalties(prompt, sampling.presence, sampling.frequency))
+    if not sampling.temperature:
+        return made
+    if sampling.temperature != 1:
+        made.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        made.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        made.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        made.append(MinPLogitsWarper(sampling.min_p))
+    return made
+
+
+def config_of(
+    base: GenerationConfig, sampling: Sampling, max_tokens: int, tokenizer: PreTrainedTokenizerBase
+) -> GenerationConfig:
+    """The pack's configuration with neutral values for what ``processors`` do."""
+    config = copy.deepcopy(base)
+    config.do_sample = sampling.temperature > 0
+    config.temperature, config.top_p, config.top_k, config.min_p = 1.0, 1.0, 0, None
+    if sampling.repetition is not None:
+        config.repetition_penalty = 1.0
+    config.return_dict_in_generate = True
+    config.max_new_tokens = max_tokens
+    config.max_length = None
+    stops = stop_tokens(base, tokenizer)
+    config.eos_token_id = stops or None
+    if config.pad_token_id is None:
+        config.pad_token_id = stops[0] if stops else 0
+    return config
+
+
+def stop_tokens(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """All stop tokens of the generation config; the tokenizer's if it names none; empty if there is none."""
+    eos = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+    if eos is None:
+        return []
+    return list(eos) if isinstance(eos, (list, tuple)) else [eos]
