@@ -11,6 +11,7 @@ import typer
 from flashpack.cli.calibrate import calibrate
 from flashpack.cli.console import note
 from flashpack.cli.convert import convert
+from flashpack.cli.doctor import doctor
 from flashpack.cli.eval import eval
 from flashpack.cli.inspect import inspect
 from flashpack.cli.plan import plan
@@ -49,7 +50,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-for _command in (plan, convert, verify, repair, recode, inspect, run, calibrate, eval, selftest):
+for _command in (plan, convert, verify, repair, recode, inspect, run, calibrate, eval, selftest, doctor):
     app.command()(_guarded(_command))
 
 

@@ -162,7 +162,7 @@ def in_page_cache(fd: int, offset: int, size: int) -> float:
 
 
 def open_file(folder: Path, path: str, direct: bool) -> int:
-    """A descriptor of ``path`` below ``folder`` for reads of whole pages; ``OSError`` where ``direct`` is not possible."""
+    """A descriptor of a file below ``folder``, for reads of whole pages; ``OSError`` if ``direct`` is not possible."""
     fd = open_inside(folder, path, _DIRECT if direct else 0)
     if direct and sys.platform == "darwin":
         fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)

@@ -228,6 +228,12 @@ def known() -> bool:
     return _recall() is not None
 
 
+def answer() -> list[str] | None:
+    """What the answer that is kept says is wrong; empty if nothing is, None if there is no answer."""
+    found = _recall()
+    return None if found is None else [*(f"{name} is refused" for name in found[1]), *found[2]]
+
+
 def _name() -> str:
     """The answer's file: another one for another source, torch, system or chip."""
     return f"metal/{hashlib.sha256(json.dumps(machine()).encode()).hexdigest()[:32]}.json"
