@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -93,7 +94,8 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def shows_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template tells the model which tools there are; one that was trained on fixed tools may know."""
-    return "tools" in chat_template(tokenizer)
+    code = re.findall(r"{[{%](.*?)[%}]}", chat_template(tokenizer), re.DOTALL)
+    return any(re.search(r"\btools\b", re.sub(r"'[^']*'|\"[^\"]*\"", "", part)) for part in code)
 
 
 def _written(message: Message, knows_calls: bool) -> Message:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
@@ -69,9 +71,9 @@ class Session:
         cancelled: Callable[[], bool] | None = None,
     ) -> Result:
         """Continue tokens: ``generate`` with what was read before; by default up to the end of the context, sampled as
-        the pack recommends."""
+        the pack recommends, each time with another seed."""
         most = self.runtime.context if max_tokens is None else max_tokens
-        how = sampling or self.sampling
+        how = sampling or replace(self.sampling, seed=random.getrandbits(63))
         with self._turn:
             return generate(
                 self.model, self.tokenizer, ids, most, how, on_text, prefixes=self.prefixes, branch=branch, stop=stop,
