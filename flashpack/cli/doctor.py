@@ -46,12 +46,16 @@ def doctor(
         answer_json({"flashpack": __version__, "counts": counts, "findings": [f.to_json() for f in findings]})
     else:
         width = min(_WIDEST, shutil.get_terminal_size().columns)
-        for line in lines(findings, width, sys.stdout.isatty() and not os.environ.get("NO_COLOR")):
+        for line in lines(findings, width, _colored()):
             print(line)
         if pack is None:
             note("flashpack doctor PACK looks at a pack, too; --disk FOLDER measures the drive of a folder")
     if counts["problem"]:
         raise typer.Exit(1)
+
+
+def _colored() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 class _Progress:

@@ -63,7 +63,11 @@ def _guarded(area: str, what: str, check: Callable[[], Iterable[Finding]]) -> li
     except (FlashpackError, OSError) as e:
         found.append(Finding("problem", area, what, f"cannot be examined: {e}", "mend this first, then look again"))
     except ImportError as e:
-        found.append(Finding("problem", area, what, f"cannot be examined: {e}", "pip install flashpack again"))
+        found.append(
+            Finding(
+                "problem", area, what, f"cannot be examined: {e}", "install flashpack-moe again, with what it needs"
+            )
+        )
     except Exception as e:  # a doctor does not faint
         found.append(Finding("problem", area, what, f"the check failed: {type(e).__name__}: {e}", _REPORT))
     return found

@@ -90,7 +90,7 @@ def temporary(folder: Path, begin: Callable[[str], object]) -> Iterator[Finding]
         todo = f"free some: measuring takes a file of {gb(TRIAL_BYTES)}"
         yield Finding("note", "disk", "speed", f"{folder}: not measured, the disk is nearly full", todo)
         return
-    begin(f"writing {gb(TRIAL_BYTES)} to {folder}")
+    begin(f"the disk: writing {gb(TRIAL_BYTES)}")
     with tempfile.NamedTemporaryFile(prefix=".flashpack-doctor-", dir=folder) as file:
         numbers = np.random.default_rng()
         for _ in range(TRIAL_BYTES // _BLOCK):  # random, because some file systems compress or share
@@ -104,7 +104,7 @@ def temporary(folder: Path, begin: Callable[[str], object]) -> Iterator[Finding]
 
 
 def begin_size(begin: Callable[[str], object]) -> Callable[[int], object]:
-    return lambda size: begin(f"reading from the disk, {_binary(size)} at a time")
+    return lambda size: begin(f"the disk: reading {_binary(size)} at a time")
 
 
 def told(rates: Sequence[Rate], of: str, record: int | None = None) -> Iterator[Finding]:

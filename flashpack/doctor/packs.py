@@ -47,7 +47,7 @@ class Whole:
             yield self._no_pack(e)
             return
         except VersionError as e:
-            yield Finding("problem", "pack", "format", str(e), "pip install --upgrade flashpack")
+            yield Finding("problem", "pack", "format", str(e), "install the newest flashpack-moe")
             return
         except FormatError as e:
             yield Finding("problem", "pack", "format", str(e), "get another copy, or convert the checkpoint again")
@@ -82,9 +82,10 @@ class Whole:
         m = pack.manifest
         manifest = parse_json(manifest_bytes(self.folder), C.MANIFEST)
         size = sum(f.size for f in m.files)
+        experts, dense = (str(m.recipe.get(part, "unknown"))[:40] for part in ("experts", "dense"))
         text = (
-            f"{m.model['architecture']}, {gb(size)}, experts {m.recipe.get('experts', 'unknown')}, dense part "
-            f"{m.recipe.get('dense', 'unknown')}; format {manifest['version']}, identity {pack.identity[:16]}…"
+            f"{m.model['architecture'][:60]}, {gb(size)}, experts {experts}, dense part {dense}; "
+            f"format {manifest['version']}, identity {pack.identity[:16]}..."
         )
         data = {"identity": pack.identity, "version": manifest["version"], "bytes": size, "model": m.model}
         return Finding("ok", "pack", "format", text, data=data | {"recipe": m.recipe})
@@ -94,7 +95,7 @@ class Whole:
         from flashpack.runtime.rates import SIZES, measure
 
         assert self.opened is not None
-        record = max(kind.stride for kind in self.opened.manifest.record_kinds)
+        record = _largest_record(self.opened)
         paths = [layer.path for layer in self.opened.manifest.layers]
         sizes = sorted({record, *SIZES}, key=lambda s: (s != record, s))  # what counts comes first
         self.rates = sorted(measure(self.folder, paths, sizes, begin=disk.begin_size(begin)), key=lambda r: r.size)
@@ -103,6 +104,7 @@ class Whole:
     def needs(self) -> Iterator[Finding]:
         """Memory, files, tokenizer and reading; and what earlier runs left."""
         assert self.opened is not None
+        yield from _kernels(self.opened)
         yield from self._memory(self.opened)
         yield from _open_files(self.opened)
         yield _tokenizer(self.folder)
@@ -145,7 +147,7 @@ class Whole:
 
     def _bound(self, pack: Pack, top_k: int, share: float) -> Iterator[Finding]:
         """Seconds of reading for a token if nothing were in memory."""
-        record = max(kind.stride for kind in pack.manifest.record_kinds)
+        record = _largest_record(pack)
         rate = next((r.drive for r in self.rates if r.size == record), None)
         if not rate:
             return
@@ -163,6 +165,10 @@ class Whole:
             yield Finding("ok", "pack", "reading", text, data=data)
 
 
+def _largest_record(pack: Pack) -> int:
+    return max((kind.stride for kind in pack.manifest.record_kinds), default=0)
+
+
 def bytes_per_token(pack: Pack, top_k: int) -> int:
     """Stored bytes of the experts that a token uses, on average over those of a layer."""
     size = 0.0
@@ -171,6 +177,19 @@ def bytes_per_token(pack: Pack, top_k: int) -> int:
         stored = kinds if layer.codec == "raw" else pack.manifest.shard_layout(layer).frames
         size += stored * top_k / layer.experts
     return int(size)
+
+
+def _kernels(pack: Pack) -> Iterator[Finding]:
+    """Formats of the experts that the processor's native kernels do not know."""
+    from flashpack.kernels import best_device
+    from flashpack.kernels.cpu.native import compute
+
+    used = {p.encoding for kind in pack.manifest.record_kinds for p in kind.projections}
+    slow = sorted({str(e) for e in used if e.quantized and e.name not in compute.KINDS})
+    if slow and best_device() == "cpu" and not isinstance(compute.library(), str):
+        text = f"experts in {', '.join(slow)} have no native kernels: torch computes, several times slower"
+        todo = "convert with --experts q4 or another of docs/quality.md, if rounding is acceptable"
+        yield Finding("note", "pack", "kernels", text, todo, {"formats": slow})
 
 
 def _open_files(pack: Pack) -> Iterator[Finding]:
