@@ -117,6 +117,9 @@ def _print_report(report: Report) -> None:
         say("  relative quantization error (largest and mean over the matrices of a file)")
         for e in report.errors:
             say(f"    {e.path:<40} {e.largest:.4f}  {e.mean:.4f}")
+    if report.uncalibrated is not None:
+        few = f", but for {report.uncalibrated} that saw too few tokens" if report.uncalibrated else ""
+        say(f"  experts are calibrated{few}; the quality report has the errors of what they give")
     if report.dropped:
         say(f"  {len(report.dropped)} tensors of the source are not in the pack (flashpack plan lists them)")
     done = report.source_bytes - report.resumed_bytes

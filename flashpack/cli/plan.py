@@ -166,7 +166,9 @@ def _print(here: _Here) -> None:
     experts = sum(p.layer.experts for p in plan.layers)
     say(f"{plan.model['architecture']} ({plan.model['model_type']}): {choice(plan)}")
     say(f"{len(plan.layers)} MoE layers, {experts:,} experts, {len(plan.dense()):,} dense tensors")
-    for i, kind in enumerate(plan.kinds):
+    if plan.options.bpw:
+        say("experts' widths: chosen when converting, which reads and measures each expert before it begins to write")
+    for i, kind in enumerate([] if plan.options.bpw else plan.kinds):
         layers = [p for p in plan.layers if kind in p.kinds]
         count = sum(p.kinds.count(kind) for p in layers)
         shapes = ", ".join(f"{p.name} {p.shape[0]}x{p.shape[1]} {p.encoding}" for p in kind.projections)
@@ -180,9 +182,9 @@ def _print(here: _Here) -> None:
     most = "at most " if plan.options.codec != "raw" else ""
     say(f"pack:            {most}{gb(chosen.pack_bytes)}, {chosen.bits:.2f} bits per weight")
     if weights := plan.rounded_weights():
-        from flashpack.converter.options import COSTS
+        from flashpack.converter.options import cost
 
-        seconds = COSTS[plan.recipe["quantizer"]]
+        seconds = cost(plan.options)
         hours = weights * seconds / 1e9 / 3600
         say(
             f"rounding:        {plan.options.quality}, about {seconds} core-seconds per 10^9 weights of the experts, "
@@ -239,4 +241,5 @@ def _verdict(fits: bool) -> str:
 
 def choice(plan: Plan) -> str:
     """What was chosen, in words."""
-    return f"experts {plan.recipe['experts']}, dense {plan.recipe['dense']} (source: {plan.source_format})"
+    bits = f" ({plan.options.bpw} bits per weight)" if plan.options.bpw else ""
+    return f"experts {plan.recipe['experts']}{bits}, dense {plan.recipe['dense']} (source: {plan.source_format})"

@@ -49,7 +49,9 @@ def _told(report: Any) -> Iterator[str]:
         match row:
             case {"part": "gate" | "up" | "down" | "dense" as part, "mean": float(mean), "max": float(largest)}:
                 rounded = True
-                yield f"{part:<5} mean error {_percent(mean)}, largest {_percent(largest)}"
+                weighted = row.get("weighted")
+                given = f"; of what it gives {_percent(weighted)}" if isinstance(weighted, float) else ""
+                yield f"{part:<5} mean error {_percent(mean)}, largest {_percent(largest)}{given}"
     if not rounded:
         yield "nothing was rounded: every value is the source's own"
     worst = [(mean, index) for layer in layers for mean, index in _mean(layer)]

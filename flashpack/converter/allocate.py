@@ -19,7 +19,7 @@ from flashpack.converter.calibrated import Expert, LayerCalibration, spaced
 from flashpack.converter.gptq import gptq
 from flashpack.errors import SourceError
 from flashpack.formats.encodings import decode
-from flashpack.formats.records import PROJECTIONS, Encoding
+from flashpack.formats.records import Encoding
 from flashpack.kernels.cpu.pool import one_thread
 from flashpack.kernels.quantize import quantize
 
@@ -36,20 +36,21 @@ def sensitivities(
     layer: LayerCalibration | None,
     expert: int,
 ) -> dict[str, NDArray[np.float64]]:
-    """What it costs to round a matrix of one expert to each of its candidates, by projection: float64 [candidates].
+    """What it costs to round a matrix of one expert to each of its candidates: float64 [candidates], by projection of
+    those that have any.
 
-    ``values``: float32 [out, in] by projection, ``biases``: [out] of those that have one. With the ``layer``'s tokens:
-    the squares by which the expert's outputs move if ``gptq`` rounds this matrix, over those of the token behind the
-    layer, as a mean over all tokens. Without: the squared error that "starts" leaves. Raises ``SourceError``.
+    ``values``: float32 [out, in] of all projections, ``biases``: [out] of those that have one. With the ``layer``'s
+    tokens: the squares by which the expert's outputs move if ``gptq`` rounds this matrix, over those of the token
+    behind the layer, as a mean over all tokens. Without: the squared error that "starts" leaves. Raises
+    ``SourceError``.
     """
-    names = [name for name in PROJECTIONS if name in values]
-    for name in names:
-        if not np.isfinite(values[name]).all():
+    for name, matrix in values.items():
+        if not np.isfinite(matrix).all():
             raise SourceError(f"expert {expert}, {name}: infinite or NaN values cannot be quantized")
     if layer is None:
         return {
-            name: np.array([quantize(values[name], "F32", encoding, "starts")[1] for encoding in candidates[name]])
-            for name in names
+            name: np.array([quantize(values[name], "F32", encoding, "starts")[1] for encoding in encodings])
+            for name, encodings in candidates.items()
         }
     with torch.inference_mode(), one_thread():
         return _Judge(layer, expert, values, biases).costs(candidates)
@@ -75,6 +76,7 @@ class _Judge:
         return {
             name: np.array([self._cost(name, hessian, encoding) for encoding in candidates[name]])
             for name, hessian in hessians.items()
+            if name in candidates
         }
 
     def _cost(self, name: str, hessian: Tensor, encoding: Encoding) -> float:

@@ -136,7 +136,10 @@ def _measure(plan: Plan, layer: LayerPlan, advance: Callable[[int], object]) -> 
     with folder.steps(lambda i: record_spans(layer, i), layer.layer.experts, Event()) as steps:
 
         def measure(expert: int, _: None) -> int:
-            candidates = {p.name: [e[i].encoding for e in encodings] for i, p in enumerate(encodings[0])}
+            # A matrix that no width fits is kept as it is, and costs nothing.
+            candidates = {
+                p.name: [e[i].encoding for e in encodings] for i, p in enumerate(encodings[0]) if p.encoding.quantized
+            }
             nbytes = sum(source.matrix(expert).nbytes for source in layer.sources.values())
             with layer.calibrated.room if layer.calibrated else contextlib.nullcontext():
                 with steps.step(expert) as reader:

@@ -25,15 +25,12 @@ from flashpack.converter.gptq import gptq
 from flashpack.converter.quantize import Error, Errors
 from flashpack.errors import SourceError
 from flashpack.formats.encodings import decode
-from flashpack.formats.records import PROJECTIONS, Encoding, RecordKind
+from flashpack.formats.records import PROJECTIONS, Encoding
 from flashpack.kernels import Activation
 from flashpack.kernels.cpu.pool import one_thread
 
 if TYPE_CHECKING:
     from flashpack.formats.calibration import LayerTokens
-
-ENCODINGS = ("affine", "affine_dq")
-"""What ``gptq`` can round to."""
 
 DAMPING = 0.3
 """Of the mean of H's diagonal, added to it. Less is a little better on text like the calibration's, worse on other."""
@@ -93,22 +90,21 @@ class LayerCalibration:
     def encode(
         self,
         expert: int,
-        kind: RecordKind,
+        encodings: Mapping[str, Encoding],
         values: Mapping[str, NDArray[np.float32]],
         biases: Mapping[str, NDArray[np.float32]],
     ) -> tuple[dict[str, Arrays], Errors]:
         """The stored parts of the expert's matrices, and their errors, by projection.
 
-        ``values``: float32 [out, in] of each projection of ``kind``; ``biases``: [out] of those that have one. Left out
-        of the parts is a matrix that saw too few tokens, whose error then says only how many, and one that is not
-        stored in one of ``ENCODINGS``. Raises ``SourceError``.
+        ``encodings``: of the matrices to round, by projection, such as ``gptq`` can; ``values``: float32 [out, in] of
+        all; ``biases``: [out] of those that have one. A matrix that saw too few tokens is left out of the parts, and
+        its error says only how many. Raises ``SourceError``.
         """
         for name, matrix in values.items():
             if not np.isfinite(matrix).all():
                 raise SourceError(f"expert {expert}, {name}: infinite or NaN values cannot be quantized")
         with one_thread():
             work = Expert(self, expert, values, biases)
-            encodings = {p.name: p.encoding for p in kind.projections if p.encoding.name in ENCODINGS}
             work.encode_first(encodings)
             work.encode_down(encodings)
         return work.parts, work.errors

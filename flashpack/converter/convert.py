@@ -29,7 +29,7 @@ from flashpack.converter.plan import Plan, bits_per_weight, make_plan
 from flashpack.converter.report import LayerError, Report
 from flashpack.converter.source import CONFIG, Checkpoint, open_checkpoint
 from flashpack.converter.tensor import Extent, SourceTensor
-from flashpack.converter.units import Progress
+from flashpack.converter.units import Outcome, Progress
 from flashpack.converter.weights import read_tensors
 from flashpack.errors import FormatError, OutputError, SourceError
 from flashpack.formats import constants as C
@@ -193,10 +193,17 @@ def _convert(
         resumed_files=len(finished),
         resumed_bytes=resumed_bytes + sum(o.resumed_bytes for o in outcomes.values()),
         quality=str(target / C.QUALITY_PAGE),
+        uncalibrated=_uncalibrated(outcomes) if work.calibration else None,
         errors=errors,
         notices=work.notices,
         dropped=work.dropped,
     )
+
+
+def _uncalibrated(outcomes: dict[str, Outcome]) -> int:
+    """Experts of which a matrix was to be calibrated and was not."""
+    experts = [errors.values() for outcome in outcomes.values() for errors in outcome.errors]
+    return sum(any(e.tokens is not None and e.weighted is None for e in matrices) for matrices in experts)
 
 
 def default_out(src: Source) -> Path:

@@ -60,12 +60,15 @@ def encode_record(
 
 def _calibrated(folder: Reader, plan: LayerPlan, expert: int) -> tuple[dict[str, Arrays], Errors]:
     """The stored arrays, by projection, of what calibration rounds, and errors of what it was asked for."""
-    projections = plan.kinds[expert].projections
-    exact = all(is_exact(plan.sources[p.name].matrix(expert), p.encoding) for p in projections)
-    if plan.calibrated is None or exact:
+    encodings = {
+        p.name: p.encoding
+        for p in plan.kinds[expert].projections
+        if p.encoding.quantized and not is_exact(plan.sources[p.name].matrix(expert), p.encoding)
+    }
+    if plan.calibrated is None or not encodings:
         return {}, {}
     with plan.calibrated.room:
-        return plan.calibrated.encode(expert, plan.kinds[expert], *expert_values(folder, plan, expert))
+        return plan.calibrated.encode(expert, encodings, *expert_values(folder, plan, expert))
 
 
 def expert_values(folder: Reader, plan: LayerPlan, expert: int) -> tuple[dict[str, Values], dict[str, Values]]:

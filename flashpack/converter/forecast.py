@@ -128,7 +128,7 @@ def _choices(bound: Bound, options: Options, chosen: Plan) -> list[Choice]:
         sizes, weights = plan.file_sizes(), _expert_weights(plan)
         experts[name] = (sum(sizes[p.layer.path] for p in plan.layers), weights)
     for name in DENSE_CHOICES[1:]:
-        plan = bound.plan(Options(chosen.recipe["experts"], name, options.group_size, options.codec))
+        plan = bound.plan(Options("auto", name, options.group_size, options.codec))
         sizes = plan.file_sizes()
         dense[name] = (sum(sizes[path] for path in plan.dense_files), _dense_weights(plan))
     copies = sum(chosen.file_sizes()[name] for name in chosen.copies)

@@ -21,7 +21,7 @@ CANDIDATES = ("dq2", "dq3", "dq4")
 QUANTIZERS = {"fast": "minmax", "default": "starts", "high": "gptq", "max": "gptq-refined"}
 """Quality -> how values are rounded, as the recipe names it."""
 
-COSTS = {"minmax": 1, "starts": 20, "gptq": 290, "gptq-refined": 1030}
+COSTS = {"minmax": 2, "starts": 20, "gptq": 290, "gptq-refined": 1030}
 """Seconds of one core for 10^9 weights, about: the largest of docs/quality.md."""
 
 CALIBRATED = ("gptq", "gptq-refined")
@@ -75,6 +75,12 @@ class Options:
     def quantizer(self) -> str:
         """One of the values of ``QUANTIZERS``."""
         return QUANTIZERS[self.quality]
+
+
+def cost(options: Options) -> int:
+    """Seconds of one core for 10^9 weights, about. To choose widths takes a search, or GPTQ, for each candidate."""
+    choosing = COSTS["gptq"] if options.calib else len(CANDIDATES) * COSTS["starts"]
+    return COSTS[options.quantizer] + (choosing if options.bpw else 0)
 
 
 def by_projection(experts: str) -> dict[str, str]:

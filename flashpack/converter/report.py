@@ -29,7 +29,8 @@ class Report:
     """Result of ``convert``. Sizes in bytes, time in seconds, ``identity`` the pack's BLAKE3 identity.
 
     ``resumed_bytes`` of ``source_bytes`` were done by earlier, interrupted runs. ``quality``: the page of the quality
-    report, a path.
+    report, a path. ``uncalibrated``: how many experts saw too few tokens for at least one of their matrices; None if
+    nothing was to be calibrated.
     """
 
     pack: str
@@ -44,6 +45,7 @@ class Report:
     resumed_files: int
     resumed_bytes: int
     quality: str
+    uncalibrated: int | None = None
     errors: list[LayerError] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)

@@ -46,6 +46,15 @@ def test_plan_and_dry_run_are_the_same_and_write_nothing(tmp_path: Path) -> None
     assert "rounding:" not in flashpack("plan", source, "--experts", "source", cwd=tmp_path).stdout
 
 
+def test_a_plan_of_a_width_for_each_expert(tmp_path: Path) -> None:
+    done = flashpack("plan", TRAINED, "--bpw", "2.8", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "experts mixed (2.8 bits per weight), dense q8" in done.stdout
+    assert "widths: chosen when converting" in done.stdout
+    assert "record kind" not in done.stdout
+    assert "rounding:        default, about 80 core-seconds per 10^9" in done.stdout  # three searches before the one
+
+
 def told(*arguments: object, **options: Any) -> dict[str, Any]:
     done = flashpack("plan", *arguments, "--json", **options)
     data: dict[str, Any] = json.loads(done.stdout)

@@ -15,7 +15,7 @@ from flashpack.errors import SourceError
 from flashpack.formats.calibration import LayerTokens
 from flashpack.formats.dtypes import from_float32
 from flashpack.formats.encodings import decode
-from flashpack.formats.records import Encoding, Projection, RecordKind
+from flashpack.formats.records import Encoding
 from flashpack.kernels.activations import named
 from flashpack.kernels.cpu.quantize import quantize
 from tests.converter.experts import inputs, matrices
@@ -103,11 +103,7 @@ def test_how_far_outputs_move(layer: LayerCalibration, tokens: LayerTokens) -> N
 
     for name, matrix in matrices().items():
         for cost, encoding in zip(found[name], CANDIDATES, strict=True):
-            others = {n: Encoding("raw", "F32") for n in EVERY if n != name}
-            kind = RecordKind(
-                tuple(Projection(n, m.shape, (others | {name: encoding})[n]) for n, m in matrices().items())
-            )
-            parts = layer.encode(1, kind, matrices(), {})[0]
+            parts = layer.encode(1, {name: encoding}, matrices(), {})[0]
             rounded = matrices() | {name: decode(encoding, parts[name], matrix.shape)}
             change = 0.5 * (outputs(rounded) - outputs(matrices()))
             share = (change**2).mean(axis=1) / tokens.residual[::10, 0]
@@ -121,6 +117,14 @@ def test_experts_of_few_tokens_cost_little(layer: LayerCalibration) -> None:
         assert (often > 5 * seldom).all()
         assert (seldom > 5 * never).all()
         assert (never > 0).all()
+
+
+def test_matrices_without_candidates_are_not_rounded(layer: LayerCalibration) -> None:
+    some = {"up": CANDIDATES}
+    for judge in (layer, None):
+        found = sensitivities(matrices(), {}, some, judge, 0)
+        assert set(found) == {"up"}
+        assert (found["up"] == sensitivities(matrices(), {}, EVERY, judge, 0)["up"]).all()
 
 
 def test_biases_count(layer: LayerCalibration) -> None:

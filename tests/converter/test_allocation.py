@@ -1,57 +1,26 @@
-"""A width for each expert, and calibrated rounding, through whole conversions."""
+"""A width for each expert, through whole conversions."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import flashpack
 from flashpack.converter import Options, against, allocation, plan
-from flashpack.converter.calibrated import LayerCalibration
-from flashpack.converter.convert import bound
-from flashpack.errors import OutputError, SourceError, UnsupportedError, UsageError
+from flashpack.errors import OutputError, UnsupportedError, UsageError
 from flashpack.formats import Pack
-from flashpack.formats.calibration import CalibrationWriter
-from flashpack.formats.constants import ALLOCATION
-from flashpack.formats.dtypes import from_float32
-from tests.conftest import CHECKPOINTS, ROOT, TRAINED, contents
-from tests.server import serve
+from flashpack.formats.constants import ALLOCATION, JOURNAL
+from tests.conftest import CHECKPOINTS, TRAINED, contents
+from tests.families.checkpoint import configuration
 
 SMALL = CHECKPOINTS / "qwen3_moe"
-
-
-@pytest.fixture(scope="module")
-def calib(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A calibration of ``SMALL``: 256 tokens with 2 experts each, the last expert of each layer chosen by none."""
-    path = tmp_path_factory.mktemp("calib") / "small.calib"
-    source = bound(SMALL)
-    sites = source.sites
-    generator = np.random.default_rng(0)
-    layers = {site.layer: (site.projections()["up"][1], 2) for site in sites}
-    architecture = type(source.model).__name__
-    source.checkpoint.folder.close()
-    with CalibrationWriter(path, architecture, layers, 256, {}) as writer:
-        for site in sites:
-            experts = np.stack([generator.permutation(site.num_experts - 1)[:2] for _ in range(256)])
-            inputs = generator.standard_normal((256, layers[site.layer][0])).astype(np.float32)
-            weights = generator.uniform(0.2, 0.8, (256, 2)).astype(np.float32)
-            arrays = {"inputs": from_float32(inputs, "BF16"), "experts": experts.astype(np.int32), "weights": weights}
-            writer.write(0, site.layer, arrays | {"residual": np.ones((256, 1), dtype=np.float32)})
-        writer.finish()
-    return path
 
 
 def widths(pack: Path) -> dict[int, list[tuple[str, ...]]]:
@@ -120,53 +89,10 @@ def test_widths_that_were_damaged_meanwhile_are_measured_again(tmp_path: Path, i
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_calibrated_packs_are_the_same_for_any_workers_and_after_a_stop(
-    tmp_path: Path, calib: Path, interrupted: Interrupted
-) -> None:
-    options: dict[str, Any] = {"quality": "max", "calib": calib, "bpw": 3.0}
-    flashpack.convert(SMALL, tmp_path / "whole", workers=3, **options)
-    interrupted(SMALL, 5, **options)
-    flashpack.convert(SMALL, tmp_path / "out", **options)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert flashpack.verify(tmp_path / "whole") == []
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        flashpack.convert(SMALL, tmp_path / "elsewhere", executor=pool, **options)
-    assert contents(tmp_path / "elsewhere") == contents(tmp_path / "whole")
-
-
-def test_calibration_changes_experts_that_were_seen_and_no_others(tmp_path: Path, calib: Path) -> None:
-    flashpack.convert(SMALL, tmp_path / "plain", "q2")
-    flashpack.convert(SMALL, tmp_path / "fitted", "q2", quality="high", calib=calib)
-    packs = [Pack(tmp_path / name) for name in ("plain", "fitted")]
-    for layer in packs[0].manifest.layers:
-        records = []
-        for pack in packs:
-            data = (pack.folder / layer.path).read_bytes()
-            with pack.open_shard(layer) as shard:
-                extents = [shard.extent(e) for e in range(layer.experts)]
-            records.append([data[offset : offset + size] for offset, size in extents])
-        same = [a == b for a, b in zip(*records, strict=True)]
-        assert same == [False] * (layer.experts - 1) + [True]
-    assert packs[1].manifest.recipe["calibration"] != ""
-    assert packs[1].manifest.recipe["quantizer"] == "gptq"
-
-
-def test_a_calibrated_pack_cannot_be_made_again_for_comparison(tmp_path: Path, calib: Path) -> None:
-    flashpack.convert(SMALL, tmp_path / "out", "q2", quality="high", calib=calib)
-    with pytest.raises(UnsupportedError, match="'gptq' does not give the same bytes again"):
-        against(tmp_path / "out", SMALL)
-
-
 def test_a_pack_of_chosen_widths_cannot_be_made_again_for_comparison(tmp_path: Path) -> None:
     flashpack.convert(SMALL, tmp_path / "out", bpw=3)
     with pytest.raises(UnsupportedError, match="the widths of its experts were chosen one by one"):
         against(tmp_path / "out", SMALL)
-
-
-def test_another_models_calibration_is_refused(tmp_path: Path, calib: Path) -> None:
-    with pytest.raises(SourceError, match=r"small\.calib: of a .* layers of experts, not of this "):
-        flashpack.convert(TRAINED, tmp_path / "out", quality="high", calib=calib)
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
@@ -177,6 +103,57 @@ def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("experts were measured")
 
     monkeypatch.setattr(allocation, "_measure", measured)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda told: told.update({"0001": [*told["0001"][:-1], "dq2 q4"]}),
+        lambda told: told.update({"0001": [*told["0001"][:-1], "dq2"]}),
+        lambda told: told["0001"].pop(),
+        lambda told: told.pop("0001"),
+        lambda told: told.update({"0009": told["0001"]}),
+        lambda told: told.update({"0001": 5}),
+    ],
+    ids=["another width", "one width", "an expert less", "a layer less", "a layer more", "a number"],
+)
+def test_only_widths_of_this_very_model_are_taken(tmp_path: Path, change: Callable[[Any], object]) -> None:
+    work = plan(SMALL, Options(bpw="3"))
+    chosen = allocation.nominal(work)
+    (tmp_path / ALLOCATION).write_bytes(chosen.to_bytes())
+    assert allocation.Allocation.read(tmp_path, work) is None  # of no conversion that has begun
+    (tmp_path / JOURNAL).touch()
+    assert allocation.Allocation.read(tmp_path, work) == chosen
+    told = json.loads(chosen.to_bytes())
+    change(told)
+    (tmp_path / ALLOCATION).write_text(json.dumps(told))
+    assert allocation.Allocation.read(tmp_path, work) is None
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose gate and up, [36, 32], are no blocks of ``affine_dq``, and whose down, [32, 36], no groups."""
+    path = tmp_path_factory.mktemp("odd") / "odd"
+    config = configuration("qwen3_moe", moe_intermediate_size=36)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def test_matrices_that_a_width_does_not_fit_get_another_and_it_is_told(tmp_path: Path, odd: Path) -> None:
+    report = flashpack.convert(odd, tmp_path / "out", "dq2")
+    assert {kind for layer in widths(tmp_path / "out").values() for kind in layer} == {
+        ("2-bit g32", "2-bit g32", "bf16")
+    }
+    assert "experts' gate projection: [36, 32] values are not blocks of 256; q2 in its place" in report.notices
+    assert "experts' down projection: 36 input values are no multiple of 32; kept as bf16" in report.notices
+
+
+def test_matrices_that_are_kept_cost_nothing(tmp_path: Path, odd: Path) -> None:
+    """Of 16 bits, beside gate and up of 3 or 4."""
+    report = flashpack.convert(odd, tmp_path / "out", bpw=7.7)
+    assert 7.6 < report.expert_bits <= 7.7
+    found = {kind for layer in widths(tmp_path / "out").values() for kind in layer}
+    assert found == {(f"{bits}-bit g32", f"{bits}-bit g32", "bf16") for bits in (2, 3)}
 
 
 @pytest.mark.usefixtures("nothing_measured")
@@ -213,81 +190,3 @@ def test_a_pack_of_several_widths_runs_as_the_reference_in_any_memory(tmp_path: 
     assert torch.equal(found[0], found[1])
     # Of most tokens: where two experts are almost equal for a router, rounding decides.
     assert (found[0] - found[2]).abs().amax(-1).median() < 3e-2
-
-
-def test_no_more_experts_are_calibrated_at_once_than_memory_holds(
-    tmp_path: Path, calib: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With room for one, for two, and for all that work side by side; the pack is the same."""
-    real, lock = LayerCalibration.encode, threading.Lock()
-    inside, most = 0, [0]
-
-    def encode(*arguments: Any) -> Any:
-        nonlocal inside
-        with lock:
-            inside += 1
-            most[-1] = max(most[-1], inside)
-        time.sleep(0.02)
-        try:
-            return real(*arguments)
-        finally:
-            with lock:
-                inside -= 1
-
-    monkeypatch.setattr(LayerCalibration, "encode", encode)
-    each = plan(SMALL, Options(quality="high", calib=str(calib))).calibrated_at_once()[1]
-    for i, size in enumerate((1, 2 * each, 100 * each)):
-        flashpack.convert(SMALL, tmp_path / str(i), quality="high", calib=calib, workers=2, calib_memory=size)
-        most.append(0)
-    assert most[0] == 1
-    assert most[1] == 2
-    assert most[2] > 2
-    assert contents(tmp_path / "0") == contents(tmp_path / "1") == contents(tmp_path / "2")
-
-
-def test_an_expert_takes_no_more_than_is_promised() -> None:
-    """Measured in a process of its own, in which nothing else grows."""
-    command = [sys.executable, "-c", CALIBRATED]
-    taken, promised = map(int, subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout.split())
-    assert promised / 4 < taken <= promised
-
-
-CALIBRATED = """
-import numpy as np
-from flashpack.converter.calibrated import LayerCalibration, expert_bytes
-from flashpack.formats.calibration import LayerTokens
-from flashpack.formats.records import Projection, RecordKind, affine_dq
-from flashpack.kernels.activations import named
-from flashpack.runtime.memory import usage
-import threading, time
-shapes = {"gate": (512, 1024), "up": (512, 1024), "down": (1024, 512)}
-rng = np.random.default_rng(0)
-bits = rng.integers(0x3F00, 0x3FFF, (2048, 1024), np.uint16) | rng.integers(0, 2, (2048, 1024), np.uint16) << 15
-choice = np.tile(np.arange(4, dtype=np.int32), (2048, 1))
-tokens = LayerTokens(bits, choice, np.full((2048, 4), 0.25, np.float32), np.ones((2048, 1), np.float32))
-layer = LayerCalibration(tokens, named("silu", True), False)
-kind = RecordKind(tuple(Projection(n, s, affine_dq(2)) for n, s in shapes.items()))
-before, peak, done = usage().anonymous, [0], threading.Event()
-def watch():
-    while not done.wait(0.002):
-        peak[0] = max(peak[0], usage().anonymous)
-thread = threading.Thread(target=watch)
-thread.start()
-layer.encode(0, kind, {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}, {})
-done.set()
-thread.join()
-print(peak[0] - before, expert_bytes(shapes))
-"""
-
-
-def test_a_source_that_is_far_away_gives_the_same_pack(tmp_path: Path, calib: Path) -> None:
-    """Experts that saw too few tokens are read a second time."""
-    options: dict[str, Any] = {"quality": "high", "calib": calib, "bpw": 3}
-    flashpack.convert(SMALL, tmp_path / "near", **options)
-    site, server = serve(SMALL)
-    try:
-        flashpack.convert(site.url, tmp_path / "far", **options)
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert contents(tmp_path / "far") == contents(tmp_path / "near")

@@ -17,7 +17,7 @@ from flashpack.errors import SourceError
 from flashpack.formats.calibration import LayerTokens
 from flashpack.formats.dtypes import from_float32
 from flashpack.formats.encodings import decode
-from flashpack.formats.records import Encoding, Projection, RecordKind, affine_dq
+from flashpack.formats.records import Encoding, affine_dq
 from flashpack.kernels.activations import named
 from tests.converter.experts import HIDDEN, WIDTH, inputs, matrices
 
@@ -27,13 +27,10 @@ EXPERT, ALONE, RARE, NEVER = 0, 1, 2, 3
 COUNTS = {EXPERT: 1000, ALONE: 400, RARE: 4, NEVER: 0}
 """Tokens of each of these."""
 
+Encodings = dict[str, Encoding]
 
-def kind_of(**encodings: Encoding) -> RecordKind:
-    return RecordKind(tuple(Projection(name, shape, encodings[name]) for name, shape in SHAPES.items()))
-
-
-MIXED = kind_of(gate=affine_dq(2), up=affine_dq(2), down=affine_dq(3))
-PLAIN = kind_of(gate=Encoding("affine", "BF16", 2, 64), up=Encoding("affine", "BF16", 3, 32), down=affine_dq(2))
+MIXED = {"gate": affine_dq(2), "up": affine_dq(2), "down": affine_dq(3)}
+PLAIN = {"gate": Encoding("affine", "BF16", 2, 64), "up": Encoding("affine", "BF16", 3, 32), "down": affine_dq(2)}
 
 
 @pytest.fixture(scope="module")
@@ -55,27 +52,27 @@ def outputs(values: dict[str, NDArray[np.float32]], x: Tensor, biases: dict[str,
     return (silu(gate) * up) @ torch.from_numpy(values["down"]).T
 
 
-def decoded(kind: RecordKind, parts: dict[str, Arrays]) -> dict[str, NDArray[np.float32]]:
-    return {p.name: decode(p.encoding, parts[p.name], p.shape) for p in kind.projections}
+def decoded(encodings: Encodings, parts: dict[str, Arrays]) -> dict[str, NDArray[np.float32]]:
+    return {name: decode(encoding, parts[name], SHAPES[name]) for name, encoding in encodings.items()}
 
 
-def moved(kind: RecordKind, parts: dict[str, Arrays], biases: dict[str, NDArray[np.float32]]) -> float:
+def moved(encodings: Encodings, parts: dict[str, Arrays], biases: dict[str, NDArray[np.float32]]) -> float:
     """The relative error of an expert's outputs for tokens that it was not calibrated with."""
     x = inputs(500, seed=1)
     right = outputs(matrices(), x, biases)
-    return float((outputs(decoded(kind, parts), x, biases) - right).norm() / right.norm())
+    return float((outputs(decoded(encodings, parts), x, biases) - right).norm() / right.norm())
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("kind", [MIXED, PLAIN], ids=["dq", "affine"])
-def test_outputs_of_unseen_tokens_change_less(kind: RecordKind, biased: bool, tokens: LayerTokens) -> None:
+@pytest.mark.parametrize("encodings", [MIXED, PLAIN], ids=["dq", "affine"])
+def test_outputs_of_unseen_tokens_change_less(encodings: Encodings, biased: bool, tokens: LayerTokens) -> None:
     biases = {name: np.linspace(-1, 1, WIDTH, dtype=np.float32) for name in ("gate", "up") if biased}
-    found, errors = LayerCalibration(tokens, SILU, refined=True).encode(EXPERT, kind, matrices(), biases)
+    found, errors = LayerCalibration(tokens, SILU, refined=True).encode(EXPERT, encodings, matrices(), biases)
     nearest = {
-        p.name: gptq(torch.from_numpy(matrices()[p.name]), torch.eye(p.shape[1]), p.encoding, refined=False)
-        for p in kind.projections
+        name: gptq(torch.from_numpy(matrices()[name]), torch.eye(SHAPES[name][1]), encoding, refined=False)
+        for name, encoding in encodings.items()
     }
-    assert moved(kind, found, biases) < 0.75 * moved(kind, nearest, biases)
+    assert moved(encodings, found, biases) < 0.75 * moved(encodings, nearest, biases)
     assert {name: error.tokens for name, error in errors.items()} == dict.fromkeys(SHAPES, COUNTS[EXPERT])
 
 
@@ -104,9 +101,9 @@ def test_down_makes_up_for_what_the_others_lost() -> None:
     x = torch.randn(1500, 8, generator=torch.Generator().manual_seed(1)) @ directions
     one = np.zeros((1500, 1))
     tokens = LayerTokens(from_float32(x.numpy(), "BF16"), one.astype(np.int32), *[one.astype(np.float32) + 1] * 2)
-    kind = kind_of(gate=affine_dq(2), up=affine_dq(2), down=Encoding("affine", "BF16", 8, 32))
-    parts, _ = LayerCalibration(tokens, SILU, refined=True).encode(EXPERT, kind, matrices(), {})
-    found, source = decoded(kind, parts), matrices()
+    encodings = MIXED | {"down": Encoding("affine", "BF16", 8, 32)}
+    parts, _ = LayerCalibration(tokens, SILU, refined=True).encode(EXPERT, encodings, matrices(), {})
+    found, source = decoded(encodings, parts), matrices()
     right = outputs(source, x, {})
     moved, without = (
         float((outputs(found | {"down": down}, x, {}) - right).norm()) for down in (found["down"], source["down"])
@@ -121,9 +118,9 @@ def test_too_few_tokens(expert: int, tokens: LayerTokens) -> None:
     assert {name: (e.tokens, e.weighted) for name, e in errors.items()} == dict.fromkeys(SHAPES, (COUNTS[expert], None))
 
 
-def test_other_encodings_are_left_alone(tokens: LayerTokens) -> None:
-    kind = kind_of(gate=Encoding("raw", "BF16"), up=Encoding("raw", "BF16"), down=affine_dq(3))
-    parts, errors = LayerCalibration(tokens, SILU, refined=True).encode(EXPERT, kind, matrices(), {})
+def test_other_matrices_are_left_alone(tokens: LayerTokens) -> None:
+    layer = LayerCalibration(tokens, SILU, refined=True)
+    parts, errors = layer.encode(EXPERT, {"down": affine_dq(3)}, matrices(), {})
     assert set(parts) == set(errors) == {"down"}
     assert errors["down"].weighted is not None
     assert errors["down"].weighted < 0.15
@@ -161,10 +158,10 @@ def test_outputs_that_are_none(tokens: LayerTokens) -> None:
 
 
 def test_an_expert_without_a_gate(tokens: LayerTokens) -> None:
-    kind = RecordKind(tuple(p for p in MIXED.projections if p.name != "gate"))
+    encodings = {"up": affine_dq(2), "down": affine_dq(3)}
     values = {name: matrix for name, matrix in matrices().items() if name != "gate"}
     layer = LayerCalibration(tokens, named("relu2", gated=False), refined=True)
-    parts, errors = layer.encode(EXPERT, kind, values, {})
+    parts, errors = layer.encode(EXPERT, encodings, values, {})
     assert set(parts) == set(errors) == {"up", "down"}
     weighted = errors["down"].weighted
     assert weighted is not None

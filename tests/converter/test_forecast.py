@@ -44,6 +44,19 @@ def test_the_chosen_pack_is_the_one_that_is_made(tmp_path: Path) -> None:
     assert 0 < manifest < forecasted.disk_needed - c.pack_bytes
 
 
+def test_a_width_for_each_expert_is_a_row_of_its_own(tmp_path: Path) -> None:
+    forecasted = told("trained", tmp_path, Options(bpw="2.8"))
+    assert {c.experts for c in forecasted.choices} == {*EXPERT_CHOICES[1:], "mixed"}
+    assert forecasted.chosen.expert_bits == pytest.approx(2.8, abs=0.02)
+    assert forecasted.chosen.pack_bytes == sum(forecasted.plan.file_sizes().values())
+
+
+@pytest.mark.parametrize(("experts", "share"), [("q4", 1), ("source", 0), ("gate_up=q2,down=q3", 1), ("mixed", 1)])
+def test_what_is_rounded_is_counted(experts: str, share: int) -> None:
+    options = Options(bpw="2.8") if experts == "mixed" else Options(experts)
+    assert plan(TRAINED, options).rounded_weights() == share * 6 * 32 * 3 * 64 * 256
+
+
 def test_every_byte_of_the_shards_is_read_dropped_or_header(tmp_path: Path) -> None:
     f = told("qwen3_5_moe", tmp_path)
     shards = (CHECKPOINTS / "qwen3_5_moe").glob("*.safetensors")

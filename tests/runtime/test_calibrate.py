@@ -13,6 +13,7 @@ import torch
 from flashpack.errors import FormatError, UsageError
 from flashpack.formats.calibration import Calibration
 from flashpack.formats.dtypes import to_float32
+from flashpack.runtime import calibrate as module
 from flashpack.runtime.calibrate import WINDOW, calibrate, read_text
 from tests.conftest import ROOT, TRAINED, PackOf
 
@@ -124,4 +125,19 @@ def test_a_pack_without_tokenizer_is_refused(pack_of: PackOf, tmp_path: Path) ->
     with pytest.raises(FormatError, match="the pack has no tokenizer") as refused:
         calibrate(pack_of("olmoe", "source", "source"), [TEXT], tmp_path / "out")
     assert "\n" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_are_no_numbers_are_refused(exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = module.load_for
+
+    def load_for(*arguments: Any, **options: Any) -> Any:
+        model, at_once = real(*arguments, **options)
+        norm = model.get_decoder().layers[2].post_attention_layernorm
+        norm.register_forward_hook(lambda module, args, output: output / 0)
+        return model, at_once
+
+    monkeypatch.setattr(module, "load_for", load_for)
+    with pytest.raises(FormatError, match="layer 2: the model computes values that are not numbers"):
+        calibrate(exact, [TEXT], tmp_path / "out.calib", WINDOW)
     assert list(tmp_path.iterdir()) == []
