@@ -201,15 +201,11 @@ def _worst(report: dict[str, Any]) -> str:
         projection = layer["projections"][row["projection"]]
         stored = report["encodings"][projection["encoding"][expert]]["name"]
         cells = [str(row["layer"]), str(expert), row["projection"], _text(stored), _percent(row["error"])]
-        rows.append([*cells, *([f"{layer['tokens'][expert]:,}"] if "tokens" in layer else [])])
-    head = [
-        "layer",
-        "expert",
-        "worst matrix",
-        "stored as",
-        "error",
-        *(["calibration tokens"] if len(rows[0]) > 5 else []),
-    ]
+        if "tokens" in layer:
+            cells += [_percent(projection["weighted"][expert]), f"{layer['tokens'][expert]:,}"]
+        rows.append(cells)
+    head = ["layer", "expert", "worst matrix", "stored as", "error", "output error", "calibration tokens"]
+    head = head[: len(rows[0])]
     return f"<h2>The {len(rows)} worst experts</h2>{_table(head, rows, 4)}"
 
 

@@ -26,7 +26,7 @@ from flashpack.formats.checksums import hexdigest
 from flashpack.formats.dtypes import from_float32
 from flashpack.runtime import template
 from flashpack.runtime.experts import RoutedExperts
-from flashpack.runtime.predict import inference, load_for
+from flashpack.runtime.predict import inference, json_lines, load_for, text_of
 from flashpack.runtime.tokenizer import encode, load_tokenizer
 from flashpack.skeleton import library_errors
 
@@ -62,14 +62,11 @@ def read_text(pack: Path, texts: list[Path], tokens: int) -> Tensor:
 
 
 def _content(path: Path, tokenizer: Any) -> str:
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"--text {path}: cannot be read: {e}") from e
+    content = text_of("--text", path)
     if path.suffix != ".jsonl":
         return content
     pieces = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in json_lines(content):
         try:
             row = json.loads(line)
             if "messages" in row:

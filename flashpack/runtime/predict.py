@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashpack.errors import MemoryBudgetError
+from flashpack.errors import MemoryBudgetError, UsageError
 from flashpack.runtime.budget import PROMPT_CHUNK
 from flashpack.runtime.load import load
 from flashpack.skeleton import library_errors
@@ -21,6 +21,21 @@ AT_ONCE = 4
 
 _LOGITS = 2**21
 """Logits computed at once, about: of a few tokens where the vocabulary is large."""
+
+
+def text_of(option: str, path: Path) -> str:
+    """The text of a file in UTF-8 that ``option`` names. Raises ``UsageError``."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise UsageError(f"{option} {path}: cannot be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise UsageError(f"{option} {path}: cannot be read: byte {e.start} is not UTF-8") from e
+
+
+def json_lines(content: str) -> Iterator[tuple[int, str]]:
+    """The lines of a .jsonl file that are not empty, and their numbers. JSON may contain what else ends a line."""
+    return ((number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip())
 
 
 def load_for(pack: Path, windows: Tensor, options: dict[str, Any], single: bool) -> tuple[PreTrainedModel, int]:

@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 from flashpack.errors import FormatError, OutputError, UsageError
 from flashpack.formats import Pack
 from flashpack.formats.files import output_errors
-from flashpack.runtime.predict import inference, load_for, log_probabilities
+from flashpack.runtime.predict import inference, load_for, log_probabilities, text_of
 from flashpack.runtime.tokenizer import encode, load_tokenizer
 from flashpack.skeleton import read_config
 
@@ -72,11 +72,7 @@ def read_windows(pack: Path, text: Path, count: int, length: int, part: str = "a
     limit = getattr(read_config(opened.folder).get_text_config(decoder=True), "max_position_embeddings", None)
     if type(limit) is int and length > limit:
         raise UsageError(f"--length {length}: the model has {limit} positions")
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"--text {text}: cannot be read: {e}") from e
-    ids = encode(load_tokenizer(opened.folder), content, special=False)
+    ids = encode(load_tokenizer(opened.folder), text_of("--text", text), special=False)
     whole = min(count, len(ids) // length)
     first = 1 if part == "odd" else 0
     if whole <= first:

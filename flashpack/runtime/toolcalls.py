@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flashpack.errors import UsageError
 from flashpack.runtime.generate import generate
 from flashpack.runtime.messages import encode_prompt
+from flashpack.runtime.predict import json_lines, text_of
 from flashpack.runtime.tokenizer import encode
 
 if TYPE_CHECKING:
@@ -50,12 +51,8 @@ def read_cases(path: Path) -> list[Case]:
 
     Raises ``UsageError`` for any other file.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"--tools {path}: cannot be read: {e}") from e
     cases = []
-    for number, line in enumerate(lines, 1):
+    for number, line in json_lines(text_of("--tools", path)):
         try:
             data = json.loads(line)
         except ValueError as e:

@@ -26,7 +26,7 @@ from flashpack.converter.forecast import forecast
 from flashpack.converter.options import encoding_of
 from flashpack.errors import SourceError, UnsupportedError
 from flashpack.formats import Pack
-from flashpack.formats.constants import QUALITY
+from flashpack.formats.constants import QUALITY, QUALITY_PAGE
 from tests.conftest import CHECKPOINTS, ROOT, TRAINED, contents
 from tests.server import serve
 
@@ -205,3 +205,6 @@ def test_what_the_commands_tell(tmp_path: Path, calib: Path) -> None:
     assert "experts are calibrated, but for 3 that saw too few tokens; the quality report" in done.stdout
     told = CliRunner().invoke(app, ["inspect", str(out)]).stdout
     assert len(re.findall("mean error .* %, largest .* %; of what it gives .* %", told)) == 3
+    page = (out / QUALITY_PAGE).read_text()
+    assert '<th class="n">output error</th><th class="n">calibration tokens</th>' in page
+    assert re.search(r'<td class="n">[\d.]+ %</td><td class="n">[\d.]+ %</td><td class="n">\d+</td>', page)

@@ -94,12 +94,13 @@ def test_a_text_that_is_too_short_or_missing_is_refused(exact: Path, tmp_path: P
 
 
 def test_lines_are_one_text(exact: Path, tmp_path: Path) -> None:
-    text = TEXT.read_text(encoding="utf-8")[:6000]
+    text = "One line.\u2028Another.\n" + TEXT.read_text(encoding="utf-8")[:6000]
     messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "What is 2 plus 2?"}]
     lines, plain = tmp_path / "a.jsonl", tmp_path / "a.txt"
-    lines.write_text("\n".join(map(json.dumps, [{"text": text}, {"messages": messages}] * 2)))
+    rows = [json.dumps(row, ensure_ascii=False) for row in [{"text": text}, {"messages": messages}] * 2]
+    lines.write_text("\n\n".join(rows) + "\n", encoding="utf-8")
     chat = "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nWhat is 2 plus 2?<|im_end|>\n"
-    plain.write_text((text + chat) * 2)
+    plain.write_text((text + chat) * 2, encoding="utf-8")
     windows = read_text(exact, [lines], 99_999)
     assert len(windows) > 5
     assert torch.equal(windows, read_text(exact, [plain], 99_999))

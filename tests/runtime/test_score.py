@@ -189,8 +189,8 @@ def test_what_is_no_text_to_judge_with_is_refused(pack_of: PackOf, tmp_path: Pat
         read_windows(pack, DOCS, 1, 1)
     with pytest.raises(UsageError, match="cannot be read"):
         read_windows(pack, tmp_path / "absent.txt", 1, 64)
-    short.write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(UsageError, match="cannot be read"):
+    short.write_bytes(b"abc\xff")
+    with pytest.raises(UsageError, match="cannot be read: byte 3 is not UTF-8"):
         read_windows(pack, short, 1, 64)
 
 

@@ -73,7 +73,9 @@ def test_the_file_of_cases(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(UsageError, match=message):
             read_cases(path)
-    with pytest.raises(UsageError, match="cannot be read"):
+    path.write_text(good.replace('"a"', '"a\u2028b\x85"') + "\n\r\n" + good, encoding="utf-8")
+    assert [case.user for case in read_cases(path)] == ["a\u2028b\x85", "a"]
+    with pytest.raises(UsageError, match=r"absent\.jsonl: cannot be read: No such file or directory$"):
         read_cases(tmp_path / "absent.jsonl")
 
 
