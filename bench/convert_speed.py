@@ -141,7 +141,7 @@ def quantize(args: argparse.Namespace) -> None:
         print(row(name, each, source))
     fast, default, *theirs = runs.values()
     ratio = statistics.median(b.seconds / a.seconds for a, b in zip(fast, default, strict=True))
-    print(f"\n--quality default takes {ratio:.2f} of the time of fast (medians over the turns)")
+    print(f"\n--quality default takes {ratio:.2f} times as long as fast (median over the turns)")
     if args.llama:
         both = [Run(a.seconds + b.seconds, max(a.peak, b.peak), a.load) for a, b in zip(*theirs, strict=True)]
         for name, ours in (("fast", fast), ("default", default)):
