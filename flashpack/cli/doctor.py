@@ -17,7 +17,7 @@ from flashpack.cli.console import answer_json, note, quiet_libraries, visible
 from flashpack.version import __version__
 
 if TYPE_CHECKING:
-    from flashpack.doctor.finding import Finding
+    from flashpack.doctor.remark import Remark
 
 _COLORS = {"ok": typer.colors.GREEN, "note": typer.colors.YELLOW, "problem": typer.colors.RED}
 _TITLES = {"machine": "This machine", "kernels": "Kernels", "disk": "Disk", "pack": "Pack"}
@@ -40,13 +40,13 @@ def doctor(
     from flashpack.doctor import examine
 
     with _Progress() as progress:
-        findings = examine(pack, disk, progress.begin)
-    counts = {level: sum(f.level == level for f in findings) for level in _COLORS}
+        remarks = examine(pack, disk, progress.begin)
+    counts = {level: sum(f.level == level for f in remarks) for level in _COLORS}
     if json:
-        answer_json({"flashpack": __version__, "counts": counts, "findings": [f.to_json() for f in findings]})
+        answer_json({"flashpack": __version__, "counts": counts, "findings": [f.to_json() for f in remarks]})
     else:
         width = min(_WIDEST, shutil.get_terminal_size().columns)
-        for line in lines(findings, width, _colored()):
+        for line in lines(remarks, width, _colored()):
             print(line)
         if pack is None:
             note("flashpack doctor PACK looks at a pack, too; --disk FOLDER measures the drive of a folder")
@@ -77,9 +77,9 @@ class _Progress:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def lines(findings: Iterable[Finding], width: int, colored: bool) -> list[str]:
-    """The findings by area, none wider than ``width`` unless a single word is."""
-    found = sorted(findings, key=lambda f: list(_TITLES).index(f.area))
+def lines(remarks: Iterable[Remark], width: int, colored: bool) -> list[str]:
+    """The remarks by area, none wider than ``width`` unless a single word is."""
+    found = sorted(remarks, key=lambda f: list(_TITLES).index(f.area))
     shown = []
     for area, some in groupby(found, key=lambda f: f.area):
         shown += [_TITLES[area], *(line for f in some for line in _shown(f, width, colored)), ""]
@@ -88,7 +88,7 @@ def lines(findings: Iterable[Finding], width: int, colored: bool) -> list[str]:
     return [*shown, ", ".join(reversed(words)) if words else "nothing to do"]
 
 
-def _shown(f: Finding, width: int, colored: bool) -> list[str]:
+def _shown(f: Remark, width: int, colored: bool) -> list[str]:
     level = typer.style(f"{f.level:<{_LEVEL - 2}}", fg=_COLORS[f.level]) if colored else f"{f.level:<{_LEVEL - 2}}"
     text = [f.text, *([f"-> {f.todo}"] if f.todo else [])]
     if width < _NARROW:

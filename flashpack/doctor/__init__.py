@@ -1,4 +1,4 @@
-"""What this machine has, which kernels run on it, how fast its disk is, whether a pack is whole: findings, each with a
+"""What this machine has, which kernels run on it, how fast its disk is, whether a pack is whole: remarks, each with a
 next step where there is one. Nothing is changed; ``disk`` writes a file for a moment."""
 
 from __future__ import annotations
@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING
 from flashpack.errors import FlashpackError
 
 if TYPE_CHECKING:
-    from flashpack.doctor.finding import Finding
+    from flashpack.doctor.remark import Remark
 
 _REPORT = "report it, with this output and that of `flashpack --version`"
 
 
 def examine(
     pack: Path | None = None, disk: Path | None = None, begin: Callable[[str], object] = lambda what: None
-) -> list[Finding]:
-    """All findings about this machine, and about ``pack`` and the disk it is on.
+) -> list[Remark]:
+    """All remarks about this machine, and about ``pack`` and the disk it is on.
 
     ``disk``: a folder in which a temporary file is measured. ``begin`` is called with what is looked at next.
-    A pack that is not there or damaged is a finding, as is a check that fails.
+    A pack that is not there or damaged is a remark, as is a check that fails.
     """
     from flashpack.doctor import disk as drive
     from flashpack.doctor import kernels, machine, packs
 
     folder = drive.existing(disk or pack or Path())
-    found: list[Finding] = []
+    found: list[Remark] = []
 
-    def look(area: str, what: str, check: Callable[[], Iterable[Finding]]) -> None:
+    def look(area: str, what: str, check: Callable[[], Iterable[Remark]]) -> None:
         begin(what)
         found.extend(_guarded(area, what, check))
 
@@ -53,21 +53,19 @@ def examine(
     return found
 
 
-def _guarded(area: str, what: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """The findings of one check, whatever happens in it: the others have something to say, too."""
-    from flashpack.doctor.finding import Finding
+def _guarded(area: str, what: str, check: Callable[[], Iterable[Remark]]) -> list[Remark]:
+    """The remarks of one check, whatever happens in it: the others have something to say, too."""
+    from flashpack.doctor.remark import Remark
 
-    found: list[Finding] = []
+    found: list[Remark] = []
     try:
         found.extend(check())
     except (FlashpackError, OSError) as e:
-        found.append(Finding("problem", area, what, f"cannot be examined: {e}", "mend this first, then look again"))
+        found.append(Remark("problem", area, what, f"cannot be examined: {e}", "mend this first, then look again"))
     except ImportError as e:
         found.append(
-            Finding(
-                "problem", area, what, f"cannot be examined: {e}", "install flashpack-moe again, with what it needs"
-            )
+            Remark("problem", area, what, f"cannot be examined: {e}", "install flashpack-moe again, with what it needs")
         )
     except Exception as e:  # a doctor does not faint
-        found.append(Finding("problem", area, what, f"the check failed: {type(e).__name__}: {e}", _REPORT))
+        found.append(Remark("problem", area, what, f"the check failed: {type(e).__name__}: {e}", _REPORT))
     return found

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flashpack.doctor.finding import Finding
+from flashpack.doctor.remark import Remark
 from flashpack.formats.files import sync
 from flashpack.runtime.memory import gb
 
@@ -42,7 +42,7 @@ def existing(path: Path) -> Path:
     return next(p for p in (path, *path.parents) if p.is_dir())
 
 
-def place(folder: Path) -> Iterator[Finding]:
+def place(folder: Path) -> Iterator[Remark]:
     """Room and file system."""
     space = shutil.disk_usage(folder)
     kind, mount = file_system(folder)
@@ -50,19 +50,19 @@ def place(folder: Path) -> Iterator[Finding]:
     data = {"folder": str(folder), "free": space.free, "total": space.total, "file_system": kind, "mount": mount}
     if space.free < _LITTLE:
         todo = "a conversion needs room for the whole pack (flashpack plan says how much); free some"
-        yield Finding("note", "disk", "space", f"{folder}: {text}", todo, data)
+        yield Remark("note", "disk", "space", f"{folder}: {text}", todo, data)
     else:
-        yield Finding("ok", "disk", "space", f"{folder}: {text}", data=data)
+        yield Remark("ok", "disk", "space", f"{folder}: {text}", data=data)
     if kind is None:
         return
     text = f"{kind} at {mount}"
     if any(kind == name or kind.startswith(name) for name in _NETWORK):
         todo = "copy the pack to a drive of this machine: each expert that is read waits for the network"
-        yield Finding("note", "disk", "file system", f"{text}, on the network", todo, data)
+        yield Remark("note", "disk", "file system", f"{text}, on the network", todo, data)
     elif kind in _ADVICE:
-        yield Finding("note", "disk", "file system", text, _ADVICE[kind], data)
+        yield Remark("note", "disk", "file system", text, _ADVICE[kind], data)
     else:
-        yield Finding("ok", "disk", "file system", text, data=data)
+        yield Remark("ok", "disk", "file system", text, data=data)
 
 
 def file_system(folder: Path) -> tuple[str | None, str | None]:
@@ -79,16 +79,16 @@ def file_system(folder: Path) -> tuple[str | None, str | None]:
     return best
 
 
-def temporary(folder: Path, begin: Callable[[str], object]) -> Iterator[Finding]:
+def temporary(folder: Path, begin: Callable[[str], object]) -> Iterator[Remark]:
     """Measure a file that is made in ``folder`` and removed again."""
     from flashpack.runtime.rates import SIZES, measure
 
     if not folder.is_dir():
-        yield Finding("problem", "disk", "speed", f"{folder}: no such folder", "name one that is there, or make it")
+        yield Remark("problem", "disk", "speed", f"{folder}: no such folder", "name one that is there, or make it")
         return
     if shutil.disk_usage(folder).free < 4 * TRIAL_BYTES:
         todo = f"free some: measuring takes a file of {gb(TRIAL_BYTES)}"
-        yield Finding("note", "disk", "speed", f"{folder}: not measured, the disk is nearly full", todo)
+        yield Remark("note", "disk", "speed", f"{folder}: not measured, the disk is nearly full", todo)
         return
     begin(f"the disk: writing {gb(TRIAL_BYTES)}")
     with tempfile.NamedTemporaryFile(prefix=".flashpack-doctor-", dir=folder) as file:
@@ -107,35 +107,35 @@ def begin_size(begin: Callable[[str], object]) -> Callable[[int], object]:
     return lambda size: begin(f"the disk: reading {_binary(size)} at a time")
 
 
-def told(rates: Sequence[Rate], of: str, record: int | None = None) -> Iterator[Finding]:
-    """Findings about measured rates. ``of``: what was read; ``record``: the size that counts, an expert's."""
+def told(rates: Sequence[Rate], of: str, record: int | None = None) -> Iterator[Remark]:
+    """Remarks about measured rates. ``of``: what was read; ``record``: the size that counts, an expert's."""
     from flashpack.runtime.rates import SIZES
     from flashpack.runtime.reads import READ_THREADS
 
     how = f"{READ_THREADS} random reads at once, as `run` does, of {of}"
     if not rates:
-        yield Finding("ok", "disk", "speed", f"not measured: {of} is too small for {how.partition(',')[0]}")
+        yield Remark("ok", "disk", "speed", f"not measured: {of} is too small for {how.partition(',')[0]}")
         return
-    yield Finding("ok", "disk", "speed", how, data={"threads": READ_THREADS})
+    yield Remark("ok", "disk", "speed", how, data={"threads": READ_THREADS})
     for r in rates:
         ways = [f"{gb(r.buffered)}/s buffered"]
         ways.insert(0, "no direct reads" if r.direct is None else f"{gb(r.direct)}/s direct")
         cached = f" ({r.cached:.0%} of that from the page cache)" if r.cached else ""
         name = f"{_binary(r.size)}, expert" if r.size == record else _binary(r.size)
         data = {"size": r.size, "direct": r.direct, "buffered": r.buffered, "cached": r.cached}
-        yield Finding("ok", "disk", name, ", ".join(ways) + cached, data=data)
+        yield Remark("ok", "disk", name, ", ".join(ways) + cached, data=data)
     fastest = max((r.drive for r in rates if r.drive), default=None)
     if fastest is None:
         todo = "look again when other programs have filled the page cache, or restart the machine"
-        yield Finding("note", "disk", "page cache", "only memory was measured, not the drive", todo)
+        yield Remark("note", "disk", "page cache", "only memory was measured, not the drive", todo)
     elif fastest < _SLOW and rates[-1].size >= SIZES[0]:  # no drive is fast at small reads
         text = f"at most {gb(fastest)}/s: slow for experts that are not in memory (an NVMe drive gives 2 to 7 GB/s)"
         todo = "put packs on the fastest drive, and give `run` more --memory"
-        yield Finding("note", "disk", "drive", text, todo, {"fastest": fastest})
+        yield Remark("note", "disk", "drive", text, todo, {"fastest": fastest})
     slower = [r for r in rates if r.direct and not r.cached and r.buffered > _CLEARLY * r.direct]
     if len(slower) == len(rates):
         text = "reads past the page cache are clearly slower than through it"
-        yield Finding("ok", "disk", "way", f"{text}; `run` tries both when it starts, and takes the faster one")
+        yield Remark("ok", "disk", "way", f"{text}; `run` tries both when it starts, and takes the faster one")
 
 
 def _binary(size: int) -> str:

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from flashpack.doctor.finding import Finding
 from flashpack.doctor.machine import instruction_sets
+from flashpack.doctor.remark import Remark
 
 _NEEDS = {
     "avx512": ("avx512_vnni", "avx512vbmi", "avx512vl", "avx512bw", "avx512dq"),
@@ -33,7 +33,7 @@ def _which(name: str | None) -> str | None:
     return shutil.which(name.split()[0]) if name else None
 
 
-def cpu() -> Iterator[Finding]:
+def cpu() -> Iterator[Remark]:
     """The kernels in C++ and the quantizer in C."""
     from flashpack.kernels.cpu import native
     from flashpack.kernels.cpu.native import compute
@@ -43,7 +43,7 @@ def cpu() -> Iterator[Finding]:
     again = _AGAIN if found else _INSTALL
     there = f"compiler: {found}" if found else "no compiler here"
     if isinstance(compute.library(), str):
-        yield Finding("note", "kernels", "run", f"{compute.status()}; {there}", again, data)
+        yield Remark("note", "kernels", "run", f"{compute.status()}; {there}", again, data)
     else:
         level = compute.status().rpartition(" ")[2]
         why = _why_not_better(level)
@@ -53,14 +53,14 @@ def cpu() -> Iterator[Finding]:
             todo = (
                 "a processor with AVX2 is several times faster; a virtual machine may hide it: pass the host's model on"
             )
-            yield Finding("note", "kernels", "run", text, todo, data)
+            yield Remark("note", "kernels", "run", text, todo, data)
         else:
-            yield Finding("ok", "kernels", "run", text, data=data)
+            yield Remark("ok", "kernels", "run", text, data=data)
     text = native.status().removeprefix("native quantizer: ")
     if native.available():
-        yield Finding("ok", "kernels", "convert", f"native quantizer, {text}")
+        yield Remark("ok", "kernels", "convert", f"native quantizer, {text}")
     else:
-        yield Finding("note", "kernels", "convert", f"native quantizer: {text}; {there}", again, data)
+        yield Remark("note", "kernels", "convert", f"native quantizer: {text}; {there}", again, data)
 
 
 def _why_not_better(level: str) -> str:
@@ -73,33 +73,31 @@ def _why_not_better(level: str) -> str:
     return f"{better[-1]} needs {', '.join(lacking)}, which the processor does not have or show" if lacking else ""
 
 
-def gpu() -> Iterator[Finding]:
+def gpu() -> Iterator[Remark]:
     """Metal and CUDA."""
     if sys.platform == "darwin":
         yield _metal()
     yield _cuda()
 
 
-def _metal() -> Finding:
+def _metal() -> Remark:
     from flashpack.kernels.metal import device, selftest
 
     if missing := device.unavailable():
-        return Finding(
-            "note", "kernels", "Metal", f"not used: {missing}", "the processor is used; update what it names"
-        )
+        return Remark("note", "kernels", "Metal", f"not used: {missing}", "the processor is used; update what it names")
     kept = selftest.answer()
     if kept is None:
         text = "there; its kernels have not been tested here"
-        return Finding(
+        return Remark(
             "note", "kernels", "Metal", text, "flashpack selftest; else the first run does it, and takes longer"
         )
     if kept:
         text = f"there; {len(kept)} findings of its self-test: {'; '.join(kept[:3])}"
-        return Finding("note", "kernels", "Metal", text, "flashpack selftest says more; torch computes in their place")
-    return Finding("ok", "kernels", "Metal", "there, and all its kernels have passed their test here")
+        return Remark("note", "kernels", "Metal", text, "flashpack selftest says more; torch computes in their place")
+    return Remark("ok", "kernels", "Metal", "there, and all its kernels have passed their test here")
 
 
-def _cuda() -> Finding:
+def _cuda() -> Remark:
     import torch
 
     from flashpack.kernels.cuda import quantize
@@ -109,10 +107,10 @@ def _cuda() -> Finding:
     if missing is None:
         name = torch.cuda.get_device_name()
         text = f"{name}: `convert` quantizes on it; {use}"
-        return Finding("ok", "kernels", "CUDA", text, data={"device": name})
+        return Remark("ok", "kernels", "CUDA", text, data={"device": name})
     if torch.cuda.is_available() or _NVIDIA.exists():
         built = torch.version.cuda
         text = f"an NVIDIA GPU is here, and this torch ({torch.__version__}) cannot use it: {missing}"
         todo = "update the driver" if built else "install a build of torch with CUDA"
-        return Finding("note", "kernels", "CUDA", text, f"{todo}: `convert` would quantize on it; {use}")
-    return Finding("ok", "kernels", "CUDA", "no NVIDIA GPU")
+        return Remark("note", "kernels", "CUDA", text, f"{todo}: `convert` would quantize on it; {use}")
+    return Remark("ok", "kernels", "CUDA", "no NVIDIA GPU")

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 from flashpack import user_cache
-from flashpack.doctor.finding import Finding
+from flashpack.doctor.remark import Remark
 from flashpack.runtime import memory as sizes
 from flashpack.runtime.memory import gb
 from flashpack.version import __version__
@@ -45,30 +45,30 @@ _VARIABLES = {
 """What they change, of those that matter here."""
 
 
-def system() -> Iterator[Finding]:
+def system() -> Iterator[Remark]:
     """The operating system."""
     name = f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.system()
     with contextlib.suppress(OSError):
         name = platform.freedesktop_os_release().get("PRETTY_NAME", name)
     text = f"{name}, {platform.system()} {platform.release()}, {platform.machine()}"
     if sys.platform not in ("linux", "darwin"):
-        yield Finding("problem", "machine", "system", text, "flashpack is for Linux and macOS; on Windows, use WSL 2")
+        yield Remark("problem", "machine", "system", text, "flashpack is for Linux and macOS; on Windows, use WSL 2")
     else:
-        yield Finding("ok", "machine", "system", text, data={"system": name, "machine": platform.machine()})
+        yield Remark("ok", "machine", "system", text, data={"system": name, "machine": platform.machine()})
 
 
-def software() -> Iterator[Finding]:
+def software() -> Iterator[Remark]:
     """Versions, and whether they are those that flashpack asks for."""
     versions = {"flashpack": __version__, "Python": platform.python_version()}
     for name in _SHOWN:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     text = ", ".join(f"{name} {version}" for name, version in versions.items())
-    yield Finding("ok", "machine", "software", text, data=versions)
+    yield Remark("ok", "machine", "software", text, data=versions)
     wrong = wrong_packages()
     if wrong:
         todo = f"pip install {' '.join(repr(need) for need in wrong)}"
-        yield Finding("problem", "machine", "packages", "; ".join(wrong.values()), todo, {"wrong": wrong})
+        yield Remark("problem", "machine", "packages", "; ".join(wrong.values()), todo, {"wrong": wrong})
 
 
 def wrong_packages() -> dict[str, str]:
@@ -94,16 +94,16 @@ def wrong_packages() -> dict[str, str]:
     return wrong
 
 
-def processor() -> Iterator[Finding]:
+def processor() -> Iterator[Remark]:
     """Its name, instruction sets, and how much of it this process may use."""
     sets = instruction_sets()
     name = _processor_name()
     text = f"{name} ({', '.join(sets)})" if sets else name
-    yield Finding("ok", "machine", "processor", text, data={"name": name, "instruction_sets": sets})
+    yield Remark("ok", "machine", "processor", text, data={"name": name, "instruction_sets": sets})
     yield _cores()
     load = os.getloadavg()[0]
     if load > max(1.0, 0.75 * usable_cores()):
-        yield Finding(
+        yield Remark(
             "note", "machine", "load", f"other programs are at work: load {load:.1f} in the last minute",
             "all rates and speeds are lower now; look again when the machine is at rest", {"load": load},
         )  # fmt: skip
@@ -129,7 +129,7 @@ def quota() -> float | None:
     return None if math.isinf(least) else least
 
 
-def _cores() -> Finding:
+def _cores() -> Remark:
     import torch
 
     threads, usable, there, allowed = torch.get_num_threads(), usable_cores(), os.cpu_count() or 1, quota()
@@ -140,11 +140,11 @@ def _cores() -> Finding:
     best = max(1, min(usable, math.floor(allowed or usable)))
     if threads > best:
         todo = f"flashpack run --threads {best}: more threads than processors wait for each other"
-        return Finding("note", "machine", "cores", text, todo, data)
+        return Remark("note", "machine", "cores", text, todo, data)
     if threads < best and "OMP_NUM_THREADS" in os.environ:
         todo = f"flashpack run --threads {best}, or unset OMP_NUM_THREADS"
-        return Finding("note", "machine", "cores", text, todo, data)
-    return Finding("ok", "machine", "cores", text, data=data)
+        return Remark("note", "machine", "cores", text, todo, data)
+    return Remark("ok", "machine", "cores", text, data=data)
 
 
 def instruction_sets() -> list[str]:
@@ -168,7 +168,7 @@ def _processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def memory() -> Iterator[Finding]:
+def memory() -> Iterator[Remark]:
     """What is installed, what may be used, and what ends it."""
     installed, limit, free, unasked = sizes.installed(), sizes.limit(), sizes.available(), sizes.spare()
     swap = _meminfo("SwapTotal")
@@ -180,9 +180,9 @@ def memory() -> Iterator[Finding]:
         text += f"; swap {gb(swap)}" if swap else "; no swap"
     if unasked < _LITTLE:
         todo = "close other programs, or raise the cgroup's limit; small packs run with --memory smallest"
-        yield Finding("note", "machine", "memory", text, todo, data)
+        yield Remark("note", "machine", "memory", text, todo, data)
     else:
-        yield Finding("ok", "machine", "memory", text, data=data)
+        yield Remark("ok", "machine", "memory", text, data=data)
 
 
 def _meminfo(name: str) -> int | None:
@@ -193,7 +193,7 @@ def _meminfo(name: str) -> int | None:
     return None
 
 
-def settings() -> Iterator[Finding]:
+def settings() -> Iterator[Remark]:
     """Open files, environment variables, and the folder for what is remembered."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     many = soft == resource.RLIM_INFINITY
@@ -201,26 +201,24 @@ def settings() -> Iterator[Finding]:
     data = {"soft": None if many else soft, "hard": None if hard == resource.RLIM_INFINITY else hard}
     if not many and soft < _FEW_FILES:
         todo = f"ulimit -n {_FEW_FILES}: a pack of many layers opens three files for each"
-        yield Finding("note", "machine", "open files", text, todo, data)
+        yield Remark("note", "machine", "open files", text, todo, data)
     else:
-        yield Finding("ok", "machine", "open files", text, data=data)
+        yield Remark("ok", "machine", "open files", text, data=data)
     yield from _environment()
     folder = user_cache.folder()
     nearest = next(p for p in (folder, *folder.parents) if p.exists())
     if not os.access(nearest, os.W_OK | os.X_OK):
         todo = "make it writable, or set XDG_CACHE_HOME to a folder that is"
         text = f"{folder}: cannot be written; hot experts and the answer of Metal's self-test are not remembered"
-        yield Finding("note", "machine", "cache folder", text, todo)
+        yield Remark("note", "machine", "cache folder", text, todo)
 
 
-def _environment() -> Iterator[Finding]:
+def _environment() -> Iterator[Remark]:
     known = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
     if known:
         text = "; ".join(f"{name}={value} ({_VARIABLES[name]})" for name, value in known.items())
-        yield Finding("ok", "machine", "environment", text, data=known)
+        yield Remark("ok", "machine", "environment", text, data=known)
     unknown = sorted(name for name in os.environ if name.startswith("FLASHPACK_") and name not in _VARIABLES)
     if unknown:
         text = f"{', '.join(unknown)}: not known to flashpack {__version__}"
-        yield Finding(
-            "note", "machine", "variables", text, "look for a typing error, or unset it", {"unknown": unknown}
-        )
+        yield Remark("note", "machine", "variables", text, "look for a typing error, or unset it", {"unknown": unknown})

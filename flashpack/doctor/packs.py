@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashpack.doctor import disk
-from flashpack.doctor.finding import Finding
+from flashpack.doctor.remark import Remark
 from flashpack.errors import FlashpackError, FormatError, MemoryBudgetError, NotAPackError, VersionError
 from flashpack.formats import Pack
 from flashpack.formats import constants as C
@@ -39,7 +39,7 @@ class Whole:
         self.opened: Pack | None = None
         self.rates: list[Rate] = []
 
-    def check(self) -> Iterator[Finding]:
+    def check(self) -> Iterator[Remark]:
         """What it is, and its structure."""
         try:
             found = verify(self.folder, "quick")
@@ -47,10 +47,10 @@ class Whole:
             yield self._no_pack(e)
             return
         except VersionError as e:
-            yield Finding("problem", "pack", "format", str(e), "install the newest flashpack-moe")
+            yield Remark("problem", "pack", "format", str(e), "install the newest flashpack-moe")
             return
         except FormatError as e:
-            yield Finding("problem", "pack", "format", str(e), "get another copy, or convert the checkpoint again")
+            yield Remark("problem", "pack", "format", str(e), "get another copy, or convert the checkpoint again")
             return
         if found:
             some = "; ".join(f"[{f.code}] {replace(f, expected=None, found=None)}" for f in found[:_SHOWN])
@@ -59,15 +59,15 @@ class Whole:
             if all(f.code == "unlisted-file" for f in found):
                 todo = "remove what is no part of the pack; until then `run` refuses it"
             data = {"findings": [f.to_json() for f in found]}
-            yield Finding("problem", "pack", "structure", f"{some}{more}", todo, data)
+            yield Remark("problem", "pack", "structure", f"{some}{more}", todo, data)
             return
         self.opened = Pack(self.folder)
         self.opened.check_copies()
         yield self._identity(self.opened)
         text = f"whole; its data was not read (flashpack verify {self.folder} does that)"
-        yield Finding("ok", "pack", "structure", text, data={"findings": []})
+        yield Remark("ok", "pack", "structure", text, data={"findings": []})
 
-    def _no_pack(self, error: NotAPackError) -> Finding:
+    def _no_pack(self, error: NotAPackError) -> Remark:
         if (self.folder / C.JOURNAL).exists():
             text, todo = f"{self.folder}: an unfinished conversion", "run the same convert command again to finish it"
         elif (self.folder / "config.json").exists():
@@ -76,9 +76,9 @@ class Whole:
             text, todo = f"{self.folder}: a file, not a folder", "name the folder that flashpack convert made"
         else:
             text, todo = str(error), "name the folder that flashpack convert made"
-        return Finding("problem", "pack", "format", text, todo)
+        return Remark("problem", "pack", "format", text, todo)
 
-    def _identity(self, pack: Pack) -> Finding:
+    def _identity(self, pack: Pack) -> Remark:
         m = pack.manifest
         manifest = parse_json(manifest_bytes(self.folder), C.MANIFEST)
         size = sum(f.size for f in m.files)
@@ -88,9 +88,9 @@ class Whole:
             f"format {manifest['version']}, identity {pack.identity[:16]}..."
         )
         data = {"identity": pack.identity, "version": manifest["version"], "bytes": size, "model": m.model}
-        return Finding("ok", "pack", "format", text, data=data | {"recipe": m.recipe})
+        return Remark("ok", "pack", "format", text, data=data | {"recipe": m.recipe})
 
-    def speed(self, begin: Callable[[str], object]) -> Iterator[Finding]:
+    def speed(self, begin: Callable[[str], object]) -> Iterator[Remark]:
         """Measure the pack's own files."""
         from flashpack.runtime.rates import SIZES, measure
 
@@ -101,7 +101,7 @@ class Whole:
         self.rates = sorted(measure(self.folder, paths, sizes, begin=disk.begin_size(begin)), key=lambda r: r.size)
         yield from disk.told(self.rates, "the pack", record)
 
-    def needs(self) -> Iterator[Finding]:
+    def needs(self) -> Iterator[Remark]:
         """Memory, files, tokenizer and reading; and what earlier runs left."""
         assert self.opened is not None
         yield from _kernels(self.opened)
@@ -110,7 +110,7 @@ class Whole:
         yield _tokenizer(self.folder)
         yield from _history(self.opened)
 
-    def _memory(self, pack: Pack) -> Iterator[Finding]:
+    def _memory(self, pack: Pack) -> Iterator[Remark]:
         from flashpack.runtime import budget as budgets
         from flashpack.runtime.forecast import smallest_budget
         from flashpack.runtime.memory import spare, usage
@@ -128,7 +128,7 @@ class Whole:
             least, context = smallest_budget(model, find_experts(model), counts, pack.dense_bytes, compressed, base)
         except FlashpackError as e:
             text = f"transformers {m.model['transformers']} made it, and it does not run here: {e}"
-            yield Finding("problem", "pack", "model", text, f"pip install transformers=={m.model['transformers']}")
+            yield Remark("problem", "pack", "model", text, f"pip install transformers=={m.model['transformers']}")
             return
         data = {"smallest": least.to_json(), "context": context, "experts": pack.expert_bytes}
         text = f"{gb(least.total)} at the least, with a context of {context} tokens"
@@ -137,15 +137,15 @@ class Whole:
         except MemoryBudgetError:
             there = f"{gb(least.base + spare())} can be taken"
             todo = "close other programs, lower --context, or raise the cgroup's limit"
-            yield Finding("problem", "pack", "memory", f"needs {text}, and {there}", todo, data)
+            yield Remark("problem", "pack", "memory", f"needs {text}, and {there}", todo, data)
             return
         share = budget.arena / pack.expert_bytes
         data["share"] = share
         fit = "all experts fit" if share >= 1 else f"{share:.0%} of the experts ({gb(pack.expert_bytes)}) fit"
-        yield Finding("ok", "pack", "memory", f"{text}; in what is free now {fit}", data=data)
+        yield Remark("ok", "pack", "memory", f"{text}; in what is free now {fit}", data=data)
         yield from self._bound(pack, top_k, share)
 
-    def _bound(self, pack: Pack, top_k: int, share: float) -> Iterator[Finding]:
+    def _bound(self, pack: Pack, top_k: int, share: float) -> Iterator[Remark]:
         """Seconds of reading for a token if nothing were in memory."""
         record = _largest_record(pack)
         rate = next((r.drive for r in self.rates if r.size == record), None)
@@ -160,9 +160,9 @@ class Whole:
         data = {"bytes_per_token": size, "rate": rate, "seconds_per_token": seconds}
         if share < 1 and seconds * (1 - share) > 1:
             todo = "a faster drive, more --memory, or fewer bits for the experts (flashpack plan shows what there is)"
-            yield Finding("note", "pack", "reading", text, todo, data)
+            yield Remark("note", "pack", "reading", text, todo, data)
         else:
-            yield Finding("ok", "pack", "reading", text, data=data)
+            yield Remark("ok", "pack", "reading", text, data=data)
 
 
 def _largest_record(pack: Pack) -> int:
@@ -179,7 +179,7 @@ def bytes_per_token(pack: Pack, top_k: int) -> int:
     return int(size)
 
 
-def _kernels(pack: Pack) -> Iterator[Finding]:
+def _kernels(pack: Pack) -> Iterator[Remark]:
     """Formats of the experts that the processor's native kernels do not know."""
     from flashpack.kernels import best_device
     from flashpack.kernels.cpu.native import compute
@@ -189,10 +189,10 @@ def _kernels(pack: Pack) -> Iterator[Finding]:
     if slow and best_device() == "cpu" and not isinstance(compute.library(), str):
         text = f"experts in {', '.join(slow)} have no native kernels: torch computes, several times slower"
         todo = "convert with --experts q4 or another of docs/quality.md, if rounding is acceptable"
-        yield Finding("note", "pack", "kernels", text, todo, {"formats": slow})
+        yield Remark("note", "pack", "kernels", text, todo, {"formats": slow})
 
 
-def _open_files(pack: Pack) -> Iterator[Finding]:
+def _open_files(pack: Pack) -> Iterator[Remark]:
     needed = _FILES_PER_LAYER * len(pack.manifest.layers) + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
@@ -200,25 +200,25 @@ def _open_files(pack: Pack) -> Iterator[Finding]:
     may = hard == resource.RLIM_INFINITY or hard >= needed
     todo = f"ulimit -n {needed}" + ("" if may else f", for which an administrator must raise the hard limit of {hard}")
     text = f"{len(pack.manifest.layers)} layers need up to {needed} open files, {soft} are allowed"
-    yield Finding("problem", "pack", "open files", text, todo, {"needed": needed, "soft": soft})
+    yield Remark("problem", "pack", "open files", text, todo, {"needed": needed, "soft": soft})
 
 
-def _tokenizer(folder: Path) -> Finding:
+def _tokenizer(folder: Path) -> Remark:
     from flashpack.runtime.tokenizer import load_tokenizer
 
     missing = _missing_packages(folder)
     if missing:
         text = f"the pack's tokenizer needs {' and '.join(missing)}"
-        return Finding("problem", "pack", "tokenizer", text, f"pip install {' '.join(missing)}", {"missing": missing})
+        return Remark("problem", "pack", "tokenizer", text, f"pip install {' '.join(missing)}", {"missing": missing})
     try:
         tokenizer = load_tokenizer(folder)
     except FormatError as e:
         todo = "convert again from a checkpoint that has one; eval and the Python functions work without"
-        return Finding("problem", "pack", "tokenizer", str(e), todo)
+        return Remark("problem", "pack", "tokenizer", str(e), todo)
     if not tokenizer.chat_template:
         text = "loads; the pack has no chat template"
-        return Finding("note", "pack", "tokenizer", text, "flashpack run --raw continues plain text")
-    return Finding("ok", "pack", "tokenizer", "loads, with a chat template")
+        return Remark("note", "pack", "tokenizer", text, "flashpack run --raw continues plain text")
+    return Remark("ok", "pack", "tokenizer", "loads, with a chat template")
 
 
 def _missing_packages(folder: Path) -> list[str]:
@@ -236,7 +236,7 @@ def _there(module: str) -> bool:
         return False
 
 
-def _history(pack: Pack) -> Iterator[Finding]:
+def _history(pack: Pack) -> Iterator[Remark]:
     from flashpack.runtime import warm
 
     known = warm.read(pack) if warm.wanted(None) else {}
@@ -244,10 +244,10 @@ def _history(pack: Pack) -> Iterator[Finding]:
         path = warm.history_path(pack)
         when = datetime.datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
         text = f"{len(known)} experts that earlier runs used most are read first; from {when}, {path}"
-        yield Finding("ok", "pack", "history", text, data={"experts": len(known), "path": str(path)})
+        yield Remark("ok", "pack", "history", text, data={"experts": len(known), "path": str(path)})
 
 
-def unfinished(pack: Path | None) -> Iterator[Finding]:
+def unfinished(pack: Path | None) -> Iterator[Remark]:
     """Conversions that did not come to their end: beside ``pack``, or in the current folder."""
     parent = disk.existing(Path() if pack is None else pack.absolute().parent)
     left = sorted(p.parent for p in parent.glob(f"*/{C.JOURNAL}") if pack is None or p.parent != pack.absolute())
@@ -256,4 +256,4 @@ def unfinished(pack: Path | None) -> Iterator[Finding]:
         size = sum(f.stat().st_size for p in left for f in p.rglob("*") if f.is_file() and not f.is_symlink())
         text = f"unfinished conversions in {parent}: {names} ({gb(size)})"
         todo = "run the same convert command again to finish, or remove the folder"
-        yield Finding("note", "pack", "unfinished", text, todo, {"folders": [str(p) for p in left], "bytes": size})
+        yield Remark("note", "pack", "unfinished", text, todo, {"folders": [str(p) for p in left], "bytes": size})

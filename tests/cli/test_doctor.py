@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from flashpack.cli.doctor import lines
-from flashpack.doctor.finding import Finding
+from flashpack.doctor.remark import Remark
 from tests.cli.test_cli import flashpack
 from tests.conftest import PackOf
 
 SOME = [
-    Finding("ok", "pack", "format", "fine"),
-    Finding("note", "machine", "load", "other programs are at work " * 4, "look again when the machine is at rest"),
-    Finding("problem", "machine", "memory", "not enough \x1b[2J of it", "close other programs"),
+    Remark("ok", "pack", "format", "fine"),
+    Remark("note", "machine", "load", "other programs are at work " * 4, "look again when the machine is at rest"),
+    Remark("problem", "machine", "memory", "not enough \x1b[2J of it", "close other programs"),
 ]
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from flashpack.doctor import disk
-from flashpack.doctor.finding import Finding
+from flashpack.doctor.remark import Remark
 from flashpack.runtime.rates import SIZES, Rate
 
 MOUNTS = """22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
@@ -19,7 +19,7 @@ MOUNTS = """22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
 """
 
 
-def by_name(findings: object) -> dict[str, Finding]:
+def by_name(findings: object) -> dict[str, Remark]:
     assert hasattr(findings, "__iter__")
     return {f.name: f for f in findings}
 

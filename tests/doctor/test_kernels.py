@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from flashpack.doctor import kernels
-from flashpack.doctor.finding import Finding
+from flashpack.doctor.remark import Remark
 from flashpack.kernels.cpu import native
 from flashpack.kernels.cpu.native import compute
 from flashpack.kernels.cuda import quantize
 from flashpack.kernels.metal import device, selftest
 
 
-def by_name(findings: object) -> dict[str, Finding]:
+def by_name(findings: object) -> dict[str, Remark]:
     assert hasattr(findings, "__iter__")
     return {f.name: f for f in findings}
 

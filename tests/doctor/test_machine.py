@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flashpack.doctor import machine
-from flashpack.doctor.finding import Finding
+from flashpack.doctor.remark import Remark
 from flashpack.runtime import memory
 
 GB = 10**9
@@ -25,7 +25,7 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def by_name(findings: object) -> dict[str, Finding]:
+def by_name(findings: object) -> dict[str, Remark]:
     assert hasattr(findings, "__iter__")
     return {f.name: f for f in findings}
 
@@ -33,7 +33,7 @@ def by_name(findings: object) -> dict[str, Finding]:
 def test_what_is_not_ok_has_a_next_step_and_what_is_has_none() -> None:
     for level, todo in (("note", ""), ("problem", ""), ("ok", "do this"), ("fine", "")):
         with pytest.raises(ValueError, match="machine"):
-            Finding(level, "machine", "memory", "text", todo)
+            Remark(level, "machine", "memory", "text", todo)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_the_quota_of_a_cgroup(groups: Path, files: dict[str, str], cores: float
     assert machine.quota() == cores
 
 
-def cores(monkeypatch: pytest.MonkeyPatch, threads: int, usable: int, quota: float | None) -> Finding:
+def cores(monkeypatch: pytest.MonkeyPatch, threads: int, usable: int, quota: float | None) -> Remark:
     monkeypatch.setattr(machine, "usable_cores", lambda: usable)
     monkeypatch.setattr(machine, "quota", lambda: quota)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flashpack.doctor import examine, packs
-from flashpack.doctor.finding import Finding
+from flashpack.doctor.remark import Remark
 from flashpack.formats import Pack
 from flashpack.formats import constants as C
 from flashpack.formats.checksums import hexdigest
@@ -24,7 +24,7 @@ from tests.conftest import TRAINED, PackOf
 Copy = Callable[..., Path]
 
 
-def look(folder: Path) -> dict[str, Finding]:
+def look(folder: Path) -> dict[str, Remark]:
     """What is said about a pack, without its drive."""
     whole = packs.Whole(folder)
     found = list(whole.check())
@@ -196,13 +196,13 @@ def test_unfinished_conversions_beside_a_pack(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_check_that_fails_leaves_the_others_their_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> list[Finding]:
+    def broken() -> list[Remark]:
         raise KeyError("surprise")
 
-    def no_torch() -> list[Finding]:
+    def no_torch() -> list[Remark]:
         raise ImportError("no torch here")
 
-    def unreadable() -> list[Finding]:
+    def unreadable() -> list[Remark]:
         raise OSError("permission denied")
 
     monkeypatch.setattr("flashpack.doctor.machine.processor", broken)

@@ -10,7 +10,7 @@ LEVELS = ("ok", "note", "problem")
 
 
 @dataclass(frozen=True)
-class Finding:
+class Remark:
     """``area``: machine, kernels, disk or pack; ``name``: of what; ``todo``: the next step, for all but "ok".
     ``data``: the numbers behind ``text`` (bytes, seconds), as JSON."""
 
