@@ -47,7 +47,7 @@ def examine(
         whole = packs.Whole(pack)
         look("pack", "the pack's structure", whole.check)
         if whole.opened is not None:
-            look("disk", "the disk's speed", lambda: whole.speed(begin))
+            look("disk", drive.READING, whole.speed)
             look("pack", "what the pack needs", whole.needs)
     look("pack", "unfinished conversions", lambda: packs.unfinished(pack))
     return found

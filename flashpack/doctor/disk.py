@@ -24,6 +24,8 @@ MOUNTS = Path("/proc/self/mountinfo")
 TRIAL_BYTES = 2**28
 """Of the temporary file."""
 
+READING = "the disk: random reads"
+
 _BLOCK = 2**24
 _LITTLE = 5 * 10**9
 _SLOW = 5e8
@@ -99,12 +101,9 @@ def temporary(folder: Path, begin: Callable[[str], object]) -> Iterator[Remark]:
         sync(file.fileno())
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        rates = measure(folder, [Path(file.name).name], SIZES, begin=begin_size(begin))
+        begin(READING)
+        rates = measure(folder, [Path(file.name).name], SIZES)
     yield from told(rates, "a file that was just written: a cache of the drive may have helped")
-
-
-def begin_size(begin: Callable[[str], object]) -> Callable[[int], object]:
-    return lambda size: begin(f"the disk: reading {_binary(size)} at a time")
 
 
 def told(rates: Sequence[Rate], of: str, record: int | None = None) -> Iterator[Remark]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,7 +90,7 @@ class Whole:
         data = {"identity": pack.identity, "version": manifest["version"], "bytes": size, "model": m.model}
         return Remark("ok", "pack", "format", text, data=data | {"recipe": m.recipe})
 
-    def speed(self, begin: Callable[[str], object]) -> Iterator[Remark]:
+    def speed(self) -> Iterator[Remark]:
         """Measure the pack's own files."""
         from flashpack.runtime.rates import SIZES, measure
 
@@ -98,7 +98,7 @@ class Whole:
         record = _largest_record(self.opened)
         paths = [layer.path for layer in self.opened.manifest.layers]
         sizes = sorted({record, *SIZES}, key=lambda s: (s != record, s))  # what counts comes first
-        self.rates = sorted(measure(self.folder, paths, sizes, begin=disk.begin_size(begin)), key=lambda r: r.size)
+        self.rates = sorted(measure(self.folder, paths, sizes), key=lambda r: r.size)
         yield from disk.told(self.rates, "the pack", record)
 
     def needs(self) -> Iterator[Remark]:

@@ -6,7 +6,7 @@ import mmap
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -42,25 +42,17 @@ class Rate:
         return max((way for way in ways if way), default=None)
 
 
-def measure(
-    folder: Path,
-    paths: Sequence[str],
-    sizes: Sequence[int],
-    seconds: float = 3.0,
-    begin: Callable[[int], object] = lambda size: None,
-) -> list[Rate]:
+def measure(folder: Path, paths: Sequence[str], sizes: Sequence[int], seconds: float = 3.0) -> list[Rate]:
     """Rates of random reads of ``sizes`` (multiples of the page) in the files ``paths`` below ``folder``.
 
     Takes ``seconds``, and on a slow drive until the reads that are under way have come; sizes that were not begun by
-    then are left out, and those for which the files are too small. ``begin`` is called with each size. Raises
-    ``OSError`` or ``FormatError`` if a file cannot be read.
+    then are left out, and those for which the files are too small. Raises ``OSError`` or ``FormatError`` if a file
+    cannot be read.
     """
     lengths = [(folder / path).stat().st_size // PAGE * PAGE for path in paths]
     possible = [s for s in sizes if sum(n for n in lengths if n >= s) >= 2 * READ_THREADS * s]
     if not possible:
         return []
-    found = []
-    end = time.monotonic() + seconds
     with ExitStack() as stack:
         buffered = _open_all(folder, paths, False, stack)
         try:
@@ -68,46 +60,58 @@ def measure(
         except OSError:
             direct = {}
         memory = stack.enter_context(mmap.mmap(-1, READ_THREADS * max(possible)))
+        memory[:: mmap.PAGESIZE] = bytes(len(memory) // mmap.PAGESIZE)  # else the first reads wait for pages
+        whole = stack.enter_context(memoryview(memory))
         pool = stack.enter_context(ThreadPoolExecutor(READ_THREADS))
-        for left, size in zip(range(len(possible), 0, -1), possible, strict=True):
-            now = time.monotonic()
-            if now >= end:
-                break
-            begin(size)
-            with memoryview(memory) as whole:
-                places = [whole[i * size : (i + 1) * size] for i in range(READ_THREADS)]
-                found.append(_measure(pool, direct, buffered, lengths, size, places, now + (end - now) / left))
-                for place in places:
-                    place.release()
-    return found
+        trials = [_Trial(size, lengths, direct, buffered) for size in possible]
+        return _in_turns(pool, trials, whole, time.monotonic() + seconds)
 
 
-def _measure(
-    pool: ThreadPoolExecutor,
-    direct: dict[int, int],
-    buffered: dict[int, int],
-    lengths: list[int],
-    size: int,
-    places: list[memoryview],
-    end: float,
-) -> Rate:
-    """Both ways in turns until ``end``, at least once: a drive that others use treats both alike."""
-    batch = size * len(places)
-    times = {"direct": 0.0, "buffered": 0.0}
-    turns, cached = 0, 0.0
-    while turns == 0 or (time.monotonic() < end and (turns + 1) * batch <= MAX_BYTES):
-        if direct:
-            extents = [_extent(lengths, size, buffered) for _ in places]
-            times["direct"] += batch / rate(pool, direct, extents, places)
-        extents = [_extent(lengths, size, buffered) for _ in places]
-        times["buffered"] += batch / rate(pool, buffered, extents, places)
+def _in_turns(pool: ThreadPoolExecutor, trials: list[_Trial], memory: memoryview, end: float) -> list[Rate]:
+    """All sizes and both ways in turns: a drive that others use, or that wakes up, treats all alike."""
+    for turn in range(1 + MAX_BYTES // (READ_THREADS * min(t.size for t in trials))):
+        for trial in trials:
+            if time.monotonic() >= end:
+                return [t.result for t in trials if t.turns]
+            if turn * READ_THREADS * trial.size < MAX_BYTES:
+                with ExitStack() as stack:
+                    cuts = (memory[i * trial.size : (i + 1) * trial.size] for i in range(READ_THREADS))
+                    places = [stack.enter_context(cut) for cut in cuts]
+                    trial.run(pool, places)
+    return [t.result for t in trials]
+
+
+class _Trial:
+    """Reads of one size. ``direct`` is empty where the file system has no such reads."""
+
+    def __init__(self, size: int, lengths: list[int], direct: dict[int, int], buffered: dict[int, int]) -> None:
+        self.size = size
+        self.turns = 0
+        self._lengths = lengths
+        self._direct = direct
+        self._buffered = buffered
+        self._seconds = {"direct": 0.0, "buffered": 0.0}
+        self._cached = 0.0
+
+    def run(self, pool: ThreadPoolExecutor, places: list[memoryview]) -> None:
+        """One turn: as many reads as ``places`` at once, direct and then buffered."""
+        batch = self.size * len(places)
+        if self._direct:
+            extents = [_extent(self._lengths, self.size, self._buffered) for _ in places]
+            self._seconds["direct"] += batch / rate(pool, self._direct, extents, places)
+        extents = [_extent(self._lengths, self.size, self._buffered) for _ in places]
+        self._seconds["buffered"] += batch / rate(pool, self._buffered, extents, places)
         for x in extents:
-            cached += x.cached / len(extents)
+            self._cached += x.cached / len(extents)
             if not x.cached and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(buffered[x.layer], x.offset, x.size, os.POSIX_FADV_DONTNEED)
-        turns += 1
-    total = turns * batch
-    return Rate(size, total / times["direct"] if direct else None, total / times["buffered"], cached / turns)
+                os.posix_fadvise(self._buffered[x.layer], x.offset, x.size, os.POSIX_FADV_DONTNEED)
+        self.turns += 1
+
+    @property
+    def result(self) -> Rate:
+        total = self.turns * READ_THREADS * self.size
+        direct = total / self._seconds["direct"] if self._direct else None
+        return Rate(self.size, direct, total / self._seconds["buffered"], self._cached / self.turns)
 
 
 def _extent(lengths: list[int], size: int, fds: dict[int, int]) -> Extent:

@@ -23,10 +23,10 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_only_sizes_of_which_there_are_enough_places(files: Path) -> None:
-    begun: list[int] = []
-    found = rates.measure(files, ["large", "small"], [PAGE, MIB // 2, MIB], 0.1, begun.append)
-    assert begun == [r.size for r in found] == [PAGE, MIB // 2]
+def test_only_sizes_of_which_there_are_enough_places(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "MAX_BYTES", 8 * MIB)
+    found = rates.measure(files, ["large", "small"], [PAGE, MIB // 2, MIB], 60.0)
+    assert [r.size for r in found] == [PAGE, MIB // 2]
     assert all(r.buffered > 0 and 0 <= r.cached <= 1 for r in found)
     assert rates.measure(files, ["small"], [MIB]) == []
 
@@ -40,14 +40,16 @@ def test_reads_stay_inside_the_files_and_are_whole_pages(files: Path, monkeypatc
         return 1e9
 
     monkeypatch.setattr(rates, "rate", rate)
+    monkeypatch.setattr(rates, "MAX_BYTES", 16 * MIB)
     sizes = [PAGE, MIB // 4]
-    found = rates.measure(files, ["large", "small"], sizes, 0.05)
+    found = rates.measure(files, ["large", "small"], sizes, 60.0)
     assert [r.buffered for r in found] == pytest.approx([1e9, 1e9])
     lengths = {0: 8 * MIB, 1: MIB // 2 + 7}
     assert all(x.offset % PAGE == 0 and x.offset + x.size <= lengths[x.layer] for x in seen)
     assert {x.layer for x in seen} == {0, 1}
     for size in sizes:  # bounded, however fast the drive is
-        assert sum(x.size for x in seen if x.size == size) <= 2 * rates.MAX_BYTES
+        assert sum(x.size for x in seen if x.size == size) == 2 * rates.MAX_BYTES
+    assert [x.size for x in seen[: 4 * READ_THREADS : READ_THREADS]] == [PAGE, PAGE, MIB // 4, MIB // 4]
 
 
 def test_without_time_nothing_is_begun(files: Path) -> None:
@@ -64,7 +66,8 @@ def test_a_file_system_without_direct_reads(files: Path, monkeypatch: pytest.Mon
 
     before = len(os.listdir("/dev/fd"))
     monkeypatch.setattr(rates, "open_file", without)
-    (found,) = rates.measure(files, ["large"], [PAGE], 0.05)
+    monkeypatch.setattr(rates, "MAX_BYTES", MIB)
+    (found,) = rates.measure(files, ["large"], [PAGE], 60.0)
     assert found.direct is None
     assert len(os.listdir("/dev/fd")) == before
 
