@@ -102,6 +102,10 @@ class ExpertCache:
         """All that have a slot; any thread may ask."""
         return list(self._slots)  # in one step of the interpreter
 
+    def used(self) -> list[Key]:
+        """All that this step has asked for so far; any thread may ask."""
+        return list(self._used)
+
     def claim(self, key: Key, urgent: bool = True) -> int | None:
         """A slot for ``key``, which must have none, pinned: a free one, or that of the expert with the longest wait.
 

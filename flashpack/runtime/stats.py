@@ -10,9 +10,9 @@ from typing import Any
 class LayerStats:
     """One layer's experts.
 
-    ``hits``: requests found in the arena; ``misses``: requests that were read, or being read. ``bytes_read``: all that
-    was read, ``ahead_bytes`` of it before the layer asked. ``guesses``: records read ahead for the layer's next
-    request, ``right_guesses`` those that it then asked for.
+    ``hits``: requests found in the arena; ``misses``: requests that were read, or being read. ``reads``: records that
+    were read, ``bytes_read`` their bytes, ``ahead_bytes`` of these before the layer asked. ``guesses``: records read
+    ahead for the layer's next request, ``right_guesses`` those that it then asked for.
 
     Seconds: ``wait_seconds`` nothing could be done but wait for reads, ``hit_seconds`` the caller used records that
     were found, ``miss_seconds`` records that were read, ``own_seconds`` the store took for itself.
@@ -20,6 +20,7 @@ class LayerStats:
 
     hits: int = 0
     misses: int = 0
+    reads: int = 0
     bytes_read: int = 0
     ahead_bytes: int = 0
     guesses: int = 0

@@ -172,6 +172,10 @@ class ExpertStore:
         """The experts that are in the arena, or being read; any thread may ask."""
         return [key for cache in self._caches.values() for key in cache.resident()]
 
+    def used(self) -> list[Key]:
+        """The experts that the step under way, or the last one, has asked for so far; any thread may ask."""
+        return [key for cache in self._caches.values() for key in cache.used()]
+
     def ranking(self) -> list[tuple[Key, float]]:
         """Experts with their chance to be asked for at the next step, as ``warm`` wants them; empty if none was."""
         ranked = [one for cache in self._caches.values() for one in cache.ranking()]
@@ -317,6 +321,7 @@ class ExpertStore:
                 self._cache(key).release(key)
             self._forget(key)
             return
+        stats.reads += 1
         stats.bytes_read += read.size
         if read.ahead:
             stats.ahead_bytes += read.size

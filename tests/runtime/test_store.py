@@ -65,13 +65,24 @@ def test_counts_hits_misses_and_bytes(pack_of: PackOf) -> None:
     list(stream(store, 0, [0, 1, 2]))
     list(stream(store, 0, [1, 2, 3]))
     stats = store.stats.layers[0]
-    assert (stats.hits, stats.misses, stats.bytes_read) == (2, 4, 4 * stride)
+    assert (stats.hits, stats.misses, stats.reads, stats.bytes_read) == (2, 4, 4, 4 * stride)
     assert store.stats.hit_rate == 2 / 6
     list(stream(store, 0, [4]))  # evicts 0, the least recently used
     list(stream(store, 0, [1, 2, 3, 4]))
     assert store.stats.layers[0].hits == 6
     store.stats.reset()
     assert store.stats.total().misses == 0
+
+
+def test_tells_what_the_step_under_way_has_used(pack_of: PackOf) -> None:
+    _, store = open_store(pack_of("qwen3_moe"), 6)
+    list(stream(store, 0, [0, 1]))
+    list(stream(store, 1, [2]))
+    assert sorted(store.used()) == [(0, 0), (0, 1), (1, 2)]
+    list(stream(store, 0, [3]))
+    assert store.used() == [(0, 3)]
+    assert sorted(store.resident()) == [(0, 0), (0, 1), (0, 3), (1, 2)]
+    store.close()
 
 
 def test_hits_come_before_misses(pack_of: PackOf) -> None:
