@@ -9,6 +9,8 @@ from collections.abc import Callable
 import typer
 
 from flashpack.cli.calibrate import calibrate
+from flashpack.cli.chat import EPILOG as CHAT_EXAMPLES
+from flashpack.cli.chat import chat
 from flashpack.cli.console import note
 from flashpack.cli.convert import convert
 from flashpack.cli.doctor import doctor
@@ -52,6 +54,8 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 for _command in (plan, convert, verify, repair, recode, inspect, run, calibrate, eval, selftest, doctor):
     app.command()(_guarded(_command))
+
+app.command(epilog=CHAT_EXAMPLES)(_guarded(chat))
 
 
 def _version(wanted: bool) -> None:
