@@ -37,11 +37,15 @@ def _told(report: Any) -> Iterator[str]:
     """What a report says, line by line; raises ``FormatError`` if it is none."""
     match report:
         case {
-            "sizes": {"experts": {"bits": float(experts)}, "dense": {"bits": float(dense)}},
+            "sizes": {
+                "experts": {"bits": float(experts), "padded_bits": float(padded)},
+                "dense": {"bits": float(dense), "padded_bits": float(padded_dense)},
+            },
             "summary": list(rows),
             "layers": list(layers),
         }:
-            yield f"{experts:.4g} bits per weight of the experts, {dense:.4g} of the dense part"
+            yield f"{experts:.4g} bits per weight of the experts, {padded:.4g} with padding"
+            yield f"{dense:.4g} bits per weight of the dense part, {padded_dense:.4g} with padding"
         case _:
             raise FormatError(f"{C.QUALITY}: not a report that this version reads")
     rounded = False

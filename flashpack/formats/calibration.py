@@ -162,7 +162,7 @@ class Calibration:
             self.digest = hexdigest(pread(self._fd, header.data_start, 0, what))
         except OSError as e:
             os.close(self._fd)
-            raise SourceError(f"{what}: {e.strerror}") from e
+            raise SourceError(f"{what}: {e.strerror}; flashpack calibrate makes such a file") from e
         except BaseException:
             os.close(self._fd)
             raise
@@ -222,6 +222,6 @@ def open_calibration(path: str | os.PathLike[str], architecture: str, layers: Ma
     if opened.metadata.get("architecture") != architecture or widths != dict(layers):
         raise SourceError(
             f"{path}: of a {opened.metadata.get('architecture')} with {len(widths)} layers of experts, "
-            f"not of this {architecture} with {len(layers)}"
+            f"not of this {architecture} with {len(layers)}; flashpack calibrate makes one from a pack of this model"
         )
     return opened
