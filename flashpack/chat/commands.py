@@ -57,7 +57,7 @@ def _load(chat: Chat, rest: str) -> list[str]:
     loaded, tools = load(path)
     chat.conversation.system, chat.conversation.messages = loaded.system, loaded.messages
     turns = loaded.turns
-    said = [f"loaded {turns} turn{'' if turns == 1 else 's'}; the next answer reads them"]
+    said = [f"loaded {turns} turn{'' if turns == 1 else 's'}"]
     if missing := [name for name in tools if name not in chat.tools.names]:
         said.append(f"tools it had that are not here: {', '.join(missing)}")
     return said

@@ -30,7 +30,7 @@ class Drawing:
         self._open = ""  # the text of the last block
         self._shown: list[str] = []  # its lines, as they are on the screen; the cursor is below them
         self._at = self._size()
-        self._begun = False  # whether a block stands above
+        self._gap = False  # whether an empty line is due before the next one that is written
         self._next = 0.0
 
     def feed(self, text: str) -> None:
@@ -50,7 +50,7 @@ class Drawing:
         starts = [t.map[0] for t in self._parser.parse(self._open) if t.level == 0 and t.map and t.nesting >= 0]
         for begin, end in itertools.pairwise(starts):
             self._show("".join(lines[begin:end]))
-            self._begun, self._shown = True, []
+            self._gap, self._shown = True, []
         if len(starts) > 1:
             self._open = "".join(lines[starts[-1] :])
         if starts:
@@ -62,7 +62,8 @@ class Drawing:
         if size != self._at:
             self._at, self._shown = size, []  # they lie elsewhere now: the block is written once more below
         new = self._lines(block, columns)
-        if not self._shown and self._begun and new:
+        if self._gap and new:
+            self._gap = False
             self._write("\n")
         same = 0
         while same < min(len(new), len(self._shown)) and new[same] == self._shown[same]:

@@ -113,6 +113,10 @@ def allowed(command: str) -> bool:
     import termios
 
     sys.stdout.flush()
-    print(f"run this command? {visible(command)}\n[y/N] ", end="", file=sys.stderr, flush=True)
     termios.tcflush(sys.stdin, termios.TCIFLUSH)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    print(f"run this command? {visible(command)}\n[y/N] ", end="", file=sys.stderr, flush=True)
+    try:
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        raise
