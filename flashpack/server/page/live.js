@@ -51,14 +51,14 @@ function showTime(time) {
 }
 
 const PHASES = {
-  reading: (run) => `reading ${run.prompt_tokens} tokens`,
-  writing: (run) => `writing, ${run.tokens} tokens so far`,
-  done: (run) => `at rest; the last answer had ${run.tokens} tokens` + (run.tokens_per_second ? `, ${short(run.tokens_per_second)} a second` : ""),
+  reading: (run) => `Reading ${run.prompt_tokens || "the"} tokens.`,
+  writing: (run) => `Writing, ${run.tokens} tokens so far.`,
+  done: (run) => `At rest. The last answer had ${run.tokens} tokens` + (run.tokens_per_second ? `, ${short(run.tokens_per_second)} a second.` : "."),
 };
 
 function show(state, map) {
   byId("model").textContent = state.model;
-  byId("phase").textContent = state.run ? PHASES[state.run.phase](state.run) : "at rest";
+  byId("phase").textContent = state.run ? PHASES[state.run.phase](state.run) : "At rest.";
   byId("n-tokens").textContent = short(state.tokens_per_second);
   const rate = state.hit_rate ?? state.hit_rate_total;
   byId("n-hits").textContent = rate === null ? "–" : `${short(100 * rate)} %`;
