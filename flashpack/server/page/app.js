@@ -105,7 +105,7 @@ async function answer() {
     shown.update(true);
     speak(message.content, false);
     const box = shown.element.getBoundingClientRect();
-    const bottom = byId("chat").getBoundingClientRect().top;
+    const bottom = byId("bottom").getBoundingClientRect().top;
     if (low || (box.bottom > bottom && box.bottom < bottom + 120)) scrollBy(0, Math.max(0, box.bottom - bottom));
   };
   const take = (delta) => {

@@ -12,7 +12,7 @@ export const byId = (id) => document.getElementById(id);
 
 /** A number with three digits at the most. */
 export function short(value) {
-  if (value === 0 || value >= 99.95) return String(Math.round(value));
+  if (value === 0 || value >= 99.95) return Math.round(value).toLocaleString("en");
   return value >= 9.995 ? value.toFixed(1) : value.toFixed(2);
 }
 

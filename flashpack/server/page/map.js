@@ -33,9 +33,6 @@ export class ExpertMap {
       for (let e = 0; e < experts[row]; e++) if (this.bit(this.used, row, e)) this.glow[row * this.width + e] = now;
     }
     this.draw();
-    byId("map-text").textContent =
-      `${state.in_memory.toLocaleString("en")} of ${experts.reduce((a, b) => a + b, 0).toLocaleString("en")} experts; ` +
-      `a row for each of ${layers.length} layers, ${this.width} experts wide.`;
     if (byId("layers").open) this.table();
   }
 
@@ -76,31 +73,42 @@ export class ExpertMap {
     const { layers, experts } = this.state;
     const ratio = devicePixelRatio || 1;
     const room = Math.floor(this.canvas.parentElement.clientWidth * ratio);
-    const rows = layers.length;
-    // In device pixels, so that neither cells nor gaps are blurred; 512 experts may have one pixel each.
-    const across = Math.max(1, Math.min(Math.floor(room / this.width), Math.floor(24 * ratio)));
-    const down = Math.max(Math.round(3 * ratio), Math.min(across, Math.floor((320 * ratio) / rows)));
-    const gap = (size) => (size >= 3 ? Math.max(1, Math.round(size / 8)) : 0);
-    this.cell = [across, down, across - (across > 3 ? gap(across) : 0), down - gap(down)];
-    const [width, height] = [across * this.width, down * rows];
+    // In device pixels, so that neither cells nor gaps are blurred. A layer that would have cells too small to see is
+    // a band of several lines.
+    const least = Math.ceil(2 * ratio);
+    const lines = Math.ceil((this.width * least) / Math.max(room, least));
+    const across = Math.ceil(this.width / lines);
+    const size = Math.max(least, Math.min(Math.floor(room / across), Math.floor(24 * ratio)));
+    const apart = lines > 1 ? Math.ceil(1.5 * ratio) : 0; // between bands
+    const gap = size > 3 ? Math.max(1, Math.round(size / 8)) : 0;
+    this.place = (row, e) => [
+      (e % across) * size,
+      row * (lines * size + apart) + Math.floor(e / across) * size,
+      size - gap,
+      size - gap,
+    ];
+    const [width, height] = [across * size, layers.length * (lines * size + apart)];
     for (const canvas of [this.canvas, this.base]) Object.assign(canvas, { width, height });
-    this.canvas.style.width = `${Math.min(width, room) / ratio}px`;
+    this.canvas.style.width = `${width / ratio}px`;
     this.canvas.style.height = `${height / ratio}px`;
     const style = getComputedStyle(document.documentElement);
     const [away, here, used] = ["--away", "--here", "--used"].map((name) => style.getPropertyValue(name).trim());
     this.usedColour = used;
     const context = this.base.getContext("2d");
-    for (let row = 0; row < rows; row++) {
-      for (let e = 0; e < experts[row]; e++) {
+    experts.forEach((count, row) => {
+      for (let e = 0; e < count; e++) {
         context.fillStyle = this.bit(this.resident, row, e) ? here : away;
-        context.fillRect(e * across, row * down, this.cell[2], this.cell[3]);
+        context.fillRect(...this.place(row, e));
       }
-    }
+    });
+    const row = lines > 1 ? `a band of ${lines} lines` : "a row";
+    byId("map-text").textContent =
+      `${this.state.in_memory.toLocaleString("en")} of ${experts.reduce((a, b) => a + b, 0).toLocaleString("en")} experts; ` +
+      `${row} for each of ${layers.length} layers.`;
   }
 
   /** What was used, over it; whether something still fades. */
   paintUsed() {
-    const [across, down, width, height] = this.cell;
     const context = this.canvas.getContext("2d");
     context.globalAlpha = 1;
     context.clearRect(0, 0, this.canvas.width, this.canvas.height);
@@ -115,7 +123,7 @@ export class ExpertMap {
         context.globalAlpha = still.matches ? this.bit(this.used, row, e) : Math.max(0, 1 - since);
         if (!context.globalAlpha) continue;
         fading ||= !still.matches;
-        context.fillRect(e * across, row * down, width, height);
+        context.fillRect(...this.place(row, e));
       }
     });
     return fading;
