@@ -2,13 +2,14 @@
 
 The functions under the commands, loaded on first use so that ``import flashpack`` stays light:
 ``convert``, ``verify``, ``repair``, ``recode`` and ``load``. Every error derives from
-``flashpack.errors.FlashpackError``.
+``flashpack.errors.FlashpackError``. After the import, ``from_pretrained`` of transformers' models opens packs, too.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from flashpack import pretrained
 from flashpack.version import __version__
 
 if TYPE_CHECKING:
@@ -33,3 +34,6 @@ def __getattr__(name: str) -> Any:
 
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'flashpack' has no attribute {name!r}")
+
+
+pretrained.install()
