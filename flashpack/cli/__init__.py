@@ -21,6 +21,8 @@ from flashpack.cli.recode import recode
 from flashpack.cli.repair import repair
 from flashpack.cli.run import run
 from flashpack.cli.selftest import selftest
+from flashpack.cli.serve import EPILOG as SERVE_EXAMPLES
+from flashpack.cli.serve import serve
 from flashpack.cli.verify import verify
 from flashpack.errors import FlashpackError
 from flashpack.version import __version__
@@ -56,6 +58,7 @@ for _command in (plan, convert, verify, repair, recode, inspect, run, calibrate,
     app.command()(_guarded(_command))
 
 app.command(epilog=CHAT_EXAMPLES)(_guarded(chat))
+app.command(epilog=SERVE_EXAMPLES)(_guarded(serve))
 
 
 def _version(wanted: bool) -> None:
