@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from flashpack.runtime.session import Session
-from flashpack.server.live import Live
+from flashpack.server.guard import Limits
+from flashpack.server.serving import Service, bound, hosts_of
+from flashpack.server.worker import Job
 from tests.conftest import PackOf
-from tests.page_app import Gate, app_of, served
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
@@ -48,11 +51,53 @@ HEBREW = "\u05e9\u05dc\u05d5\u05dd"
 Open = Callable[..., Page]
 
 
+HELD = 8
+
+
 @dataclass
 class Site:
+    """A server whose answers wait after ``HELD`` tokens, unless it is ``open``, or they are ``cancelled``."""
+
     address: str
-    gate: Gate
-    live: Live
+    open: threading.Event = field(default_factory=threading.Event)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+@contextmanager
+def served(session: Session, key: str | None = None) -> Iterator[Site]:
+    listening = bound("127.0.0.1", 0)
+    site = Site(f"http://127.0.0.1:{listening.getsockname()[1]}")
+    service = Service(session, listening, Limits(2**20, key, hosts_of("127.0.0.1", [])), queue=4)
+    begin, token, cancel = service.live.begin, service.live.token, service.worker.cancel
+    chosen = 0
+
+    def begun(kind: str, prompt_tokens: int) -> None:
+        nonlocal chosen
+        chosen = 0
+        site.cancelled.clear()
+        begin(kind, prompt_tokens)
+
+    def held() -> None:
+        nonlocal chosen
+        token()
+        chosen += 1
+        while chosen >= HELD and not (site.open.wait(0.01) or site.cancelled.is_set()):
+            pass
+
+    def cancels(job: Job) -> None:
+        cancel(job)
+        site.cancelled.set()
+
+    vars(service.live).update(begin=begun, token=held)
+    vars(service.worker).update(cancel=cancels)
+    thread = threading.Thread(target=service.serve_all)
+    thread.start()
+    try:
+        yield site
+    finally:
+        site.open.set()
+        service.stop()
+        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -66,22 +111,23 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def site(pack_of: PackOf) -> Iterator[Site]:
-    session = Session(pack_of("trained"), saved=2**24, context=1024, memory="450MB")
-    gate, live = Gate(), Live(session)
-    with served(app_of(session, live, gate)) as address:
-        yield Site(address, gate, live)
-        gate.open.set()
+def session(pack_of: PackOf) -> Session:
+    return Session(pack_of("trained"), saved=2**24, context=1024)
+
+
+@pytest.fixture(scope="module")
+def site(session: Session) -> Iterator[Site]:
+    with served(session) as site:
+        yield site
 
 
 @pytest.fixture
 def opened(browser: Browser, site: Site) -> Iterator[Open]:
     """``opened(**context options)``: the page; at the end no error may have been told and no other host asked."""
     contexts, told, asked = [], [], []
-    site.gate.open.set()
-    site.gate.requests.clear()
+    site.open.set()
 
-    def open_page(**options: Any) -> Page:
+    def open_page(address: str = site.address, **options: Any) -> Page:
         context = browser.new_context(**options)
         context.set_default_timeout(60_000)
         contexts.append(context)
@@ -89,18 +135,19 @@ def opened(browser: Browser, site: Site) -> Iterator[Open]:
         page.on("console", lambda message: told.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: told.append(str(error)))
         page.on("request", lambda request: asked.append(request.url))
-        page.goto(site.address)
-        expect(page.locator("#model")).not_to_be_empty()
+        page.goto(address)
+        if address == site.address:
+            expect(page.locator("#model")).not_to_be_empty()
         return page
 
     expect.set_options(timeout=60_000)
     yield open_page
-    site.gate.open.set()
+    site.open.set()
     for context in contexts:
         context.close()
     # A refused request is told by the browser itself, whatever the page does about it.
     assert [one for one in told if "Failed to load resource" not in one] == []
-    assert [url for url in asked if not url.startswith((site.address, "data:"))] == []
+    assert [url for url in asked if not url.startswith(("http://127.0.0.1:", "data:"))] == []
 
 
 def send(page: Page, text: str) -> None:
@@ -130,7 +177,7 @@ def test_an_answer_streams_and_the_map_changes(opened: Open, site: Site) -> None
     page.wait_for_timeout(300)
     assert page.evaluate("document.querySelector('#map').width") > 100
     before = drawn(page)
-    site.gate.open.clear()
+    site.open.clear()
     send(page, "What is 922 plus 291?")
     expect(page.locator("#phase")).to_contain_text("Writing, 8 tokens")
     expect(page.locator("#stop")).to_be_visible()
@@ -138,7 +185,7 @@ def test_an_answer_streams_and_the_map_changes(opened: Open, site: Site) -> None
     assert "291" not in part
     during = drawn(page)
     assert during != before
-    site.gate.open.set()
+    site.open.set()
     done(page)
     call = page.locator(".assistant .call")
     expect(call).to_contain_text("calculator")
@@ -153,20 +200,22 @@ def test_an_answer_streams_and_the_map_changes(opened: Open, site: Site) -> None
 
 def test_stop_ends_the_answer_also_on_the_server(opened: Open, site: Site) -> None:
     page = opened()
-    site.gate.open.clear()
+    site.open.clear()
     for how in ("button", "key"):
         send(page, "Tell me a story.")
         expect(page.locator("#phase")).to_contain_text("Writing, 8 tokens")
         page.locator("#stop").click() if how == "button" else page.keyboard.press("Escape")
         expect(page.locator("#status")).to_have_text("Stopped.")
         expect(page.locator(".assistant .tools").last).to_contain_text("Stopped.")
-        assert site.gate.cancelled.wait(60)
+        assert site.cancelled.wait(60)
         expect(page.locator("#phase")).to_contain_text("At rest.")
         expect(page.locator("#send")).to_be_visible()
 
 
 def test_a_conversation_survives_a_reload_and_goes_on(opened: Open, site: Site) -> None:
     page = opened()
+    sent: list[Any] = []
+    page.on("request", lambda request: sent.append(request.post_data_json) if request.method == "POST" else None)
     page.locator("#settings summary").click()
     page.fill("#system", "You are a helpful assistant.")
     page.fill("#max-tokens", "20")
@@ -179,9 +228,9 @@ def test_a_conversation_survives_a_reload_and_goes_on(opened: Open, site: Site) 
     assert page.locator("#messages").inner_text() == said
     send(page, "And again?")
     done(page)
-    roles = [message["role"] for message in site.gate.requests[-1]["messages"]]
+    roles = [message["role"] for message in sent[-1]["messages"]]
     assert roles == ["system", "user", "assistant", "user"]
-    assert (site.gate.requests[-1]["max_tokens"], site.gate.requests[-1]["temperature"]) == (20, 0.5)
+    assert (sent[-1]["max_tokens"], sent[-1]["temperature"]) == (20, 0.5)
     page.locator("#new").click()
     expect(page.locator(".message")).to_have_count(0)
     page.reload()
@@ -222,29 +271,25 @@ def test_calls_of_tools_that_the_server_reports(opened: Open) -> None:
     expect(page.locator(".call td")).to_have_text("Rome")
 
 
-def test_a_key_is_asked_for_and_used(opened: Open) -> None:
-    page = opened()
-    keys: list[str | None] = []
-
-    def answer(route: Any) -> None:
-        keys.append(route.request.headers.get("authorization"))
-        if keys[-1] == "Bearer secret":
-            route.continue_()
-        else:
-            route.fulfill(status=401, json={"error": {"message": "no key"}})
-
-    page.route("**/v1/**", answer)
-    send(page, "Hello")
-    expect(page.locator("#key")).to_be_focused()
-    page.fill("#key", "wrong")
-    page.press("#key", "Enter")
-    expect(page.locator("#notice")).to_contain_text("does not accept")
-    page.fill("#key", "secret")
-    page.press("#key", "Enter")
-    done(page)
-    assert keys[:3] == [None, "Bearer wrong", "Bearer secret"]
-    expect(page.locator("#key-form")).to_be_hidden()
-    expect(page.locator(".user")).to_have_count(1)
+def test_a_key_is_asked_for_and_used(opened: Open, session: Session) -> None:
+    with served(session, key="secret") as guarded:
+        guarded.open.set()
+        page = opened(guarded.address)
+        expect(page.locator("#key-form")).to_be_visible()
+        send(page, "Hello")
+        expect(page.locator("#key")).to_be_focused()
+        page.fill("#key", "wrong")
+        page.press("#key", "Enter")
+        expect(page.locator("#notice")).to_contain_text("does not accept")
+        page.fill("#key", "secret")
+        page.press("#key", "Enter")
+        done(page)
+        expect(page.locator("#key-form")).to_be_hidden()
+        expect(page.locator(".user")).to_have_count(1)
+        expect(page.locator("#model")).not_to_be_empty()
+        page.reload()
+        expect(page.locator("#model")).not_to_be_empty()
+        page.close()
 
 
 def test_errors_have_a_next_step(opened: Open) -> None:
@@ -364,7 +409,7 @@ def test_all_can_be_reached_with_the_keyboard(opened: Open) -> None:
 
 def test_with_reduced_motion_nothing_fades(opened: Open, site: Site) -> None:
     page = opened(reduced_motion="reduce")
-    site.gate.open.clear()
+    site.open.clear()
     send(page, "Tell me a story.")
     expect(page.locator("#phase")).to_contain_text("Writing, 8 tokens")
     page.wait_for_timeout(600)  # until a picture of the state that stays has come

@@ -11,7 +11,10 @@ const messages = kept.messages;
 let key = sessionStorage.getItem("flashpack-key") ?? "";
 let running = null; // AbortController of the answer that comes
 
-const wake = watch(() => key);
+const wake = watch(
+  () => key,
+  () => { byId("key-form").hidden = false; },
+);
 
 function read(name, otherwise) {
   try {

@@ -69,8 +69,9 @@ function show(state, map) {
   stack(byId("memory-bar"), byId("memory-table"), MEMORY.map(([key, label]) => [label, state.memory[key], bytes(state.memory[key])]));
 }
 
-/** Begin; `keyOf` gives the API key. Returns a function that asks at once. */
-export function watch(keyOf) {
+/** Begin; `keyOf` gives the API key, `onRefused` is called where it is not the right one. Returns a function that asks
+    at once. */
+export function watch(keyOf, onRefused) {
   const map = new ExpertMap(byId("map"));
   byId("layers").addEventListener("toggle", () => map.table());
   let timer = 0;
@@ -84,7 +85,8 @@ export function watch(keyOf) {
         byId("live-error").textContent = "";
         wait = state.busy ? EVERY : IDLE;
       } else {
-        byId("live-error").textContent = answer.status === 401 ? "The picture needs the API key." : "The server gives no picture now.";
+        byId("live-error").textContent = "The server gives no picture now.";
+        if (answer.status === 401) onRefused();
       }
     } catch {
       byId("live-error").textContent = "The server does not answer; trying again.";

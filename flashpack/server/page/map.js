@@ -79,7 +79,7 @@ export class ExpertMap {
     const lines = Math.ceil((this.width * least) / Math.max(room, least));
     const across = Math.ceil(this.width / lines);
     const size = Math.max(least, Math.min(Math.floor(room / across), Math.floor(24 * ratio)));
-    const apart = lines > 1 ? Math.ceil(1.5 * ratio) : 0; // between bands
+    const apart = lines > 1 ? Math.ceil(3 * ratio) : 0; // between bands
     const gap = size > 3 ? Math.max(1, Math.round(size / 8)) : 0;
     this.place = (row, e) => [
       (e % across) * size,
