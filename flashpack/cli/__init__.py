@@ -30,7 +30,6 @@ from flashpack.version import __version__
 app = typer.Typer(
     help="Run Mixture-of-Experts models that do not fit in memory.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
