@@ -15,6 +15,7 @@ from flashpack.cli.console import note
 from flashpack.cli.convert import convert
 from flashpack.cli.doctor import doctor
 from flashpack.cli.eval import eval
+from flashpack.cli.examples import epilog
 from flashpack.cli.inspect import inspect
 from flashpack.cli.plan import plan
 from flashpack.cli.recode import recode
@@ -54,7 +55,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 for _command in (plan, convert, verify, repair, recode, inspect, run, calibrate, eval, selftest, doctor):
-    app.command()(_guarded(_command))
+    app.command(epilog=epilog(_command.__name__))(_guarded(_command))
 
 app.command(epilog=CHAT_EXAMPLES)(_guarded(chat))
 app.command(epilog=SERVE_EXAMPLES)(_guarded(serve))
