@@ -5,7 +5,7 @@ import { Shown } from "./messages.js";
 import { complete, Refused } from "./stream.js";
 
 const FIELDS = ["system", "temperature", "max-tokens"];
-const REDRAW = 80; // milliseconds between two pictures of an answer that comes
+const REDRAW = 80; // milliseconds between two pictures of an answer that comes; more where drawing takes long
 const kept = read("conversation", { messages: [], fields: {} });
 const messages = kept.messages;
 let key = sessionStorage.getItem("flashpack-key") ?? "";
@@ -102,14 +102,17 @@ async function answer() {
   shown.element.scrollIntoView({ block: "nearest" });
   const speak = speaker();
   let timer = 0;
+  let pause = REDRAW;
   const redraw = () => {
     timer = 0;
+    const begun = performance.now();
     const low = innerHeight + scrollY >= document.documentElement.scrollHeight - 120;
     shown.update(true);
     speak(message.content, false);
     const box = shown.element.getBoundingClientRect();
     const bottom = byId("bottom").getBoundingClientRect().top;
     if (low || (box.bottom > bottom && box.bottom < bottom + 120)) scrollBy(0, Math.max(0, box.bottom - bottom));
+    pause = Math.max(REDRAW, 4 * (performance.now() - begun));
   };
   const take = (delta) => {
     message.content += delta.content ?? "";
@@ -119,7 +122,7 @@ async function answer() {
       one.name += call.function?.name ?? "";
       one.arguments += call.function?.arguments ?? "";
     }
-    timer ||= setTimeout(redraw, REDRAW);
+    timer ||= setTimeout(redraw, pause);
   };
   wake();
   try {
@@ -171,7 +174,7 @@ function explain(error, partial, shown) {
   } else if (error.status >= 500) {
     notice(error.message, "Try again", again);
   } else {
-    notice(`${error.message} — change the message or the settings, or begin a new chat.`, "Try again", again);
+    notice(`The server refuses this: ${error.message}. Change the settings, or begin a new chat.`, "Try again", again);
   }
 }
 

@@ -20,7 +20,7 @@ const MEMORY = [
   ["base", "The program"],
 ];
 
-/** A stacked bar and its table; `parts`: [label, value, text] from largest importance. */
+/** A stacked bar and its table; `parts`: [label, value, text]. */
 function stack(bar, table, parts) {
   const total = parts.reduce((sum, [, value]) => sum + value, 0) || 1;
   const body = table.tBodies[0];
@@ -33,6 +33,7 @@ function stack(bar, table, parts) {
     );
   }
   parts.forEach(([, value, text], i) => {
+    bar.children[i].hidden = !value;
     bar.children[i].style.width = `${(100 * value) / total}%`;
     body.rows[i].cells[1].textContent = text;
     body.rows[i].cells[2].textContent = `${Math.round((100 * value) / total)} %`;
