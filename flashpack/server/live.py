@@ -10,11 +10,13 @@ import base64
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fastapi import APIRouter, HTTPException, Response
 from fastapi.responses import JSONResponse
 
@@ -75,8 +77,8 @@ class Live:
     def __init__(self, session: Session, clock: Callable[[], float] = time.monotonic) -> None:
         self._runtime, self._clock = session.runtime, clock
         self._layers = sorted(session.runtime.pack.manifest.layers, key=lambda layer: layer.index)
-        self._width = -(-max((layer.experts for layer in self._layers), default=0) // 8)
-        self._rows = {layer.index: i for i, layer in enumerate(self._layers)}
+        self._width = max((layer.experts for layer in self._layers), default=0)
+        self._indices = np.array([layer.index for layer in self._layers], np.intp)
         self._lock = threading.Lock()  # of all that follows
         self._tokens = self._runs = 0
         self._times: deque[float] = deque(maxlen=1024)  # of tokens
@@ -171,12 +173,12 @@ class Live:
         between = len(times) - 1
         return between / max(times[-1] - times[0], (now - times[0]) * between / len(times), 1e-9)
 
-    def _bits(self, keys: Iterable[Key]) -> str:
+    def _bits(self, keys: list[Key]) -> str:
         """A row of bits for each layer, the lowest bit of a byte first, rows of whole bytes, in base64."""
-        rows = bytearray(self._width * len(self._layers))
-        for layer, expert in keys:
-            rows[self._rows[layer] * self._width + (expert >> 3)] |= 1 << (expert & 7)
-        return base64.b64encode(rows).decode()
+        pairs = np.fromiter(chain.from_iterable(keys), np.intp, 2 * len(keys)).reshape(-1, 2)
+        bits = np.zeros((len(self._layers), self._width), np.bool_)
+        bits[np.searchsorted(self._indices, pairs[:, 0]), pairs[:, 1]] = True
+        return base64.b64encode(np.packbits(bits, axis=1, bitorder="little").tobytes()).decode()
 
 
 def _share(stats: LayerStats) -> float | None:
