@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.server import Fault, Handler, Request, tag_of
+from tests.http_server import Fault, Handler, Request, tag_of
 
 
 @dataclass(frozen=True)

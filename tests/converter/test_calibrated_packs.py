@@ -28,7 +28,7 @@ from flashpack.errors import SourceError, UnsupportedError
 from flashpack.formats import Pack
 from flashpack.formats.constants import QUALITY, QUALITY_PAGE
 from tests.conftest import CHECKPOINTS, ROOT, TRAINED, contents
-from tests.server import serve
+from tests.http_server import serve
 
 SMALL = CHECKPOINTS / "qwen3_moe"
 PACKED = CHECKPOINTS / "qwen3_moe-mlx4"

@@ -16,7 +16,7 @@ from flashpack.converter import notes, units
 from flashpack.converter.report import Report
 from flashpack.formats.constants import JOURNAL
 from tests.conftest import ROOT, TRAINED, contents
-from tests.server import serve
+from tests.http_server import serve
 
 EXPERT = 3 * 64 * 256 * 2
 """Bytes of an expert of the bundled model."""

@@ -19,7 +19,7 @@ from flashpack.formats import verify
 from flashpack.formats.constants import JOURNAL
 from tests.conftest import CHECKPOINTS, ROOT, PackOf, contents
 from tests.converter.test_streaming import QUICK
-from tests.server import COMMIT, Handler, Request, Site, serve
+from tests.http_server import COMMIT, Handler, Request, Site, serve
 
 SMALL = CHECKPOINTS / "qwen3_moe"
 MODEL = "hf://org/model"

@@ -22,7 +22,7 @@ from flashpack.errors import SourceError
 from flashpack.formats.constants import JOURNAL, MANIFEST
 from tests.conftest import CHECKPOINTS, ROOT, TRAINED, PackOf, contents
 from tests.converter.faults import CASES, table
-from tests.server import Handler, Request, Site, serve
+from tests.http_server import Handler, Request, Site, serve
 
 QUICK = transfer.Policy(
     attempts=4, first_wait=0.01, longest_wait=0.02, connect=20, read=20, progress=2**20, slowest=2**14
