@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from flashpack.runtime.memory import gb as gb
@@ -33,8 +35,11 @@ def say(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """A line for the person, not part of the answer."""
-    print(visible(text), file=sys.stderr)
+    """A line for the person, not part of the answer; on a terminal, broken between words."""
+    text = visible(text)
+    if sys.stderr.isatty() and len(text) > (columns := shutil.get_terminal_size().columns):
+        text = "\n".join(textwrap.wrap(text, columns, break_long_words=False, break_on_hyphens=False))
+    print(text, file=sys.stderr)
 
 
 def answer_json(data: Any) -> None:
