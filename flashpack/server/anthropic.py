@@ -111,7 +111,7 @@ class Answer:
 
     def end(self, done: Done) -> list[dict[str, Any]]:
         """The last events."""
-        delta = {"stop_reason": _reason(done), "stop_sequence": None}
+        delta = {"stop_reason": _reason(done), "stop_sequence": done.stop}
         last = {"type": "message_delta", "delta": delta, "usage": _usage(done.result)}
         return [*self._close(), last, {"type": "message_stop"}]
 
@@ -125,7 +125,7 @@ class Answer:
         if response.content:
             blocks.append({"type": "text", "text": response.content})
         blocks += [_called(event) for event in response.calls]
-        return {**self._message(blocks, _reason(done)), "usage": _usage(done.result)}
+        return {**self._message(blocks, _reason(done)), "stop_sequence": done.stop, "usage": _usage(done.result)}
 
     def _message(self, content: list[dict[str, Any]], reason: str | None) -> dict[str, Any]:
         return {
@@ -195,7 +195,11 @@ def _called(event: Event) -> dict[str, Any]:
 
 def _reason(done: Done) -> str:
     assert done.response is not None
-    return "tool_use" if done.response.calls else "end_turn" if done.result.finish == "stop" else "max_tokens"
+    if done.response.calls:
+        return "tool_use"
+    if done.stop is not None:
+        return "stop_sequence"
+    return "end_turn" if done.result.finish == "stop" else "max_tokens"
 
 
 def _usage(result: Result) -> dict[str, int]:

@@ -17,7 +17,7 @@ class Metrics:
     """Counters of one server, in a registry of their own."""
 
     def __init__(self, session: Session) -> None:
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._session = session
         self._requests = self._counter("requests", "Requests, by route and HTTP status.", "route", "status")

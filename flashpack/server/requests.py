@@ -3,8 +3,10 @@ refused."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import re
 from dataclasses import replace
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
@@ -17,6 +19,8 @@ from flashpack.server.worker import Task
 
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+
+_UNION = re.compile(r"[\[-]|^str$|^NamedTool$")  # pydantic's names of the kinds that a field may have
 
 DEPTH = 100
 """JSON may be nested so deep."""
@@ -275,7 +279,8 @@ def parsed(kind: type[Kind], body: bytes) -> Kind:
         return kind.model_validate(data)
     except ValidationError as e:
         first = e.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])[:200]
+        fields = itertools.takewhile(lambda part: not _UNION.search(str(part)), first["loc"])
+        where = ".".join(map(str, fields))[:200]
         raise ApiError(400, f"{where}: {first['msg'][:300]}", where or None) from None
 
 

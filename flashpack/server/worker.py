@@ -65,11 +65,13 @@ class Started:
 
 @dataclass(frozen=True)
 class Done:
-    """The whole answer; ``response`` is None for a continuation. ``logprobs``: those no piece carried."""
+    """The whole answer; ``response`` is None for a continuation. ``logprobs``: those no piece carried. ``stop``: the
+    text that ended it."""
 
     result: Result
     response: Response | None
     logprobs: list[TokenLogprob]
+    stop: str | None
 
 
 Item = Started | Piece | Done | ApiError
@@ -107,7 +109,11 @@ class Worker:
         self._threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
         self._thread.start()
-        metrics.watch(self.waiting, lambda: int(self._running is not None))
+        metrics.watch(self.waiting, self.busy)
+
+    def busy(self) -> bool:
+        """Whether a job is answered now."""
+        return self._running is not None
 
     def waiting(self) -> int:
         """How many jobs wait."""
@@ -199,15 +205,24 @@ class Worker:
             )  # fmt: skip
         finally:
             self._live.end(result)
+        self._metrics.add(result)
+        if result.finish == "cancelled":
+            raise ApiError(503, "the server is going down")  # if it is still there for anybody
         if constraint and constraint.error:
             raise ApiError(400, f"the grammar of the answer cannot be followed: {constraint.error}", "response_format")
         for event in response.finish() if response else ():
             job.put(Piece(event, fresh()))
-        self._metrics.add(result)
         left = fresh()
         if result.finish == "stop" and left and left[-1].token in self.grammars.stops:
             del left[-1]
-        job.put(Done(result, response, left))
+        job.put(Done(result, response, left, self._stop(result, task.stop)))
+
+    def _stop(self, result: Result, texts: Sequence[str]) -> str | None:
+        """Which of ``texts`` ended the answer."""
+        if result.finish != "stop" or not texts or result.tokens[-1] in self.grammars.stops:
+            return None
+        rest = str(self._session.tokenizer.decode(result.tokens))[len(result.text) :]
+        return next((text for text in texts if rest.startswith(text)), None)
 
     def _prepare(self, task: Task) -> tuple[list[int], int | None, Response | None, Processor | None]:
         session = self._session
