@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -57,23 +58,28 @@ class Served:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def raw(self, data: bytes, finish: bool = True) -> bytes:
+    def raw(self, data: bytes) -> bytes:
         """All that the server answers to these bytes, up to the end of the connection."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=60) as link:
             link.sendall(data)
-            if finish:
-                link.shutdown(socket.SHUT_WR)
             return b"".join(iter(lambda: link.recv(65536), b""))
+
+    def first_line(self, data: bytes) -> bytes:
+        """The first line of the answer, which may come before all is sent, and leave the connection open."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as link:
+            with contextlib.suppress(ConnectionError):
+                link.sendall(data)
+            return link.recv(65536).split(b"\r\n")[0]
 
     def post(self, path: str, body: Any, *headers: str) -> tuple[int, dict[str, str], Any]:
         """Status, headers and JSON of the answer; ``body``: bytes, or what is written as JSON."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         head = [f"POST {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(data)}", "Connection: close"]
-        return taken(self.raw("\r\n".join([*head, *headers, "", ""]).encode() + data, finish=False))
+        return taken(self.raw("\r\n".join([*head, *headers, "", ""]).encode() + data))
 
     def get(self, path: str, *headers: str) -> tuple[int, dict[str, str], Any]:
         head = [f"GET {path} HTTP/1.1", *(() if any(h.startswith("Host") for h in headers) else ("Host: localhost",))]
-        return taken(self.raw("\r\n".join([*head, "Connection: close", *headers, "", ""]).encode(), finish=False))
+        return taken(self.raw("\r\n".join([*head, "Connection: close", *headers, "", ""]).encode()))
 
 
 def taken(answer: bytes) -> tuple[int, dict[str, str], Any]:

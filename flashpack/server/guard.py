@@ -22,6 +22,12 @@ HEADER_SECONDS = 10.0
 BODY_SECONDS = 30.0
 """And its body after so long more."""
 
+HEADERS = 100
+HEADER_BYTES = 32 * 2**10
+
+DROP_SECONDS = 1.0
+"""What is too large is read on for so long after each piece, and dropped."""
+
 _OPEN = ("/health", "/", "/page/")
 """Without the key: whether the server lives, and the page, which asks for the key."""
 
@@ -65,6 +71,7 @@ class Guard:
             await send(message)
 
         try:
+            _check_head(scope)
             self._check_host(headers)
             if scope["method"] == "OPTIONS" and allowed:
                 await _preflight(answer)
@@ -109,7 +116,7 @@ class Guard:
             raise too_large
         body = bytearray()
         try:
-            async with asyncio.timeout(BODY_SECONDS):
+            async with asyncio.timeout(BODY_SECONDS) as limit:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -118,12 +125,25 @@ class Guard:
                     if size <= most:
                         body += message.get("body", b"")
                     ended = not message.get("more_body")
-                    if size > most and (ended or size > 4 * most):
-                        raise too_large
+                    if size > most:
+                        if ended or size > 4 * most:
+                            raise too_large
+                        limit.reschedule(min(limit.when() or 0.0, asyncio.get_running_loop().time() + DROP_SECONDS))
                     if ended:
                         return bytes(body)
         except TimeoutError:
+            if size > most:
+                raise too_large from None
             raise ApiError(408, f"the body did not come in {BODY_SECONDS:g} s") from None
+
+
+def _check_head(scope: Scope) -> None:
+    """h11 bounds what it waits for, but not what comes at once."""
+    if scope["http_version"] not in ("1.0", "1.1"):
+        raise ApiError(400, "HTTP 1.0 and 1.1 are spoken here")
+    sizes = [len(name) + len(value) for name, value in scope["headers"]]
+    if len(sizes) > HEADERS or sum(sizes) + len(scope["raw_path"]) + len(scope["query_string"]) > HEADER_BYTES:
+        raise ApiError(431, f"at most {HEADERS} headers and {HEADER_BYTES} bytes of them are read")
 
 
 class _GoneError(Exception):

@@ -75,7 +75,7 @@ def test_hostile_bodies(server: Served, path: str, body: bytes, status: int) -> 
 
 def test_a_body_without_a_length_is_counted(server: Served) -> None:
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
-    assert b" 413 " in server.raw(head + 25 * (b"2710\r\n" + b"x" * 10000 + b"\r\n"), finish=False).split(b"\r\n")[0]
+    assert b" 413 " in server.first_line(head + 25 * (b"2710\r\n" + b"x" * 10000 + b"\r\n"))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_body_without_a_length_is_counted(server: Served) -> None:
     ],
 )
 def test_hostile_headers(server: Served, data: bytes) -> None:
-    first = server.raw(data, finish=False).split(b"\r\n")[0]
+    first = server.first_line(data)
     assert first.startswith(b"HTTP/1.1 4"), first
 
 
@@ -119,7 +119,7 @@ def test_an_allowed_origin(session: Session) -> None:
         assert (status, headers["access-control-allow-origin"]) == (200, "http://chat.example")
         ask = b"OPTIONS /v1/models HTTP/1.1\r\nHost: localhost\r\nOrigin: http://chat.example\r\n"
         ask += b"Connection: close\r\n\r\n"
-        assert b" 204 " in server.raw(ask, finish=False).split(b"\r\n")[0]
+        assert b" 204 " in server.first_line(ask)
 
 
 def test_the_key(session: Session) -> None:
@@ -174,10 +174,10 @@ def test_slow_requests_are_given_up(session: Session, monkeypatch: pytest.Monkey
     monkeypatch.setattr(guard, "HEADER_SECONDS", 0.2)
     monkeypatch.setattr(guard, "BODY_SECONDS", 0.2)
     with served(session) as server:
-        assert server.raw(b"", finish=False) == b""
-        assert server.raw(b"GET / HTTP/1.1\r\nHost: loc", finish=False) == b""
+        assert server.raw(b"") == b""
+        assert server.raw(b"GET / HTTP/1.1\r\nHost: loc") == b""
         late = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{"
-        assert b" 408 " in server.raw(late, finish=False).split(b"\r\n")[0]
+        assert b" 408 " in server.first_line(late)
 
 
 def test_a_failure_in_the_middle_of_a_stream(session: Session) -> None:
