@@ -86,8 +86,8 @@ def serve(
     service = Service(session, listening, Limits(sizes[0], api_key, hosts_of(host, allow_host), allow_origin), queue)
     name = listening.getsockname()
     where = f"[{host}]" if ":" in host else host
-    note(f"http://{where}:{name[1]} serves the page, /v1 the APIs (pid {os.getpid()}); Ctrl-C ends it")
-    service.serve_all()
+    line = f"http://{where}:{name[1]} serves the page, /v1 the APIs (pid {os.getpid()}); Ctrl-C ends it"
+    service.serve_all(lambda: note(line))
 
 
 class _Visible(logging.Formatter):

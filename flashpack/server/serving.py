@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import uvicorn
@@ -74,8 +74,14 @@ class Service(uvicorn.Server):
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.stop()
 
-    def serve_all(self) -> None:
-        """Until the end, and then until the worker has ended."""
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's; then it listens."""
+        await super().startup(sockets)
+        self._ready()
+
+    def serve_all(self, ready: Callable[[], object] = lambda: None) -> None:
+        """Until the end, and then until the worker has ended. ``ready`` is called when clients may come."""
+        self._ready = ready
         try:
             self.run([self._listening])
         finally:
