@@ -25,7 +25,7 @@ _OPTIONS = ("device", "memory", "context", "check", "expect", "reference", "expe
 _HARMLESS = frozenset(
     {"config", "low_cpu_mem_usage", "local_files_only", "trust_remote_code", "use_safetensors", "cache_dir", "token",
      "revision", "code_revision", "subfolder", "force_download", "adapter_kwargs", "tp_plan", "state_dict",
-     "weights_only", "attn_implementation", "experts_implementation"}
+     "attn_implementation", "experts_implementation"}
 )  # fmt: skip
 """Of transformers' arguments, those that a pack has no use for. Others are refused unless they are None or False."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from flashpack.chat.conversation import load
 from flashpack.chat.turns import Chat
 from flashpack.errors import UsageError
-from flashpack.runtime.memory import gb
+from flashpack.sizes import gb
 
 HELP = {
     "/reset": "forget the conversation; the system prompt stays",

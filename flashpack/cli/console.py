@@ -9,7 +9,7 @@ import sys
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from flashpack.runtime.memory import gb as gb
+from flashpack.sizes import gb as gb
 
 if TYPE_CHECKING:
     from tqdm import tqdm

@@ -14,7 +14,7 @@ import numpy as np
 
 from flashpack.doctor.remark import Remark
 from flashpack.formats.files import sync
-from flashpack.runtime.memory import gb
+from flashpack.sizes import gb
 
 if TYPE_CHECKING:
     from flashpack.runtime.rates import Rate

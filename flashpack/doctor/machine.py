@@ -17,7 +17,7 @@ from pathlib import Path
 from flashpack import user_cache
 from flashpack.doctor.remark import Remark
 from flashpack.runtime import memory as sizes
-from flashpack.runtime.memory import gb
+from flashpack.sizes import gb
 from flashpack.version import __version__
 
 CPUINFO = Path("/proc/cpuinfo")

@@ -18,7 +18,7 @@ from flashpack.formats import constants as C
 from flashpack.formats.header import parse_json
 from flashpack.formats.reader import manifest_bytes
 from flashpack.formats.verify import verify
-from flashpack.runtime.memory import gb
+from flashpack.sizes import gb
 
 if TYPE_CHECKING:
     from flashpack.runtime.rates import Rate
