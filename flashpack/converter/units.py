@@ -16,6 +16,7 @@ from flashpack.converter.journal import Journal
 from flashpack.converter.notes import Notes, begun_dense, begun_layer, part_of_dense, part_of_layer
 from flashpack.converter.plan import DensePlan, LayerPlan, Plan
 from flashpack.converter.quantize import Error, Errors, errors_from_json, errors_to_json
+from flashpack.errors import OutputError
 from flashpack.formats.entries import FileEntry, TensorEntry
 from flashpack.formats.records import RecordKind
 from flashpack.formats.writer import DenseWriter, RecordBuffer, ShardWriter
@@ -85,8 +86,10 @@ def write(plan: Plan, path: str, site: Site) -> Outcome:
             return _write_dense(path, plan.dense_files[path], site)
         layer = next(p for p in plan.layers if p.layer.path == path)
         return _write_layer(layer, plan.kinds, site)
-    except BaseException:
+    except BaseException as e:
         site.stop.set()
+        if isinstance(e, OutputError):
+            site.check()  # says more, if the folder has gone
         raise
 
 

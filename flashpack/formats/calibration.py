@@ -97,7 +97,7 @@ class CalibrationWriter:
                     f"{path}: {self._header.size / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; "
                     f"take fewer --tokens, or another disk"
                 )
-            self._fd = create(self._partial)
+            self._fd = create(self._partial, self._partial.parent)
             resize(self._fd, self._header.size)
 
     def __enter__(self) -> CalibrationWriter:

@@ -122,9 +122,16 @@ def aligned_pread_into(fd: int, buffer: memoryview, offset: int, what: str) -> N
         done += len(piece)
 
 
-def create(path: Path) -> int:
-    """A descriptor of a new, empty file, for writing and reading; folders are made, an old file is emptied."""
-    make_folder(path.parent)
+def create(path: Path, root: Path) -> int:
+    """A descriptor of a new, empty file, for writing and reading; an old one is emptied.
+
+    Folders below ``root`` are made. ``root`` is not: a pack that is moved away while it is written does not come back.
+    """
+    below = [p for p in path.parents if p.is_relative_to(root) and p != root]
+    with _making:
+        for missing in [p for p in below if not p.is_dir()][::-1]:
+            missing.mkdir()
+            sync_folder(missing.parent)
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
 
 
@@ -197,11 +204,12 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def write_durably(path: Path, data: bytes, suffix: str) -> None:
-    """Replace ``path`` by ``data``: write ``path + suffix``, sync, rename, sync the folder."""
+def write_durably(root: Path, name: str, data: bytes, suffix: str) -> None:
+    """Replace the file ``name`` below ``root`` by ``data``: write ``name + suffix``, sync, rename, sync the folder."""
+    path = root / name
     partial = path.with_name(path.name + suffix)
     with output_errors(path):
-        fd = create(partial)
+        fd = create(partial, root)
         try:
             pwrite(fd, data, 0)
             sync(fd)

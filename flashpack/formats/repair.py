@@ -161,7 +161,7 @@ def _mend_copy(folder: Path, entry: FileEntry, donor: Donor, result: Repaired) -
     data = donor.copy(entry)
     if data is None or hexdigest(data) != entry.digests["file"] or not _free_way(folder, entry.path):
         return False
-    write_durably(folder / entry.path, data, C.PARTIAL_SUFFIX)
+    write_durably(folder, entry.path, data, C.PARTIAL_SUFFIX)
     result.pieces += 1
     return True
 
@@ -185,7 +185,7 @@ def _mend_large(
         _check_space(folder, entry)
         partial = entry.path + C.PARTIAL_SUFFIX
         with output_errors(folder / entry.path):
-            fd = create(folder / partial)
+            fd = create(folder / partial, folder)
         try:
             with output_errors(folder / entry.path):
                 resize(fd, entry.size)

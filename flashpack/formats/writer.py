@@ -94,7 +94,7 @@ class _PackFile:
         if keep:
             with contextlib.suppress(OSError):
                 return open_inside(pack, self.path + C.PARTIAL_SUFFIX, os.O_RDWR)
-        return create(self._partial)
+        return create(self._partial, pack)
 
     def _prove(self, earlier: Sequence[object]) -> int:
         """Count in ``done`` the parts that are there; returns where the last one ends."""
@@ -374,7 +374,7 @@ class RecordBuffer:
 
 def write_copy(pack: Path, path: str, data: bytes) -> FileEntry:
     """Write a small file that is copied through (config, tokenizer, ...)."""
-    write_durably(pack / path, data, C.PARTIAL_SUFFIX)
+    write_durably(pack, path, data, C.PARTIAL_SUFFIX)
     return FileEntry(path, "copy", len(data), {"file": hexdigest(data)})
 
 
@@ -391,6 +391,6 @@ def commit(pack: Path, manifest: Manifest) -> str:
 def commit_bytes(pack: Path, manifest: bytes) -> str:
     """``commit`` for the bytes of a manifest that has been checked."""
     identity = hexdigest(manifest)
-    write_durably(pack / C.MANIFEST_DIGEST, f"{identity}\n".encode(), C.PARTIAL_SUFFIX)
-    write_durably(pack / C.MANIFEST, manifest, C.PARTIAL_SUFFIX)
+    write_durably(pack, C.MANIFEST_DIGEST, f"{identity}\n".encode(), C.PARTIAL_SUFFIX)
+    write_durably(pack, C.MANIFEST, manifest, C.PARTIAL_SUFFIX)
     return identity

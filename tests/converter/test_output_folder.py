@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 
 import flashpack
 from flashpack.cli import app
-from flashpack.converter import execute
+from flashpack.converter import execute, units
 from flashpack.converter.folder import LocalFolder
 from flashpack.converter.journal import Journal
 from flashpack.errors import FlashpackError, NotAPackError, OutputError
@@ -327,3 +329,26 @@ def test_a_folder_that_is_deleted_or_becomes_a_file_is_one_line(
         with pytest.raises(SystemExit):
             app(["convert", str(TRAINED), str(out)])
         assert again in "whole" * (out / MANIFEST).exists() + capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_folder_that_goes_before_a_file_begins_does_not_come_back(
+    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a worker's look at the folder and its first file there."""
+    out, away, begun = tmp_path / "out", tmp_path / "away", units.write
+
+    def write(plan: object, path: str, site: units.Site) -> object:
+        site.check()
+        if out.exists():
+            out.rename(away)
+        return begun(plan, path, replace(site, check=after(site.check)))  # type: ignore[arg-type]
+
+    def after(check: Callable[[], object]) -> Callable[[], object]:
+        looks = itertools.count()
+        return lambda: None if next(looks) == 0 else check()
+
+    monkeypatch.setattr("flashpack.converter.execute.write", write)
+    with pytest.raises(OutputError, match="the folder was removed or replaced"):
+        flashpack.convert(TRAINED, out, workers=workers)
+    assert not out.exists()
