@@ -96,7 +96,7 @@ def run(
         sys.stdout.write(harmless(piece) if terminal else piece)
         sys.stdout.flush()
 
-    sampling = Sampling(temperature, top_p, top_k, seed)
+    sampling = Sampling(temperature, top_p=top_p, top_k=top_k, seed=seed)
     split = Timing(model) if timing else None
     result = generate(model, tokenizer, ids, max_tokens, sampling, None if json else show, split)
     if not reference:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +31,7 @@ class Sampling:
     """
 
     temperature: float = 0.0
+    _: KW_ONLY
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_cli import flashpack
+from tests.cli.test_cli import flashpack, in_process
 from tests.conftest import CHECKPOINTS, ROOT, TRAINED, PackOf
 
 DATA = ROOT / "tests" / "data"
@@ -58,8 +58,8 @@ def test_a_checkpoint_as_the_reference_gives_what_its_pack_gives(
 
 def test_a_limit_for_scripts(pack: Path) -> None:
     options = ("--against", pack, "--text", DATA / "docs.txt", "--windows", "2", "--length", "64")
-    assert flashpack("eval", pack, *options, "--max-kld", "0").returncode == 0
-    done = flashpack("eval", pack, *options, "--max-kld", "0.001", "--experts-per-token", "2")
+    assert in_process("eval", pack, *options, "--max-kld", "0").returncode == 0
+    done = in_process("eval", pack, *options, "--max-kld", "0.001", "--experts-per-token", "2")
     assert done.returncode == 1
     assert "2 windows of 64 tokens" in done.stdout
     assert re.fullmatch(r"flashpack: KL divergence 0\.\d+ is more than --max-kld 0\.001\n", done.stderr)
@@ -79,7 +79,7 @@ def test_a_limit_for_scripts(pack: Path) -> None:
 def test_refusals_are_one_line(
     pack: Path, tmp_path: Path, options: tuple[object, ...], code: int, message: str
 ) -> None:
-    done = flashpack("eval", pack, "--text", DATA / "docs.txt", "--windows", "1", *options, cwd=tmp_path)
+    done = in_process("eval", pack, "--text", DATA / "docs.txt", "--windows", "1", *options, cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert done.stdout == ""
     line = done.stderr.splitlines()[-1]

@@ -72,4 +72,4 @@ def test_neutral_values_do_nothing() -> None:
 def test_what_the_pack_recommends() -> None:
     assert Sampling.of(GenerationConfig(do_sample=False, temperature=0.5)) == Sampling()  # type: ignore[no-untyped-call]
     recommended = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.95, top_k=20)  # type: ignore[no-untyped-call]
-    assert Sampling.of(recommended) == Sampling(0.6, 0.95, 20)
+    assert Sampling.of(recommended) == Sampling(0.6, top_p=0.95, top_k=20)
