@@ -104,6 +104,10 @@ def open_checkpoint(src: Source) -> Checkpoint:
 
 def _open(folder: SourceFolder) -> Checkpoint:
     files = folder.files()
+    if C.MANIFEST in files:
+        raise SourceError(
+            f"{folder.name}: a pack already; convert its checkpoint, or 'flashpack recode' to compress its experts"
+        )
     if CONFIG not in files:
         raise SourceError(f"{folder.name}: no {CONFIG}; is this a Hugging Face checkpoint folder?")
     raw = folder.read(CONFIG)

@@ -146,3 +146,8 @@ def test_a_source_file_that_cannot_be_read_is_named(
     with pytest.raises(SourceError, match=f"{name}: cannot be read: Permission denied"):
         flashpack.convert(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pack_is_no_source(pack_of: PackOf, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="a pack already; convert its checkpoint"):
+        flashpack.convert(pack_of("trained"), tmp_path / "out")
