@@ -72,20 +72,21 @@ class Prefix:
         self.marks[len(self.ids)] = copy.deepcopy(uncut)
 
     def copied(self, place: int) -> Prefix:
-        """Another one, after the first ``place`` tokens."""
-        marks = {p: kept for p, kept in self.marks.items() if p <= place}
-        made = Prefix(self.ids, copy.deepcopy(self.cache), copy.deepcopy(marks))
-        made.rewind(place)
+        """Another one, after the first ``place`` tokens, fewer than these."""
+        made = Prefix(self.ids[:place], copy.copy(self.cache))
+        made.marks = copy.deepcopy({p: kept for p, kept in self.marks.items() if p <= place})
+        uncut = self._uncut()
+        made.cache.layers = [
+            copy.deepcopy(self.marks[place][i]) if i in uncut else _small(layer, place)
+            for i, layer in enumerate(self.cache.layers)
+        ]
         return made
 
     def compact(self) -> None:
         """Give back the room for more tokens."""
         for i, layer in enumerate(self.cache.layers if self._whole else []):
-            if type(layer) is RoomyLayer and layer.is_initialized:
-                small: Any = DynamicLayer()  # type: ignore[no-untyped-call]
-                small.lazy_initialization(layer.keys, layer.values)
-                small.keys, small.values = layer.keys.clone(), layer.values.clone()
-                self.cache.layers[i] = small
+            if type(layer) is RoomyLayer:
+                self.cache.layers[i] = _small(layer, len(self.ids))
 
     def marked_bytes(self) -> int:
         return _size(list(self.marks.values()))
@@ -152,6 +153,15 @@ def _cut(layer: Any, place: int) -> None:
         layer.cut(place)
     elif layer.is_initialized and layer.keys.shape[-2] > place:
         layer.crop(place - layer.keys.shape[-2])
+
+
+def _small(layer: Any, place: int) -> Any:
+    """A layer of its own with the first ``place`` tokens of another that can be cut, and no room for more."""
+    small: Any = DynamicLayer()  # type: ignore[no-untyped-call]
+    if layer.is_initialized:
+        small.lazy_initialization(layer.keys, layer.values)
+        small.keys, small.values = layer.keys[..., :place, :].clone(), layer.values[..., :place, :].clone()
+    return small
 
 
 def _size(value: Any) -> int:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 import flashpack
 from flashpack.errors import UsageError
 from flashpack.runtime.generate import Result, generate
+from flashpack.runtime.kv import tensors
 from flashpack.runtime.prefixes import Prefix, Prefixes
 from flashpack.runtime.sampling import Logprobs
 from flashpack.runtime.tokenizer import load_tokenizer
@@ -194,3 +195,15 @@ def test_an_empty_one_can_be_given_back() -> None:
     prefixes = Prefixes(0)
     prefixes.give(Prefix())
     assert prefixes.take(A).ids == []
+
+
+def test_what_is_shared_with_a_long_text_takes_no_more_than_it_needs(pack_of: PackOf) -> None:
+    model = flashpack.load(pack_of("qwen3_moe", "source", "source"), memory="smallest", context=128)
+    prefixes = Prefixes(2**30)
+    say(model, A + B + C, 40, prefixes=prefixes)
+    long = prefixes._kept[0]
+    short = long.copied(len(A))
+    size = short.nbytes() / len(A)
+    assert size == pytest.approx(Prefix.nbytes(long.copied(len(A) // 2)) / (len(A) // 2))
+    assert sum(t.untyped_storage().nbytes() for t in tensors(short.cache)) == short.nbytes()
+    assert long.usable([*A, *B, *C, 5]) == len(A + B + C)  # and the long one is as it was
