@@ -100,6 +100,8 @@ class Chat:
             )  # fmt: skip
         finally:
             self.generating(False)
+        if result.finish == "cancelled" and not result.tokens:
+            return self._taken_back()
         self.totals.add(result)
         self.view.answered(result)
         message = response.message()
@@ -127,6 +129,16 @@ class Chat:
                 {"role": "tool", "tool_call_id": call["id"], "name": name, "content": found}
             )
         return bool(calls) and not stopped
+
+    def _taken_back(self) -> bool:
+        """Stopped before a word was said: what nobody has read yet is not read at the next turn either."""
+        messages = self.conversation.messages
+        if messages[-1]["role"] == "user":
+            del messages[-1]
+            self.view.remark("stopped before the answer began; what you said is taken back")
+        else:
+            self.view.remark("stopped before the answer began; what the tool returned stays in the conversation")
+        return False
 
     def _why_cut(self, result: Result) -> str:
         context = self.session.runtime.context

@@ -7,7 +7,7 @@ import shutil
 import sys
 from typing import TYPE_CHECKING
 
-from flashpack.cli.console import gb, harmless, visible
+from flashpack.cli.console import gb, harmless, visible, wrapped
 
 if TYPE_CHECKING:
     from flashpack.chat.markdown import Drawing
@@ -56,7 +56,7 @@ class Screen:
 
     def remark(self, text: str) -> None:
         sys.stdout.flush()
-        line = visible(text)
+        line = wrapped(text)
         print(f"{_DIM}{line}{_END}" if self._dims else line, file=sys.stderr, flush=True)
 
     def failed(self) -> None:

@@ -35,11 +35,16 @@ def say(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """A line for the person, not part of the answer; on a terminal, broken between words."""
+    """A line for the person, not part of the answer."""
+    print(wrapped(text), file=sys.stderr)
+
+
+def wrapped(text: str) -> str:
+    """``visible`` text for stderr; on a terminal, broken between words."""
     text = visible(text)
-    if sys.stderr.isatty() and len(text) > (columns := shutil.get_terminal_size().columns):
-        text = "\n".join(textwrap.wrap(text, columns, break_long_words=False, break_on_hyphens=False))
-    print(text, file=sys.stderr)
+    if not sys.stderr.isatty() or len(text) <= (columns := shutil.get_terminal_size().columns):
+        return text
+    return "\n".join(textwrap.wrap(text, columns, break_long_words=False, break_on_hyphens=False))
 
 
 def answer_json(data: Any) -> None:

@@ -141,6 +141,33 @@ def test_a_stopped_answer_stays_and_the_next_turn_goes_on(chat_of: MakeChat) -> 
     assert heard.results[1].reused_tokens >= heard_tokens[0] - 8
 
 
+def test_a_turn_that_is_stopped_before_the_answer_is_taken_back(chat_of: MakeChat) -> None:
+    chat, heard = chat_of(cancelled=lambda: True)
+    chat.turn("What is 922 plus 291?")
+    assert chat.conversation.messages == []
+    assert heard.remarks == ["stopped before the answer began; what you said is taken back"]
+    assert chat.totals.answers == 0
+
+
+def test_what_a_tool_returned_stays_when_the_next_answer_is_stopped(chat_of: MakeChat) -> None:
+    stop: list[bool] = []
+
+    def calculating(expression: str) -> str:
+        """Compute.
+
+        Args:
+            expression: What.
+        """
+        stop.append(True)
+        return "1213"
+
+    calculating.__name__ = "calculator"
+    chat, heard = chat_of([calculating], cancelled=lambda: bool(stop))
+    chat.turn("What is 922 plus 291?")
+    assert [m["role"] for m in chat.conversation.messages] == ["user", "assistant", "tool"]
+    assert heard.remarks == ["stopped before the answer began; what the tool returned stays in the conversation"]
+
+
 def test_a_full_context_leaves_the_conversation_as_it_was(chat_of: MakeChat) -> None:
     chat, _ = chat_of(max_tokens=5)
     chat.turn("Hello")
