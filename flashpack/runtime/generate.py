@@ -111,7 +111,7 @@ def generate(
     before = runtime.store.stats.copied()
     stops = stop_tokens(model.generation_config, tokenizer)
     sampling = sampling or Sampling()
-    if sampling.temperature > 0:
+    if not sampling.greedy:
         torch.manual_seed(sampling.seed)
     watch = _Watch(Text(tokenizer, on_text, stops, stop, logprobs), timing, runtime, cancelled)
     prefix = prefixes.take(ids) if prefixes else Prefix()

@@ -18,13 +18,18 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from flashpack.errors import UsageError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+GREEDY = 1e-5
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; temperature 0 is greedy.
+    """How tokens are chosen; a temperature below ``GREEDY`` takes the best one, for at its limit it would.
 
     ``presence`` is taken from the logit of each token that the answer has already, ``frequency`` once for each time;
     ``repetition`` divides those of prompt and answer (None: the pack's own).
@@ -39,6 +44,14 @@ class Sampling:
     frequency: float = 0.0
     repetition: float | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not -(2**63) <= self.seed < 2**64:
+            raise UsageError(f"--seed {self.seed}: from -2^63 to 2^64 - 1")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY
 
     @classmethod
     def of(cls, config: GenerationConfig) -> Sampling:
@@ -102,7 +115,7 @@ def processors(sampling: Sampling, prompt: int, device: str) -> list[LogitsProce
         made.append(RepetitionPenaltyLogitsProcessor(sampling.repetition))
     if sampling.presence or sampling.frequency:
         made.append(_Penalties(prompt, sampling.presence, sampling.frequency))
-    if not sampling.temperature:
+    if sampling.greedy:
         return made
     if sampling.temperature != 1:
         made.append(TemperatureLogitsWarper(sampling.temperature))
@@ -120,7 +133,7 @@ def config_of(
 ) -> GenerationConfig:
     """The pack's configuration with neutral values for what ``processors`` do."""
     config = copy.deepcopy(base)
-    config.do_sample = sampling.temperature > 0
+    config.do_sample = not sampling.greedy
     config.temperature, config.top_p, config.top_k, config.min_p = 1.0, 1.0, 0, None
     if sampling.repetition is not None:
         config.repetition_penalty = 1.0

@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 import flashpack
+from flashpack.errors import UsageError
 from flashpack.runtime.generate import generate
 from flashpack.runtime.sampling import Sampling, processors
 from flashpack.runtime.tokenizer import load_tokenizer
@@ -67,6 +68,24 @@ def test_penalties_count_the_answer_only() -> None:
 def test_neutral_values_do_nothing() -> None:
     assert processors(Sampling(), 3, "cpu") == []
     assert processors(Sampling(temperature=1.0, repetition=1.0), 3, "cpu") == []
+
+
+def test_the_smallest_temperature_is_greedy(model: PreTrainedModel, tokenizer: Any) -> None:
+    expected = generate(model, tokenizer, IDS, 8).tokens
+    for temperature in (5e-324, 1e-30, 1e-6):
+        assert generate(model, tokenizer, IDS, 8, Sampling(temperature)).tokens == expected
+    assert generate(model, tokenizer, IDS, 8, Sampling(1e-5, seed=5)).tokens == expected  # and so is what follows
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+def test_seeds_that_are_too_large_are_refused(seed: int) -> None:
+    with pytest.raises(UsageError, match=f"--seed {seed}: from"):
+        Sampling(seed=seed)
+
+
+@pytest.mark.parametrize("seed", [2**64 - 1, -(2**63)])
+def test_the_largest_seeds(model: PreTrainedModel, tokenizer: Any, seed: int) -> None:
+    assert generate(model, tokenizer, IDS, 2, Sampling(1.0, seed=seed)).generated_tokens == 2
 
 
 def test_what_the_pack_recommends() -> None:
