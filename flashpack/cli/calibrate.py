@@ -21,7 +21,7 @@ def calibrate(
     memory: str | None = typer.Option(None, help="For the whole process: 6GB, 6GiB or smallest. Default: free memory."),
     json: bool = typer.Option(False, "--json", help="Print the result as one JSON object."),
 ) -> None:
-    """Record what a model's experts are given on some text: for convert --calib.
+    """Record what experts are given, for convert --calib.
 
     Take text like that which the model will see, all kinds of it: what is missing gets worse.
     """

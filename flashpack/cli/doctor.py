@@ -31,7 +31,7 @@ def doctor(
     disk: Path | None = typer.Option(None, help="Folder whose drive is measured, with a temporary file of 268 MB."),
     json: bool = typer.Option(False, "--json", help="Print the findings as one JSON object."),
 ) -> None:
-    """Look at this machine and a pack: what is there, which kernels are used, what fits, and what to do about it.
+    """Look at this machine and a pack. What is there, which kernels are used, what fits, and what to do about it.
 
     Ends with 0 if there is no problem, with 1 if there is one. A note is worth knowing, and is no problem. With a
     pack, some of it is read for about 3 seconds to measure the drive; nothing is written.

@@ -37,7 +37,7 @@ def eval(
     max_kld: float | None = typer.Option(None, min=0.0, help="End with exit code 1 if the mean divergence is larger."),
     json: bool = typer.Option(False, "--json", help="Print the result as one JSON object."),
 ) -> None:
-    """How much a pack differs from its original: KL divergence, equal best tokens, perplexity, and tool calls.
+    """Judge a pack against its original. KL divergence, equal best tokens, perplexity, and tool calls.
 
     Both models stream, one after the other: neither has to fit in memory. Neither memory nor threads change the
     result, but with --prefer-cached.

@@ -13,7 +13,7 @@ def inspect(
     pack: Path = typer.Argument(..., help="Folder of the pack."),
     json: bool = typer.Option(False, "--json", help="Print identity and manifest as JSON."),
 ) -> None:
-    """Show what is inside a pack: model, layers, encodings, sizes, alignment, digests."""
+    """Show what is inside a pack. Model, layers, encodings, sizes, alignment, digests."""
     from flashpack.cli.quality import quality_lines
     from flashpack.formats import Pack
     from flashpack.formats import constants as C

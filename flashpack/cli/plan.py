@@ -42,7 +42,7 @@ def plan(
     workers: int | None = typer.Option(None, min=1, help="Files written at once. Default: one per processor."),
     json: bool = typer.Option(False, "--json", help="Print everything as JSON, with all dropped tensors."),
 ) -> None:
-    """Show what convert would do, from headers only: sizes for each option, memory, disk, and whether it fits.
+    """Show what convert would do, and whether it fits. From headers only: sizes for each option, memory, disk.
 
     Ends with 0 if the pack can be made and run here, with 6 if the disk is too small, with 7 if the memory is.
     """

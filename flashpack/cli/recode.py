@@ -18,7 +18,7 @@ def recode(
     workers: int | None = typer.Option(None, min=1, help="Files written at once. Default: one per processor."),
     json: bool = typer.Option(False, "--json", help="Print the result as JSON."),
 ) -> None:
-    """Store a pack's experts with another codec: no source needed, nothing lost. Run again to continue.
+    """Store a pack's experts with another codec. No source is needed, nothing is lost; run again to continue.
 
     zstd takes less of a disk or a download; each read then costs the decoding.
     """

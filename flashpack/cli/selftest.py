@@ -24,7 +24,7 @@ def selftest(
     device: str = typer.Option("mps", help="Whose kernels: mps (Metal)."),
     json: bool = typer.Option(False, "--json", help="Print the findings as one JSON object."),
 ) -> None:
-    """Compare the kernels of a GPU with the processor, and time them: a block to paste into a report.
+    """Compare the kernels of a GPU with the processor. It times them, too: a block to paste into a report.
 
     Ends with 0 if all of them pass, with 1 if not: `run` computes with torch in their place.
     """
