@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from flashpack.chat.tools import Declined
+
 SECONDS = 60.0
 """A command that takes longer is ended."""
 
@@ -31,7 +33,7 @@ def shell_tool(allowed: Callable[[str], bool], seconds: float = SECONDS) -> Call
             return {"error": "the command is no text"}
         command = command.encode("utf-8", "replace").decode()
         if not allowed(command):
-            return {"error": "the user did not allow this command"}
+            raise Declined("the user did not allow this command")
         return run_command(command, seconds)
 
     return run_shell

@@ -17,6 +17,10 @@ Function = Callable[..., Any]
 _MODULE = "flashpack_chat_tools"
 
 
+class Declined(Exception):
+    """The user does not want this call: the turn ends with it."""
+
+
 class Tools:
     """Functions by name. ``schemas``: as the OpenAI API describes them, from type hints and Google docstrings.
 
@@ -46,7 +50,10 @@ class Tools:
         return list(self._functions)
 
     def call(self, name: str, arguments: str) -> str:
-        """The result as JSON; what goes wrong is a result, too: ``{"error": ...}``. ``arguments``: a JSON object."""
+        """The result as JSON; what goes wrong is a result, too: ``{"error": ...}``. ``arguments``: a JSON object.
+
+        Raises ``Declined``.
+        """
         function = self._functions.get(name)
         if function is None:
             return _json({"error": f"there is no tool {name}; there are: {', '.join(self._functions)}"})
@@ -59,6 +66,8 @@ class Tools:
             return _json({"error": f"{name}: {e}"})
         try:
             return _json(function(**given))
+        except Declined:
+            raise
         except (Exception, SystemExit) as e:
             return _json({"error": f"{type(e).__name__}: {e}"})
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from flashpack.chat.conversation import INTERRUPTED, Conversation
-from flashpack.chat.tools import Tools
+from flashpack.chat.tools import Declined, Tools
 from flashpack.runtime.generate import Result
 from flashpack.runtime.responses import Event
 from flashpack.runtime.sampling import Sampling
@@ -124,6 +125,8 @@ class Chat:
                     found = self.tools.call(name, arguments)
                 except KeyboardInterrupt:
                     stopped = True
+                except Declined as e:
+                    found, stopped = json.dumps({"error": str(e)}), True
             self.view.returned(name, found)
             self.conversation.messages.append(
                 {"role": "tool", "tool_call_id": call["id"], "name": name, "content": found}

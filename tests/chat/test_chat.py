@@ -126,6 +126,13 @@ def test_a_tool_that_is_interrupted_ends_the_turn(chat_of: MakeChat) -> None:
     assert chat.conversation.messages[-1]["content"] == '{"error": "the user stopped it"}'
 
 
+def test_a_no_ends_the_turn(chat_of: MakeChat) -> None:
+    chat, heard = chat_of([shell_tool(lambda command: False)])
+    chat.turn('Find "driver" in train.log.')
+    assert len(heard.results) == 1
+    assert chat.conversation.messages[-1]["content"] == '{"error": "the user did not allow this command"}'
+
+
 def test_a_stopped_answer_stays_and_the_next_turn_goes_on(chat_of: MakeChat) -> None:
     heard_tokens: list[int] = []
     chat, heard = chat_of(cancelled=lambda: len(heard.events) > 3)

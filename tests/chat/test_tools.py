@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from flashpack.chat.shell import OUTPUT, run_command, shell_tool
-from flashpack.chat.tools import Tools, functions_of
+from flashpack.chat.tools import Declined, Tools, functions_of
 from flashpack.errors import UsageError
 
 FILE = '''
@@ -109,8 +109,8 @@ def test_the_shell_runs_what_was_allowed_only(tmp_path: Path) -> None:
         return False
 
     mark = tmp_path / "mark"
-    refused = json.loads(Tools([shell_tool(never)]).call("run_shell", json.dumps({"command": f"touch {mark}"})))
-    assert "did not allow" in refused["error"]
+    with pytest.raises(Declined, match="did not allow"):
+        Tools([shell_tool(never)]).call("run_shell", json.dumps({"command": f"touch {mark}"}))
     assert asked == [f"touch {mark}"]
     assert not mark.exists()
     done = json.loads(
