@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flashpack.formats import Pack
-from tests.cli.test_cli import flashpack
+from tests.cli.test_cli import in_process as flashpack
 from tests.conftest import TRAINED, PackOf, contents
 from tests.formats.test_verify import flip
 

@@ -57,10 +57,10 @@ def test_convert_verify_inspect_run(tmp_path: Path) -> None:
 
 def test_json_for_scripts(pack_of: PackOf) -> None:
     pack = pack_of("trained")
-    assert json.loads(flashpack("inspect", pack, "--json").stdout)["identity"] == Pack(pack).identity
-    assert json.loads(flashpack("verify", pack, "--json").stdout)["findings"] == []
+    assert json.loads(in_process("inspect", pack, "--json").stdout)["identity"] == Pack(pack).identity
+    assert json.loads(in_process("verify", pack, "--json").stdout)["findings"] == []
     options = ("--prompt", "-", "--raw", "--max-tokens", "5", "--json")
-    done = flashpack("run", pack, *options, stdin="The os module")
+    done = in_process("run", pack, *options, stdin="The os module")
     result = json.loads(done.stdout)
     assert result["generated_tokens"] == 5
     assert result["finish"] == "length"

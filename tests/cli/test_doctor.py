@@ -14,7 +14,7 @@ import pytest
 
 from flashpack.cli.doctor import lines
 from flashpack.doctor.remark import Remark
-from tests.cli.test_cli import flashpack
+from tests.cli.test_cli import in_process as flashpack
 from tests.conftest import PackOf
 
 SOME = [

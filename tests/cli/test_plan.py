@@ -15,7 +15,7 @@ import typer
 
 from flashpack.cli.plan import show
 from flashpack.runtime import load, memory
-from tests.cli.test_cli import flashpack
+from tests.cli.test_cli import in_process as flashpack
 from tests.conftest import CHECKPOINTS, ROOT, TRAINED, PackOf
 
 KEYS = {

@@ -23,7 +23,7 @@ from pathlib import Path
 import flashpack
 from flashpack.formats.constants import JOURNAL, MANIFEST
 
-KILLS = 50
+KILLS = 30
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -18,7 +18,7 @@ from flashpack.runtime.lean.board import Board, NotLean
 from flashpack.runtime.lean.layers import MIXERS
 from flashpack.runtime.timing import Parts, Split, Timing
 from flashpack.runtime.tokenizer import load_tokenizer
-from tests.cli.test_cli import flashpack as command
+from tests.cli.test_cli import in_process as command
 from tests.conftest import PackOf
 
 native = pytest.mark.skipif(isinstance(compute.library(), str), reason=f"no native kernels: {compute.library()}")
