@@ -67,7 +67,7 @@ def load(path: Path) -> tuple[Conversation, list[str]]:
     """A saved conversation, and the names of the tools it was held with; ``UsageError`` for any other file."""
     try:
         if not path.is_file():
-            raise UsageError(f"{path}: there is no such file")
+            raise UsageError(f"{path}: {'a folder, not a file' if path.is_dir() else 'there is no such file'}")
         if path.stat().st_size > MOST_BYTES:
             raise UsageError(f"{path} is larger than {MOST_BYTES >> 20} MiB: no saved conversation")
         data = json.loads(path.read_text(encoding="utf-8"))

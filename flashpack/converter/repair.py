@@ -14,7 +14,7 @@ from flashpack.errors import NotAPackError, UsageError
 from flashpack.formats import Manifest
 from flashpack.formats import constants as C
 from flashpack.formats.donor import PackDonor
-from flashpack.formats.reader import manifest_bytes
+from flashpack.formats.reader import manifest_bytes, require_folder
 from flashpack.formats.repair import Repaired
 from flashpack.formats.repair import repair as repair_from
 
@@ -36,8 +36,7 @@ def repair(
     followed again, ``IntegrityError`` if the manifest cannot be restored, ``OutputError`` if it cannot be written.
     """
     folder = Path(pack)
-    if not folder.is_dir():
-        raise NotAPackError(f"{folder}: no such folder")
+    require_folder(folder)
     donor = _donor(folder, source)
     try:
         return repair_from(folder, donor, expect, on_start, progress)

@@ -34,11 +34,16 @@ def read_manifest(folder: Path) -> tuple[Manifest, bytes]:
     return Manifest.from_bytes(raw), raw
 
 
+def require_folder(folder: Path) -> None:
+    """Raises ``NotAPackError`` if ``folder`` is none."""
+    if not folder.is_dir():
+        raise NotAPackError(f"{folder}: {'a file, not a folder' if folder.exists() else 'no such folder'}")
+
+
 def manifest_bytes(folder: Path) -> bytes:
     """The bytes of the manifest; raises ``NotAPackError`` if there is none."""
     path = folder / C.MANIFEST
-    if not folder.is_dir():
-        raise NotAPackError(f"{folder}: no such folder")
+    require_folder(folder)
     try:
         fd = open_inside(folder, C.MANIFEST)
     except FileNotFoundError as e:

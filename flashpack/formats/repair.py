@@ -35,7 +35,7 @@ from flashpack.formats.files import (
 )
 from flashpack.formats.findings import Finding, Region
 from flashpack.formats.manifest import Manifest
-from flashpack.formats.reader import check_identity, digest_file_bytes, manifest_bytes
+from flashpack.formats.reader import check_identity, digest_file_bytes, manifest_bytes, require_folder
 from flashpack.formats.records import align
 from flashpack.formats.verify import Progress, check_files, regions_of, unlisted_files
 from flashpack.formats.writer import commit_bytes
@@ -97,8 +97,7 @@ def repair(
     damaged and cannot be restored, ``OutputError`` if there is no space or somebody else is at work.
     """
     folder = Path(pack)
-    if not folder.is_dir():
-        raise NotAPackError(f"{folder}: no such folder")
+    require_folder(folder)
     result = Repaired()
     with locked(folder):
         manifest = _restore_manifest(folder, donor, expect, result)

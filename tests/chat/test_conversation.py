@@ -94,5 +94,5 @@ def test_malformed_files_are_refused(tmp_path: Path, text: str, fault: str) -> N
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file"):
         load(tmp_path / "x.json")
-    with pytest.raises(UsageError, match="no such file"):
+    with pytest.raises(UsageError, match="a folder, not a file"):
         load(tmp_path)

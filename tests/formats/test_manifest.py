@@ -130,6 +130,9 @@ def test_other_than_canonical_bytes_are_refused(manifest: dict[str, Any]) -> Non
 def test_opening_says_what_a_folder_is(tmp_path: Path, pack_copy: Callable[..., Path]) -> None:
     with pytest.raises(NotAPackError, match="no such folder"):
         Pack(tmp_path / "none")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(NotAPackError, match="a file, not a folder"):
+        Pack(tmp_path / "file")
     with pytest.raises(NotAPackError, match="not a pack"):
         Pack(tmp_path)
     (tmp_path / JOURNAL).write_bytes(b"{}\n")
