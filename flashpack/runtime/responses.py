@@ -66,6 +66,7 @@ class Response:
 
     def finish(self) -> list[Event]:
         """There is no more: what was held back."""
+        self._ends = True
         return self._events(self._parser.finalize()[1])
 
     def message(self) -> dict[str, Any]:
@@ -102,7 +103,7 @@ class Response:
         """The call in ``text``; as content if it is none."""
         call = _json_call(text) or self._tagged_call(text) or _harmony_call(text)
         if call is None:
-            event = Event("content", f"<tool_call>{text}</tool_call>")
+            event = Event("content", f"<tool_call>{text}{'' if self._ends else '</tool_call>'}")
             self.content += event.text
         else:
             event = Event("tool_call", name=call[0], arguments=json.dumps(call[1], ensure_ascii=False))
@@ -127,9 +128,16 @@ def _fields(template: str, tools: bool) -> dict[str, Any]:
     return {**fields, **({"tool_calls": _TOOLS} if tools else {}), "content": _CONTENT}
 
 
+def _loads(text: str) -> Any:
+    """What JSON says; ``ValueError`` also for what Python reads but nobody can send on: NaN, half a character."""
+    value = json.loads(text)
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    return value
+
+
 def _json_call(text: str) -> tuple[str, Any] | None:
     try:
-        call = json.loads(text)
+        call = _loads(text)
     except (ValueError, RecursionError):
         return None
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
@@ -141,7 +149,7 @@ def _harmony_call(text: str) -> tuple[str, Any] | None:
     """NAME <|constrain|>json<|message|>ARGUMENTS"""
     head, found, body = text.partition("<|message|>")
     try:
-        return (head.split("<|")[0].strip(), json.loads(body)) if found else None
+        return (head.split("<|")[0].strip(), _loads(body)) if found else None
     except (ValueError, RecursionError):
         return None
 
@@ -150,6 +158,6 @@ def _typed(value: str, kind: Any) -> Any:
     if kind == "string":
         return value
     try:
-        return json.loads(value)
+        return _loads(value)
     except (ValueError, RecursionError):
         return value

@@ -100,6 +100,17 @@ def test_a_call_that_is_cut_off_is_text() -> None:
     assert '{"name": "weather", "argum' in response.content
 
 
+def test_a_call_that_is_cut_off_is_not_closed() -> None:
+    assert parse('<tool_call>\n{"na').content == '<tool_call>\n{"na'
+
+
+@pytest.mark.parametrize("value", ['"\\ud83d"', "NaN", "1e999"])
+def test_a_call_that_nobody_could_be_sent_is_text(value: str) -> None:
+    text = f'<tool_call>{{"name": "weather", "arguments": {{"city": {value}}}}}</tool_call>'
+    response = parse(text)
+    assert (response.calls, response.content) == ([], text)
+
+
 def test_calls_in_tags_have_the_types_of_the_tool() -> None:
     text = (
         "<think>\nhm\n</think>\n\n<tool_call>\n<function=weather>\n<parameter=city>\n50\n</parameter>\n"
