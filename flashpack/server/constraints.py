@@ -64,7 +64,7 @@ class Processor(LogitsProcessor):
         allowed = np.zeros(scores.shape[-1], bool)
         mask = b"" if self._matcher.is_stopped() else self._matcher.compute_bitmask()
         if self._matcher.is_error():
-            self.error = self._matcher.get_error()
+            self.error = self._matcher.get_error().strip().partition("\n")[0]
         if self.error or self._matcher.is_stopped():
             allowed[self._stops] = True
         else:
@@ -151,7 +151,8 @@ class Grammars:
 
 
 def _json_grammar(schema: Any) -> str:
-    return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=_COMPACT)
+    # As text: llguidance takes no integers beyond 64 bits from Python.
+    return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_COMPACT)
 
 
 def _bounded(schema: Any, param: str) -> Any:
@@ -165,14 +166,10 @@ def _json_rules(tools: Sequence[dict[str, Any]]) -> str:
     lines = [f"body: {' | '.join(f'c{i}' for i in range(len(tools)))}"]
     for i, tool in enumerate(tools):
         function = tool["function"]
-        schema = {
-            "type": "object",
-            "properties": {"name": {"const": function["name"]}, "arguments": _parameters(function)},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-            "x-guidance": _COMPACT,
-        }
-        lines.append(f"c{i}: %json {json.dumps(schema)}")
+        head = f'{{"name": {json.dumps(function["name"])}, "arguments": '
+        lines.append(f'c{i}: {json.dumps(head)} a{i} "}}"')
+        # A document of its own: "#" in its references means the tool's schema.
+        lines.append(f"a{i}: %json {json.dumps({**_parameters(function), 'x-guidance': _COMPACT})}")
     return "\n".join(lines)
 
 

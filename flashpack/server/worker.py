@@ -124,7 +124,7 @@ class Worker:
         with self._changed:
             if self._ending:
                 raise ApiError(503, "the server is going down")
-            if len(self._waiting) >= self._most and (self._running is not None or self._most == 0):
+            if len(self._waiting) + self.busy() > self._most:
                 raise ApiError(
                     429,
                     f"{len(self._waiting)} requests wait already; try again later",
@@ -167,16 +167,19 @@ class Worker:
             if job.cancelled.is_set():
                 job.put(ApiError(503, "the server is going down"))
                 continue
+            last: Item
             try:
-                self._answer(job)
+                last = self._answer(job)
             except ApiError as e:
-                job.put(e)
+                last = e
             except Exception as e:
                 log.exception("a generation failed")
-                job.put(failed(e))
+                last = failed(e)
+            self._running = None  # before the client knows, for it may ask again at once
+            job.put(last)
             self._seconds += 0.3 * (time.monotonic() - begun - self._seconds)
 
-    def _answer(self, job: Job) -> None:
+    def _answer(self, job: Job) -> Done:
         task, session = job.task, self._session
         try:
             ids, branch, response, constraint = self._prepare(task)
@@ -215,7 +218,7 @@ class Worker:
         left = fresh()
         if result.finish == "stop" and left and left[-1].token in self.grammars.stops:
             del left[-1]
-        job.put(Done(result, response, left, self._stop(result, task.stop)))
+        return Done(result, response, left, self._stop(result, task.stop))
 
     def _stop(self, result: Result, texts: Sequence[str]) -> str | None:
         """Which of ``texts`` ended the answer."""
@@ -231,6 +234,9 @@ class Worker:
             given = task.prompt
             ids = given if isinstance(given, list) else encode(session.tokenizer, given, special=True)
             self._fits(ids)
+            embeddings: Any = session.model.get_input_embeddings()
+            if max(ids) >= embeddings.num_embeddings:
+                raise ApiError(400, f"token {max(ids)}: the model has {embeddings.num_embeddings}", "prompt")
             return ids, None, None, made or None
         prompt = encode_chat(session.tokenizer, task.messages, task.tools, task.thinking)
         self._fits(prompt.ids)

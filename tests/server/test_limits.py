@@ -155,6 +155,11 @@ def test_the_queue_has_a_bound(server: Served, held: threading.Event) -> None:
     assert [status for status, _, _ in answers] == [200] * 3
 
 
+def test_without_a_queue_one_after_the_other_is_answered(server: Served) -> None:
+    with served(server.session, queue=0) as other:
+        assert [other.post(CHAT, SHORT)[0] for _ in range(3)] == [200] * 3
+
+
 def test_who_leaves_while_waiting_gives_the_place_back(server: Served, held: threading.Event) -> None:
     worker = server.service.worker
     first = threading.Thread(target=lambda: server.post(CHAT, SHORT))

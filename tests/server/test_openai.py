@@ -100,6 +100,19 @@ def test_required_tools_are_called_as_their_schema_says(client: openai.OpenAI, c
     assert arguments["day"] in ("Monday", "Tuesday")
 
 
+def test_references_in_the_schema_of_a_tool(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"day": {"$ref": "#/$defs/Day"}},
+        "required": ["day"],
+        "$defs": {"Day": {"enum": ["Monday", "Tuesday"]}},
+    }
+    tool = {"type": "function", "function": {"name": "remind", "parameters": schema}}
+    answer = chat(client, tools=[tool], tool_choice="required", max_tokens=60, parallel_tool_calls=False)
+    (call,) = answer.choices[0].message.tool_calls
+    assert json.loads(call.function.arguments)["day"] in ("Monday", "Tuesday")
+
+
 def test_no_tools_are_called_where_none_may_be(client: openai.OpenAI) -> None:
     answer = chat(client, messages=SUM, tools=[CALCULATOR], tool_choice="none")
     assert answer.choices[0].message.tool_calls is None
@@ -114,6 +127,13 @@ def test_json_of_a_schema(client: openai.OpenAI) -> None:
         assert answer.choices[0].finish_reason == "stop"
         assert set(person) == {"name", "age"}
         assert type(person["age"]) is int
+
+
+def test_numbers_of_a_schema_may_be_large(client: openai.OpenAI) -> None:
+    schema = {"type": "integer", "minimum": 0, "maximum": 10**40}
+    form = {"type": "json_schema", "json_schema": {"name": "number", "schema": schema}}
+    answer = chat(client, response_format=form, max_tokens=60)
+    assert int(answer.choices[0].message.content) >= 0
 
 
 def test_any_json(client: openai.OpenAI) -> None:
@@ -223,6 +243,12 @@ def test_what_cannot_be_done_is_refused(client: openai.OpenAI, how: dict[str, An
     assert caught.value.type == "invalid_request_error"
     assert caught.value.param == param
     assert "\n" not in caught.value.body["message"]  # type: ignore[index]
+
+
+def test_tokens_that_the_model_has_not(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="token 4096: the model has 4096") as caught:
+        client.completions.create(model="any", prompt=[1, 4096])
+    assert caught.value.param == "prompt"
 
 
 def test_a_prompt_beyond_the_context(client: openai.OpenAI) -> None:
