@@ -115,9 +115,11 @@ class Response:
         found = re.search(r"<function=([^>\n]+)>(.*)</function>", text, re.DOTALL)
         if not found:
             return None
-        kinds = self._properties.get(found[1], {}).get("properties") or {}
+        given = self._properties.get(found[1], {}).get("properties")
+        schemas = given if isinstance(given, dict) else {}
+        kinds = {key: one.get("type") for key, one in schemas.items() if isinstance(one, dict)}  # or true: anything
         values = re.findall(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", found[2], re.DOTALL)
-        return found[1], {key: _typed(value, (kinds.get(key) or {}).get("type")) for key, value in values}
+        return found[1], {key: _typed(value, kinds.get(key)) for key, value in values}
 
 
 def _fields(template: str, tools: bool) -> dict[str, Any]:

@@ -178,7 +178,8 @@ def _tagged_rules(tools: Sequence[dict[str, Any]]) -> str:
     lines = [f"body: {' | '.join(f'c{i}' for i in range(len(tools)))}", r'value[suffix="\n</parameter>\n"]: /(.|\n)*/']
     for i, tool in enumerate(tools):
         function = tool["function"]
-        names = list((function.get("parameters") or {}).get("properties") or {})
+        given = (function.get("parameters") or {}).get("properties")
+        names = list(given) if isinstance(given, dict) else []
         head = json.dumps(f"<function={function['name']}>\n")
         each = " | ".join(f"{json.dumps(f'<parameter={name}>' + chr(10))} value" for name in names)
         lines.append(f'c{i}: {head} {f"p{i}*" if names else ""} "</function>"')

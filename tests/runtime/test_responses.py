@@ -122,6 +122,13 @@ def test_calls_in_tags_have_the_types_of_the_tool() -> None:
     assert response.reasoning.strip() == "hm"
 
 
+@pytest.mark.parametrize("properties", [{"a": True}, ["a"]])
+def test_calls_in_tags_of_tools_that_say_no_types(properties: Any) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": properties}}}
+    text = "<tool_call><function=f><parameter=a>1</parameter></function></tool_call>"
+    assert calls_of(parse(text, tools=(tool,))) == [("f", {"a": 1})]
+
+
 def test_harmony() -> None:
     text = (
         "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>commentary to=functions.weather "
