@@ -36,7 +36,8 @@ def bound(host: str, port: int) -> socket.socket:
             made.close()
             raise
     except (OSError, UnicodeError, OverflowError) as e:
-        raise UsageError(f"--host {host} --port {port}: {e}; choose another, or --port 0 for a free one") from e
+        why = getattr(e, "strerror", None) or e
+        raise UsageError(f"--host {host} --port {port}: {why}; choose another, or --port 0 for a free one") from e
     return made
 
 
