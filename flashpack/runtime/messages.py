@@ -130,7 +130,7 @@ def _call(call: Any) -> dict[str, Any]:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = json.loads(arguments or "{}")  # some clients write no arguments so
         except (ValueError, RecursionError) as e:
             raise UsageError(f"the arguments of a call of {function['name'][:60]!r} are not JSON") from e
     return {**call, "type": "function", "function": {"name": function["name"], "arguments": arguments}}

@@ -70,6 +70,11 @@ def test_calls_are_objects_where_it_does(tokenizer: Any) -> None:
     assert text_of(tokenizer, [HI, CALL]) == "ü|"
 
 
+def test_no_arguments_may_be_an_empty_text(tokenizer: Any) -> None:
+    call: Message = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": ""}}]}
+    assert '{"name": "f", "arguments": {}}' in text_of(tokenizer, [HI, call])
+
+
 @pytest.mark.parametrize("call", ["x", {}, {"function": {"name": 5}}, {"function": {"name": "f", "arguments": "{"}}])
 def test_calls_that_are_none_are_refused(tokenizer: Any, call: Any) -> None:
     with pytest.raises(UsageError, match=r"tool call|arguments"):
