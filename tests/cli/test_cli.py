@@ -133,7 +133,7 @@ def test_damage_gives_exit_code_1_and_names_the_place(pack_copy: Callable[..., P
         (("inspect", "no/such/folder"), 4, "no such folder"),
         (("run", "{pack}"), 2, "--prompt"),
         (("run", "{pack}", "-p", "x", "--device", "cuda"), 7, "'cuda' has no kernels yet"),
-        (("run", "{pack}", "-p", "x", "--memory", "10MB"), 7, r"at least 0."),
+        (("run", "{pack}", "-p", "x", "--memory", "10MB"), 7, "is too small: this pack needs at least"),
         (("run", "{pack}", "-p", "x", "--memory", "much"), 2, "is not a size"),
         (("run", "{pack}", "-p", "x", "--context", "8"), 7, "tokens, the context 8"),
         (("run", "{pack}", "-p", "x", "--context", "1000000"), 2, "the model has 4096 positions"),

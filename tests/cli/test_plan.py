@@ -15,6 +15,7 @@ import typer
 
 from flashpack.cli.plan import show
 from flashpack.runtime import load, memory
+from tests.cli import test_cli
 from tests.cli.test_cli import in_process as flashpack
 from tests.conftest import CHECKPOINTS, ROOT, TRAINED, PackOf
 
@@ -56,7 +57,8 @@ def test_a_plan_of_a_width_for_each_expert(tmp_path: Path) -> None:
 
 
 def told(*arguments: object, **options: Any) -> dict[str, Any]:
-    done = flashpack("plan", *arguments, "--json", **options)
+    # In a process of its own, for the memory of this one is in what is promised.
+    done = test_cli.flashpack("plan", *arguments, "--json", **options)
     data: dict[str, Any] = json.loads(done.stdout)
     assert done.stderr == ""
     assert (done.returncode == 0) == all(data["fits"].values())
