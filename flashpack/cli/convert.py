@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from flashpack.cli import recipe
 from flashpack.cli.console import answer_json, gb, note, progress_bar, quiet_libraries, say
-from flashpack.cli.plan import BPW_HELP, CALIB_MEMORY_HELP, DENSE_HELP, EXPERTS_HELP, QUALITY_HELP, choice, show
+from flashpack.cli.plan import choice, show
 
 if TYPE_CHECKING:
     from flashpack.converter import Plan, Report
@@ -21,17 +22,17 @@ def convert(
         ..., help="Checkpoint: a folder, a GGUF file, hf://org/model[@revision], or the URL of a folder."
     ),
     out: Path | None = typer.Argument(None, help="Folder of the pack. Default: ./<name of SRC>.flashpack"),
-    experts: str = typer.Option("auto", help=EXPERTS_HELP),
-    dense: str = typer.Option("auto", help=DENSE_HELP),
-    group_size: int = typer.Option(64, help="Values per scale: 32, 64 or 128."),
-    codec: str = typer.Option("raw", help="raw, or zstd: each expert compressed; smaller, and slower to read."),
-    quality: str = typer.Option("default", help=QUALITY_HELP),
-    calib: str = typer.Option("", help="Calibration file, as flashpack calibrate writes it; for high and max."),
-    bpw: str = typer.Option("", help=BPW_HELP),
-    calib_memory: str = typer.Option("4GB", help=CALIB_MEMORY_HELP),
+    experts: recipe.Experts = "auto",
+    dense: recipe.Dense = "auto",
+    group_size: recipe.GroupSize = 64,
+    codec: recipe.Codec = "raw",
+    quality: recipe.Quality = "default",
+    calib: recipe.Calib = "",
+    bpw: recipe.BitsPerWeight = "",
+    calib_memory: recipe.CalibMemory = "4GB",
     dry_run: bool = typer.Option(False, help="Print the plan and write nothing, as flashpack plan does."),
     overwrite: bool = typer.Option(False, help="Replace a finished or unfinished pack."),
-    workers: int | None = typer.Option(None, min=1, help="Files written at once. Default: one per processor."),
+    workers: recipe.Workers = None,
     scheduler: str | None = typer.Option(
         None, help="Let a Dask cluster do the work: tcp://HOST:PORT of its scheduler. SRC and OUT on shared storage."
     ),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from flashpack.cli import recipe
 from flashpack.cli.console import answer_json, gb, quiet_libraries, say
 from flashpack.errors import FlashpackError, LimitError, OutputError
 
@@ -16,13 +17,6 @@ if TYPE_CHECKING:
     from flashpack.converter.forecast import Forecast
     from flashpack.runtime.budget import Budget
 
-EXPERTS_HELP = "auto, source, q8, q6, q5, q4, q3, q2, dq4, dq3 or dq2; or by projection: gate_up=dq2,down=dq3."
-DENSE_HELP = "auto, source, q8, q6, q5 or q4."
-QUALITY_HELP = "fast, default, high or max: how values are rounded; high and max need --calib."
-BPW_HELP = "Bits per weight of all routed experts, such as 2.8: each expert gets its own width."
-
-CALIB_MEMORY_HELP = "Memory of the experts that are calibrated at once."
-
 _Choices = tuple[str, str, int, str, str, str, str, int]
 """The fields of ``Options``."""
 
@@ -30,16 +24,16 @@ _Choices = tuple[str, str, int, str, str, str, str, int]
 def plan(
     src: str = typer.Argument(..., help="Checkpoint: a folder, hf://org/model[@revision], or the URL of a folder."),
     out: Path | None = typer.Argument(None, help="Folder of the pack. Default: ./<name of SRC>.flashpack"),
-    experts: str = typer.Option("auto", help=EXPERTS_HELP),
-    dense: str = typer.Option("auto", help=DENSE_HELP),
-    group_size: int = typer.Option(64, help="Values per scale: 32, 64 or 128."),
-    codec: str = typer.Option("raw", help="raw or zstd."),
-    quality: str = typer.Option("default", help=QUALITY_HELP),
-    calib: str = typer.Option("", help="Calibration file, as flashpack calibrate writes it; for high and max."),
-    bpw: str = typer.Option("", help=BPW_HELP),
-    calib_memory: str = typer.Option("4GB", help=CALIB_MEMORY_HELP),
+    experts: recipe.Experts = "auto",
+    dense: recipe.Dense = "auto",
+    group_size: recipe.GroupSize = 64,
+    codec: recipe.Codec = "raw",
+    quality: recipe.Quality = "default",
+    calib: recipe.Calib = "",
+    bpw: recipe.BitsPerWeight = "",
+    calib_memory: recipe.CalibMemory = "4GB",
     overwrite: bool = typer.Option(False, help="As if a pack that is there were replaced."),
-    workers: int | None = typer.Option(None, min=1, help="Files written at once. Default: one per processor."),
+    workers: recipe.Workers = None,
     json: bool = typer.Option(False, "--json", help="Print everything as JSON, with all dropped tensors."),
 ) -> None:
     """Show what convert would do, and whether it fits. From headers only: sizes for each option, memory, disk.

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from flashpack.cli import loading
 from flashpack.cli.console import answer_json, gb, harmless, note, quiet_libraries
-from flashpack.errors import UsageError
 
 if TYPE_CHECKING:
     from flashpack.runtime.generate import Result
@@ -31,55 +31,42 @@ def run(
     pack: Path = typer.Argument(..., help="Folder of the pack."),
     prompt: str = typer.Option(..., "--prompt", "-p", help="The prompt; '-' reads it from standard input."),
     raw: bool = typer.Option(False, help="Continue the text as it is, without the chat template."),
-    thinking: str | None = typer.Option(None, help="on or off, where the chat template knows it."),
+    thinking: loading.Thinking = None,
     max_tokens: int = typer.Option(512, min=1, help="Most tokens to generate."),
-    context: int | None = typer.Option(None, min=1, help="Tokens of context. Default: the model's, at most 8192."),
-    memory: str | None = typer.Option(None, help="For the whole process: 6GB, 6GiB or smallest. Default: free memory."),
+    context: loading.Context = None,
+    memory: loading.Memory = None,
     temperature: float = typer.Option(0.0, min=0.0, help="0 is greedy."),
     top_p: float = typer.Option(1.0, min=0.0, max=1.0, help="Nucleus sampling."),
     top_k: int = typer.Option(0, min=0, help="Sample from the k likeliest tokens; 0 is all."),
     seed: int = typer.Option(0, help="Seed of sampling."),
-    threads: int | None = typer.Option(None, min=1, help="Compute threads. Default: one per processor."),
-    device: str | None = typer.Option(None, help="cpu, or mps (Metal). Default: mps where it is there."),
-    check: str = typer.Option("first", help="Compare experts with their checksums: first (read), always or never."),
-    experts_per_token: int | None = typer.Option(
-        None, min=1, help="Fewer experts per token than the model was trained with: faster, and another model's output."
-    ),
-    prefer_cached: float | None = typer.Option(
-        None, help="Experts in memory replace absent ones from this share of their weight on (0 to 1): another output."
-    ),
+    threads: loading.Threads = None,
+    device: loading.Device = None,
+    check: loading.Check = "first",
+    experts_per_token: loading.ExpertsPerToken = None,
+    prefer_cached: loading.PreferCached = None,
     timing: bool = typer.Option(False, help="Say where the time of decoding went; decoding takes longer."),
     reference: bool = typer.Option(False, help="Compute with torch and transformers alone: slow, to compare with."),
-    expect: str | None = typer.Option(None, help="Identity that the pack must have; any other pack is refused."),
+    expect: loading.Expect = None,
     json: bool = typer.Option(False, "--json", help="Print text and statistics as one JSON object."),
 ) -> None:
     """Answer a prompt within a memory budget. Text goes to stdout, statistics to stderr."""
-    if thinking not in (None, "on", "off"):
-        raise UsageError(f"--thinking {thinking}: on or off")
+    thinks = loading.switch(thinking)
     quiet_libraries()
-    from flashpack.kernels import first_use
     from flashpack.runtime import load, template
 
     if not raw:
         template.start()  # is ready by the time the model is
     text = sys.stdin.read() if prompt == "-" else prompt
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-    if not reference and (line := first_use(device)):
-        note(line)
+    loading.compute_with(threads)
+    if not reference:
+        loading.say_first_use(device)
     model = load(
         pack, device=device, memory=memory, context=context, check=check, expect=expect, reference=reference,
         experts_per_token=experts_per_token, prefer_cached=prefer_cached,
     )  # fmt: skip
     runtime: Any = model.flashpack
-    used, own = runtime.experts_per_token
-    if used != own:
-        note(f"{used} of the model's {own} experts per token: the output is not the model's own")
-    if prefer_cached is not None:
-        note(f"experts in memory preferred, from {prefer_cached:g} of the weight: the output is not the model's own")
-    said = 0 if reference else _say(runtime.notices)
+    loading.say_loaded(runtime)
+    said = 0 if reference else loading.say_notices(runtime)
 
     from flashpack.runtime.generate import generate
     from flashpack.runtime.messages import encode_prompt
@@ -88,7 +75,7 @@ def run(
     from flashpack.runtime.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(pack)
-    ids = encode_prompt(tokenizer, text, raw, None if thinking is None else thinking == "on")
+    ids = encode_prompt(tokenizer, text, raw, thinks)
 
     terminal = sys.stdout.isatty()
 
@@ -100,7 +87,7 @@ def run(
     split = Timing(model) if timing else None
     result = generate(model, tokenizer, ids, max_tokens, sampling, None if json else show, split)
     if not reference:
-        _say(runtime.notices[said:])  # of what was needed since
+        loading.say_notices(runtime, said)  # of what was needed since
     if json:
         answer_json(result.to_json())
     else:
@@ -108,13 +95,6 @@ def run(
         note(_statistics(result))
         if timing:
             _show_split(result.split)
-
-
-def _say(notices: list[str]) -> int:
-    """Print them; how many there are."""
-    for line in notices:
-        note(line)
-    return len(notices)
 
 
 def _statistics(r: Result) -> str:

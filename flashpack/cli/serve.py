@@ -8,6 +8,7 @@ from pathlib import Path
 
 import typer
 
+from flashpack.cli import loading
 from flashpack.cli.console import harmless, note, quiet_libraries
 from flashpack.errors import UsageError
 
@@ -31,18 +32,14 @@ def serve(
     max_body: str = typer.Option("4MB", help="Largest body of a request."),
     allow_origin: list[str] = typer.Option([], help="Origin of a web page that may use the server; repeat for more."),
     allow_host: list[str] = typer.Option([], help="Another name by which the server may be called."),
-    context: int | None = typer.Option(None, min=1, help="Tokens of context. Default: the model's, at most 8192."),
-    memory: str | None = typer.Option(None, help="For the whole process: 6GB, 6GiB or smallest. Default: free memory."),
-    threads: int | None = typer.Option(None, min=1, help="Compute threads. Default: one per processor."),
-    device: str | None = typer.Option(None, help="cpu, or mps (Metal). Default: mps where it is there."),
-    check: str = typer.Option("first", help="Compare experts with their checksums: first (read), always or never."),
-    experts_per_token: int | None = typer.Option(
-        None, min=1, help="Fewer experts per token than the model was trained with: faster, and another model's output."
-    ),
-    prefer_cached: float | None = typer.Option(
-        None, help="Experts in memory replace absent ones from this share of their weight on (0 to 1): another output."
-    ),
-    expect: str | None = typer.Option(None, help="Identity that the pack must have; any other pack is refused."),
+    context: loading.Context = None,
+    memory: loading.Memory = None,
+    threads: loading.Threads = None,
+    device: loading.Device = None,
+    check: loading.Check = "first",
+    experts_per_token: loading.ExpertsPerToken = None,
+    prefer_cached: loading.PreferCached = None,
+    expect: loading.Expect = None,
 ) -> None:
     """Serve the OpenAI and Anthropic APIs, a web page and metrics. Ctrl-C ends it.
 
@@ -51,7 +48,6 @@ def serve(
     if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable()):
         raise UsageError("--api-key: an empty key, or one with characters that no header can carry")
     quiet_libraries()
-    from flashpack.kernels import first_use
     from flashpack.runtime import template
     from flashpack.runtime.memory import parse_size
 
@@ -61,25 +57,16 @@ def serve(
     from flashpack.server.serving import Service, bound, hosts_of
 
     listening = bound(host, port)  # before the model is loaded, which takes longer
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-    if line := first_use(device):
-        note(line)
+    loading.compute_with(threads)
+    loading.say_first_use(device)
     from flashpack.runtime.session import Session
 
     session = Session(
         pack, saved=sizes[1], device=device, memory=memory, context=context, check=check, expect=expect,
         experts_per_token=experts_per_token, prefer_cached=prefer_cached,
     )  # fmt: skip
-    used, own = session.runtime.experts_per_token
-    if used != own:
-        note(f"{used} of the model's {own} experts per token: the output is not the model's own")
-    if prefer_cached is not None:
-        note(f"experts in memory preferred, from {prefer_cached:g} of the weight: the output is not the model's own")
-    for line in session.runtime.notices:
-        note(line)
+    loading.say_loaded(session.runtime)
+    loading.say_notices(session.runtime)
     if api_key is None and not is_local(host):
         note("warning: others can reach this server, and it has no key; --api-key sets one")
     _log()
