@@ -10,7 +10,7 @@ import typer
 
 from flashpack.cli import loading
 from flashpack.cli.console import harmless, note, quiet_libraries
-from flashpack.errors import UsageError
+from flashpack.errors import MemoryBudgetError, UsageError
 
 EPILOG = """\b
 Examples:
@@ -56,25 +56,31 @@ def serve(
     from flashpack.server.guard import Limits, is_local
     from flashpack.server.serving import Service, bound, hosts_of
 
-    listening = bound(host, port)  # before the model is loaded, which takes longer
-    loading.compute_with(threads)
-    loading.say_first_use(device)
-    from flashpack.runtime.session import Session
+    with bound(host, port) as listening:  # before the model is loaded, which takes longer
+        loading.compute_with(threads)
+        loading.say_first_use(device)
+        from flashpack.runtime.session import Session
 
-    session = Session(
-        pack, saved=sizes[1], device=device, memory=memory, context=context, check=check, expect=expect,
-        experts_per_token=experts_per_token, prefer_cached=prefer_cached,
-    )  # fmt: skip
-    loading.say_loaded(session.runtime)
-    loading.say_notices(session.runtime)
-    if api_key is None and not is_local(host):
-        note("warning: others can reach this server, and it has no key; --api-key sets one")
-    _log()
-    service = Service(session, listening, Limits(sizes[0], api_key, hosts_of(host, allow_host), allow_origin), queue)
-    name = listening.getsockname()
-    where = f"[{host}]" if ":" in host else host
-    line = f"http://{where}:{name[1]} serves the page, /v1 the APIs (pid {os.getpid()}); Ctrl-C ends it"
-    service.serve_all(lambda: note(line))
+        try:
+            session = Session(
+                pack, saved=sizes[1], device=device, memory=memory, context=context, check=check, expect=expect,
+                experts_per_token=experts_per_token, prefer_cached=prefer_cached,
+            )  # fmt: skip
+        except MemoryBudgetError as e:
+            if not sizes[1]:
+                raise
+            raise MemoryBudgetError(f"{e}; or lower --prefix-memory") from e
+        loading.say_loaded(session.runtime)
+        loading.say_notices(session.runtime)
+        if api_key is None and not is_local(host):
+            note("warning: others can reach this server, and it has no key; --api-key sets one")
+        _log()
+        limits = Limits(sizes[0], api_key, hosts_of(host, allow_host), allow_origin)
+        service = Service(session, listening, limits, queue)
+        name = listening.getsockname()
+        where = f"[{host}]" if ":" in host else host
+        line = f"http://{where}:{name[1]} serves the page, /v1 the APIs (pid {os.getpid()}); Ctrl-C ends it"
+        service.serve_all(lambda: note(line))
 
 
 class _Visible(logging.Formatter):

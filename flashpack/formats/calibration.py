@@ -154,7 +154,10 @@ class Calibration:
             raise SourceError(f"{what}: {e.strerror}; flashpack calibrate makes such a file") from e
         try:
             size = os.fstat(self._fd).st_size
-            header = read_header(lambda count, offset: pread(self._fd, count, offset, what), size, what)
+            try:
+                header = read_header(lambda count, offset: pread(self._fd, count, offset, what), size, what)
+            except FormatError as e:
+                raise FormatError(f"{e}; flashpack calibrate makes such a file") from e
             if header.metadata.get("flashpack") != KIND:
                 raise FormatError(f"{what}: not a calibration file; flashpack calibrate makes one")
             self.metadata = header.metadata

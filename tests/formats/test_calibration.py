@@ -162,3 +162,10 @@ def test_no_file_and_another_models(tmp_path: Path) -> None:
     for architecture, layers in (("OtherMoe", widths), ("ToyMoe", widths | {5: 96}), ("ToyMoe", widths | {3: 64})):
         with pytest.raises(SourceError, match="of a ToyMoe with 2 layers of experts"):
             open_calibration(path, architecture, layers)
+
+
+def test_a_file_of_another_kind_says_what_makes_one(tmp_path: Path) -> None:
+    path = tmp_path / "notes.json"
+    path.write_text('{"not": "safetensors"}')
+    with pytest.raises(FormatError, match="flashpack calibrate makes such a file"):
+        Calibration(path)

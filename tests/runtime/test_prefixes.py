@@ -86,6 +86,26 @@ def test_what_cannot_be_cut_begins_anew(pack_of: PackOf) -> None:
         assert_same(model, A + C, said)
 
 
+def test_a_mark_is_used_again_and_again(pack_of: PackOf) -> None:
+    model = flashpack.load(pack_of("trained", "source", "source"), memory="smallest", context=128, saved=0)
+    prefixes = Prefixes(model.flashpack.saved)  # no room for a copy: the same one goes back and forth
+    for end in (B, C, B[::-1], C[::-1]):
+        said = say(model, A + end, prefixes=prefixes, branch=len(A))
+        assert said[0].reused_tokens == (0 if end is B else len(A))
+        assert_same(model, A + end, said)
+        assert len(prefixes._kept) == 1
+
+
+def test_a_mark_behind_what_is_shared_is_not_used(pack_of: PackOf) -> None:
+    model = flashpack.load(pack_of("trained", "source", "source"), memory="smallest", context=128, saved=0)
+    prefixes = Prefixes(model.flashpack.saved)
+    say(model, A + B, prefixes=prefixes, branch=len(A))
+    other = A[:-2] + C
+    said = say(model, other, prefixes=prefixes)
+    assert said[0].reused_tokens == 0
+    assert_same(model, other, said)
+
+
 def test_the_same_text_again_reads_its_last_token_only(pack_of: PackOf) -> None:
     model = flashpack.load(pack_of("qwen3_moe", "source", "source"), memory="smallest", context=128)
     prefixes = Prefixes(0)

@@ -11,6 +11,7 @@ import threading
 
 import pytest
 
+from tests.cli.test_cli import in_process
 from tests.conftest import PackOf
 
 
@@ -49,3 +50,11 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded(pack_of: PackOf) -> No
     assert done.returncode == 2
     assert "--port 0" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_memory_for_read_texts_that_is_not_there_is_named(pack_of: PackOf) -> None:
+    done = in_process("serve", pack_of("trained"), "--port", "0", "--prefix-memory", "900TB")
+    assert done.returncode == 7
+    assert done.stderr.endswith("; or lower --prefix-memory\n")
+    assert done.stderr.count("\n") == 1
+    assert "prefix" not in in_process("serve", pack_of("trained"), "--port", "0", "--memory", "1MB").stderr
