@@ -96,6 +96,19 @@ def test_a_mark_is_used_again_and_again(pack_of: PackOf) -> None:
         assert len(prefixes._kept) == 1
 
 
+def test_marks_of_a_text_that_was_left_are_forgotten(pack_of: PackOf) -> None:
+    model = flashpack.load(pack_of("trained", "source", "source"), memory="smallest", context=128, saved=0)
+    prefixes = Prefixes(2 * model.flashpack.saved)  # two marks, and no room for a copy
+    say(model, A + B, prefixes=prefixes, branch=len(A))
+    say(model, A + B + C, prefixes=prefixes, branch=len(A + B))
+    assert set(prefixes._kept[-1].marks) == {len(A), len(A + B)}
+    say(model, A + C + B, prefixes=prefixes)
+    other = [*A, *C, 7, 7, 7]
+    said = say(model, other, prefixes=prefixes)
+    assert said[0].reused_tokens == len(A)
+    assert_same(model, other, said)
+
+
 def test_a_mark_behind_what_is_shared_is_not_used(pack_of: PackOf) -> None:
     model = flashpack.load(pack_of("trained", "source", "source"), memory="smallest", context=128, saved=0)
     prefixes = Prefixes(model.flashpack.saved)
