@@ -115,4 +115,4 @@ def until(true: Callable[[], object]) -> None:
 
 
 def session_of(pack: Path) -> Session:
-    return Session(pack, saved=100 * 10**6, context=2048, memory="smallest")
+    return Session(pack, prefix_memory=100 * 10**6, context=2048, memory="smallest")

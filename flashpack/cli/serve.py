@@ -63,7 +63,7 @@ def serve(
 
         try:
             session = Session(
-                pack, saved=sizes[1], device=device, memory=memory, context=context, check=check, expect=expect,
+                pack, prefix_memory=sizes[1], device=device, memory=memory, context=context, check=check, expect=expect,
                 experts_per_token=experts_per_token, prefer_cached=prefer_cached,
             )  # fmt: skip
         except MemoryBudgetError as e:

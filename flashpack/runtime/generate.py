@@ -13,7 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from flashpack.errors import CancelledError, ContextError, FormatError, UsageError
 from flashpack.runtime.budget import PROMPT_CHUNK
 from flashpack.runtime.memory import Usage, usage
-from flashpack.runtime.prefixes import Prefix, Prefixes
+from flashpack.runtime.prefix_cache import Prefix, PrefixCache
 from flashpack.runtime.sampling import Logprobs, Sampling, config_of, processors, stop_tokens
 from flashpack.runtime.stream import Text
 from flashpack.skeleton import library_errors
@@ -88,7 +88,7 @@ def generate(
     sampling: Sampling | None = None,
     on_text: Callable[[str], object] | None = None,
     timing: Timing | None = None,
-    prefixes: Prefixes | None = None,
+    prefix_cache: PrefixCache | None = None,
     branch: int | None = None,
     stop: Sequence[str] = (),
     constraint: LogitsProcessor | None = None,
@@ -98,10 +98,10 @@ def generate(
     """Continue ``ids``; ``on_text`` gets the text piece by piece as it comes. ``timing``, of ``model``, splits the time
     of the tokens after the first.
 
-    ``prefixes``: what was read before and need not be read again, if ``ids`` begin with it; what is read now is kept
-    there. ``branch``: a place in ``ids`` after which a later text may go on in another way. ``stop``: texts that end
-    the answer, and are not part of it. ``constraint``: sets logits of forbidden tokens to -inf. ``logprobs`` collects
-    probabilities. ``cancelled`` is asked before each layer of the prompt and after each token whether to stop.
+    ``prefix_cache``: what was read before and need not be read again, if ``ids`` begin with it; what is read now is
+    kept there. ``branch``: a place in ``ids`` after which a later text may go on in another way. ``stop``: texts that
+    end the answer, and are not part of it. ``constraint``: sets logits of forbidden tokens to -inf. ``logprobs``
+    collects probabilities. ``cancelled`` is asked before each layer of the prompt and after each token whether to stop.
 
     Raises ``ContextError`` if the prompt fills the context, ``UsageError`` for an empty prompt.
     """
@@ -114,7 +114,7 @@ def generate(
     if not sampling.greedy:
         torch.manual_seed(sampling.seed)
     watch = _Watch(Text(tokenizer, on_text, stops, stop, logprobs), timing, runtime, cancelled)
-    prefix = prefixes.take(ids) if prefixes else Prefix()
+    prefix = prefix_cache.take(ids) if prefix_cache else Prefix()
     reused = len(prefix.ids)
     chain = [p for p in (logprobs, constraint) if p] + processors(sampling, len(ids), str(model.device))
     most = min(max_tokens, runtime.context - len(ids))
@@ -122,8 +122,8 @@ def generate(
     out = None
     try:
         with torch.inference_mode(), library_errors("the model of this pack cannot be computed"):
-            if prefixes:
-                _read(model_, prefix, ids, branch, prefixes.limit)
+            if prefix_cache:
+                _read(model_, prefix, ids, branch, prefix_cache.limit)
             inputs = torch.tensor([ids], device=model_.device)
             out = model_.generate(
                 inputs,
@@ -141,12 +141,12 @@ def generate(
         raise
     finally:
         runtime.store.cancelled = None
-        if prefixes:
+        if prefix_cache:
             if out is None:
                 prefix.recover()
             else:
                 prefix.ids, prefix.cache = [*ids, *watch.text.tokens[:-1]], out.past_key_values
-            prefixes.give(prefix)
+            prefix_cache.give(prefix)
     watch.text.end()
     new = watch.text.tokens
     first, last = (watch.times[0], watch.times[-1]) if new else (time.perf_counter(),) * 2

@@ -48,8 +48,8 @@ class Runtime:
     store: ExpertStore
     budget: Budget
     context: int
-    saved: int
-    """Bytes for ``Prefixes``, which ``budget`` counts as KV cache."""
+    prefix_memory: int
+    """Bytes for ``PrefixCache``, which ``budget`` counts as KV cache."""
     kernels: str
     notices: list[str]
     """``Kernels.notices``."""
@@ -75,7 +75,7 @@ def load(
     experts_per_token: int | None = None,
     prefer_cached: float | None = None,
     sequences: int = 1,
-    saved: int | None = None,
+    prefix_memory: int | None = None,
 ) -> PreTrainedModel:
     """Open a pack as a transformers causal language model; its ``generate`` works.
 
@@ -92,8 +92,8 @@ def load(
     the model was trained with. ``prefer_cached``: decoding takes experts that are in memory in place of absent ones if
     the router gives them at least this share of their weight, between 0 and 1; then the output depends on what is in
     memory, and nothing is read ahead. ``sequences``: how many the caller computes in one call, so that there is room
-    for them. ``saved``: bytes for texts that were read before (``Prefixes``), at least what one recurrent state takes;
-    default: none. The model carries its ``Runtime`` as ``.flashpack``.
+    for them. ``prefix_memory``: bytes for texts that were read before (``PrefixCache``), at least what one recurrent
+    state takes; default: none. The model carries its ``Runtime`` as ``.flashpack``.
 
     Raises ``FormatError``, ``IntegrityError``, ``IdentityError``, ``MemoryBudgetError``, ``DeviceError`` or
     ``UsageError``.
@@ -151,8 +151,8 @@ def load(
     work = sequences * working_bytes(model, sites, str(opened.folder)) + scratch_bytes(opened)
     context = context_length(config, context)
     with library_errors(f"{opened.folder}: the model of config.json cannot be computed"):
-        saved = 0 if saved is None else max(saved, kv_bytes(model, 1))
-        cache = sequences * kv_bytes(model, context) + saved
+        prefix_memory = 0 if prefix_memory is None else max(prefix_memory, kv_bytes(model, 1))
+        cache = sequences * kv_bytes(model, context) + prefix_memory
         kind: Any = type(model)
         own_cache = None if kind._supports_default_dynamic_cache() else cache_class(model)
         if experts_per_token is not None:
@@ -184,8 +184,8 @@ def load(
         decoding, decoder = lean.install(model, kernels, sites, context, prefer_cached)
     used = own_top_k if experts_per_token is None else experts_per_token
     runtime: Any = Runtime(
-        opened, store, budget, context, saved, kernels.name, kernels.notices, decoding, decoder, (used, own_top_k),
-        prefer_cached,
+        opened, store, budget, context, prefix_memory, kernels.name, kernels.notices, decoding, decoder,
+        (used, own_top_k), prefer_cached,
     )  # fmt: skip
     model.flashpack = runtime
     weakref.finalize(model, _finish, store, remembered)

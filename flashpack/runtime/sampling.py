@@ -12,7 +12,6 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -31,8 +30,8 @@ GREEDY = 1e-5
 class Sampling:
     """How tokens are chosen; a temperature below ``GREEDY`` takes the best one, for at its limit it would.
 
-    ``presence`` is taken from the logit of each token that the answer has already, ``frequency`` once for each time;
-    ``repetition`` divides those of prompt and answer (None: the pack's own).
+    ``presence_penalty`` is taken from the logit of each token that the answer has already, ``frequency_penalty`` once
+    for each time.
     """
 
     temperature: float = 0.0
@@ -40,9 +39,8 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
-    presence: float = 0.0
-    frequency: float = 0.0
-    repetition: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -111,10 +109,8 @@ class _Penalties(LogitsProcessor):
 def processors(sampling: Sampling, prompt: int, device: str) -> list[LogitsProcessor]:
     """What to do with the logits of each token after a prompt of so many tokens."""
     made: list[Any] = []
-    if sampling.repetition not in (None, 1.0):
-        made.append(RepetitionPenaltyLogitsProcessor(sampling.repetition))
-    if sampling.presence or sampling.frequency:
-        made.append(_Penalties(prompt, sampling.presence, sampling.frequency))
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        made.append(_Penalties(prompt, sampling.presence_penalty, sampling.frequency_penalty))
     if sampling.greedy:
         return made
     if sampling.temperature != 1:
@@ -135,8 +131,6 @@ def config_of(
     config = copy.deepcopy(base)
     config.do_sample = not sampling.greedy
     config.temperature, config.top_p, config.top_k, config.min_p = 1.0, 1.0, 0, None
-    if sampling.repetition is not None:
-        config.repetition_penalty = 1.0
     config.return_dict_in_generate = True
     config.max_new_tokens = max_tokens
     config.max_length = None

@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 from flashpack.runtime.generate import Result, generate
 from flashpack.runtime.load import Runtime, load
 from flashpack.runtime.messages import Message, chat_template, encode_chat
-from flashpack.runtime.prefixes import Prefixes
+from flashpack.runtime.prefix_cache import PrefixCache
 from flashpack.runtime.responses import Event, Response
 from flashpack.runtime.sampling import Logprobs, Sampling
 from flashpack.runtime.tokenizer import load_tokenizer
@@ -26,11 +26,11 @@ class Session:
     ``answer`` and ``complete`` may be called from any thread, and take turns.
     """
 
-    def __init__(self, pack: str | os.PathLike[str], saved: int = 0, **options: Any) -> None:
-        self.model: PreTrainedModel = load(pack, saved=saved, **options)
+    def __init__(self, pack: str | os.PathLike[str], prefix_memory: int = 0, **options: Any) -> None:
+        self.model: PreTrainedModel = load(pack, prefix_memory=prefix_memory, **options)
         self.runtime: Runtime = getattr(self.model, "flashpack")  # noqa: B009 - the class does not know it
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.runtime.pack.folder)
-        self.prefixes = Prefixes(self.runtime.saved)
+        self.prefix_cache = PrefixCache(self.runtime.prefix_memory)
         self.sampling = Sampling.of(self.model.generation_config)
         self._turn = threading.Lock()
 
@@ -76,6 +76,6 @@ class Session:
         how = sampling or replace(self.sampling, seed=random.getrandbits(63))
         with self._turn:
             return generate(
-                self.model, self.tokenizer, ids, most, how, on_text, prefixes=self.prefixes, branch=branch, stop=stop,
-                constraint=constraint, logprobs=logprobs, cancelled=cancelled,
+                self.model, self.tokenizer, ids, most, how, on_text, prefix_cache=self.prefix_cache, branch=branch,
+                stop=stop, constraint=constraint, logprobs=logprobs, cancelled=cancelled,
             )  # fmt: skip

@@ -109,8 +109,8 @@ class Common(Lenient):
             "top_p": self.top_p,
             "top_k": self.top_k,
             "min_p": self.min_p,
-            "presence": self.presence_penalty,
-            "frequency": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
             "seed": None if self.seed is None else self.seed & (2**63 - 1),
         }
         return replace(base, **{k: v for k, v in given.items() if v is not None})

@@ -29,23 +29,24 @@ def tokenizer() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("options", "theirs"),
+    ("options", "repetition"),
     [
-        ({"temperature": 0.7}, {}),
-        ({"temperature": 1.3, "top_k": 5}, {}),
-        ({"temperature": 1.0, "top_p": 0.4}, {}),
-        ({"temperature": 2.0, "top_k": 50, "top_p": 0.9, "min_p": 0.02}, {}),
-        ({"temperature": 1.0, "repetition": 1.5}, {"repetition_penalty": 1.5}),
+        ({"temperature": 0.7}, None),
+        ({"temperature": 1.3, "top_k": 5}, None),
+        ({"temperature": 1.0, "top_p": 0.4}, None),
+        ({"temperature": 2.0, "top_k": 50, "top_p": 0.9, "min_p": 0.02}, None),
+        ({"temperature": 1.0}, 1.5),  # what the pack says of it holds
     ],
 )
 def test_the_library_draws_the_same(
-    model: PreTrainedModel, tokenizer: Any, options: dict[str, Any], theirs: dict[str, Any]
-) -> None:
+    model: PreTrainedModel, tokenizer: Any, options: dict[str, Any], repetition: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", repetition)
     found = generate(model, tokenizer, IDS, 20, Sampling(seed=11, **options)).tokens
-    given = {k: v for k, v in options.items() if k != "repetition"} | theirs
     config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=True, max_new_tokens=20, pad_token_id=0, eos_token_id=model.generation_config.eos_token_id,
-        **({"top_k": 0} | given),
+        repetition_penalty=repetition, **({"top_k": 0} | options),
     )  # fmt: skip
     torch.manual_seed(11)
     whole: Any = model
@@ -60,14 +61,14 @@ def test_seeds_repeat_and_differ(model: PreTrainedModel, tokenizer: Any) -> None
 
 
 def test_penalties_count_the_answer_only() -> None:
-    (penalty,) = processors(Sampling(presence=0.5, frequency=0.25), 3, "cpu")
+    (penalty,) = processors(Sampling(presence_penalty=0.5, frequency_penalty=0.25), 3, "cpu")
     scores = penalty(torch.tensor([[1, 2, 3, 4, 4, 2]]), torch.zeros(1, 6))
     assert scores.tolist() == [[0, 0, -0.75, 0, -1.0, 0]]
 
 
 def test_neutral_values_do_nothing() -> None:
     assert processors(Sampling(), 3, "cpu") == []
-    assert processors(Sampling(temperature=1.0, repetition=1.0), 3, "cpu") == []
+    assert processors(Sampling(temperature=1.0), 3, "cpu") == []
 
 
 def test_the_smallest_temperature_is_greedy(model: PreTrainedModel, tokenizer: Any) -> None:
@@ -90,5 +91,5 @@ def test_the_largest_seeds(model: PreTrainedModel, tokenizer: Any, seed: int) ->
 
 def test_what_the_pack_recommends() -> None:
     assert Sampling.of(GenerationConfig(do_sample=False, temperature=0.5)) == Sampling()  # type: ignore[no-untyped-call]
-    recommended = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.95, top_k=20)  # type: ignore[no-untyped-call]
-    assert Sampling.of(recommended) == Sampling(0.6, top_p=0.95, top_k=20)
+    recommended = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.95, top_k=20, min_p=0.1)  # type: ignore[no-untyped-call]
+    assert Sampling.of(recommended) == Sampling(0.6, top_p=0.95, top_k=20, min_p=0.1)

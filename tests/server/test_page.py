@@ -112,7 +112,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def session(pack_of: PackOf) -> Session:
-    return Session(pack_of("trained"), saved=2**24, context=1024)
+    return Session(pack_of("trained"), prefix_memory=2**24, context=1024)
 
 
 @pytest.fixture(scope="module")

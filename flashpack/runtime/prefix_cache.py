@@ -105,7 +105,7 @@ class Prefix:
         return {i: one for i, one in enumerate(self.cache.layers) if type(one) not in (DynamicLayer, RoomyLayer)}
 
 
-class Prefixes:
+class PrefixCache:
     """What was read before; those not in use take at most ``limit`` bytes, and so do the marks of the one in use.
 
     That one is taken out with ``take`` and given back with ``give``. Not for several threads at once.
