@@ -128,3 +128,24 @@ def test_log_probabilities_are_taken_for_each_token() -> None:
     first = logprobs.entries[0]
     assert first.top == [(5, pytest.approx(first.logprob)), (3, pytest.approx(first.logprob - 1))]
     assert 0 > first.logprob > -1
+
+
+class SentencePieces:
+    """A tokenizer whose texts have no space at their beginning, as SentencePiece's have not."""
+
+    PIECES = ("▁one", "▁two", "", "▁three")
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(self.PIECES[token] for token in tokens).replace("▁", " ").removeprefix(" ")
+
+
+def test_words_keep_their_distance() -> None:
+    tokenizer: Any = SentencePieces()
+    pieces: list[str] = []
+    text = Text(tokenizer, pieces.append, {END})
+    tokens = [0, 1, *[3] * 12]
+    for token in tokens:
+        text.put(token)
+    text.end()
+    assert text.all == "one two" + " three" * 12
+    assert pieces[:3] == ["one", " two", " three"]
