@@ -69,7 +69,7 @@ def encode_chat(
         if "enable_thinking" not in chosen:
             raise UsageError("the pack's chat template knows no thinking switch; leave out --thinking")
         given["enable_thinking"] = thinking
-    if tools and shows_tools(tokenizer):
+    if tools:
         given["tools"] = list(tools)
     written = [_written(message, "tool_calls" in chosen) for message in messages]
     text = template.render(chosen, written, **given)

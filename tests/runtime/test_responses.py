@@ -60,6 +60,11 @@ def test_thoughts_that_the_template_begins() -> None:
     assert (response.reasoning, response.content) == ("hm", "Yes.")
 
 
+def test_what_the_template_has_written_is_not_the_models() -> None:
+    response = parse("two numbers.</think>Yes.", opening="<think>\nThese are ")
+    assert (response.reasoning, response.content) == ("two numbers.", "Yes.")
+
+
 def test_thoughts_that_the_template_leaves_out() -> None:
     response = parse("Yes.", opening="<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert (response.reasoning, response.content) == ("", "Yes.")

@@ -196,8 +196,11 @@ def test_completions(server: Served, client: openai.OpenAI) -> None:
     how: Any = {"model": "any", "max_tokens": 12, "temperature": 0}
     answer = client.completions.create(prompt="The weather", logprobs=2, **how)
     assert answer.choices[0].text == alone.text
-    assert answer.choices[0].logprobs is not None
-    assert "".join(answer.choices[0].logprobs.tokens or ()) == alone.text
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.tokens is not None
+    assert "".join(logprobs.tokens) == alone.text
+    assert logprobs.text_offset == [len("".join(logprobs.tokens[:i])) for i in range(len(logprobs.tokens))]
     assert client.completions.create(prompt=ids, **how).choices[0].text == alone.text
     pieces = client.completions.create(prompt="The weather", stream=True, **how)
     assert "".join(p.choices[0].text for p in pieces) == alone.text
