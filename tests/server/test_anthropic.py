@@ -58,6 +58,19 @@ def test_streaming(client: anthropic.Anthropic) -> None:
     assert final.usage.output_tokens == 24
 
 
+def test_every_block_of_a_stream_is_opened_and_closed(client: anthropic.Anthropic) -> None:
+    with ask(client, messages=SUM, tools=[tool(CALCULATOR)], max_tokens=60, stream=True) as stream:
+        kinds = [event.type for event in stream]
+    assert kinds[0] == "message_start"
+    assert kinds[-2:] == ["message_delta", "message_stop"]
+    blocks = [kind.removeprefix("content_block_") for kind in kinds if kind.startswith("content_block_")]
+    opened = 0
+    for kind in blocks:
+        opened += {"start": 1, "delta": 0, "stop": -1}[kind]
+        assert opened == (kind != "stop")
+    assert blocks.count("start") == blocks.count("stop") == 1
+
+
 def test_tools(client: anthropic.Anthropic) -> None:
     answer = ask(client, messages=SUM, tools=[tool(CALCULATOR)], max_tokens=60)
     assert answer.stop_reason == "tool_use"
