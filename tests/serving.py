@@ -103,6 +103,7 @@ def served(session: Session, limits: Limits = LIMITS, queue: int = 2, **changes:
     finally:
         service.stop()
         thread.join()
+        assert not service.worker._thread.is_alive()
 
 
 def until(true: Callable[[], object]) -> None:

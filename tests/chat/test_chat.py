@@ -16,7 +16,7 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from flashpack.chat.commands import HELP, command
-from flashpack.chat.conversation import Conversation, load
+from flashpack.chat.conversation import INTERRUPTED, Conversation, load
 from flashpack.chat.editor import editor, history
 from flashpack.chat.shell import shell_tool
 from flashpack.chat.tools import Tools
@@ -173,6 +173,22 @@ def test_what_a_tool_returned_stays_when_the_next_answer_is_stopped(chat_of: Mak
     chat.turn("What is 922 plus 291?")
     assert [m["role"] for m in chat.conversation.messages] == ["user", "assistant", "tool"]
     assert heard.remarks == ["stopped before the answer began; what the tool returned stays in the conversation"]
+
+
+def test_a_call_in_an_answer_that_was_cut_is_not_made(chat_of: MakeChat) -> None:
+    def never(command: str) -> bool:
+        raise AssertionError
+
+    question = 'Find "driver" in train.log.'
+    chat, heard = chat_of([shell_tool(lambda command: False)])
+    chat.turn(question)
+    (whole,) = heard.results
+    cut, heard = chat_of([shell_tool(never)], max_tokens=whole.generated_tokens - 1)  # all but the end
+    cut.turn(question)
+    assert [e.kind for e in heard.events if e.kind != "content"] == ["tool_call"]
+    last = cut.conversation.messages[-1]
+    assert last[INTERRUPTED]
+    assert "tool_calls" not in last
 
 
 def test_a_full_context_leaves_the_conversation_as_it_was(chat_of: MakeChat) -> None:
