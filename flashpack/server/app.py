@@ -104,7 +104,7 @@ def app_of(session: Session, worker: Worker, live: Live, metrics: Metrics, limit
     async def respond(request: Request, task: Task, form: Form, stream: bool, anthropic: bool = False) -> Response:
         job = Job(task)
         worker.submit(job)
-        watch = asyncio.create_task(_leave(request, job, worker))
+        watch = asyncio.create_task(_leave(request, job))
         streaming = False
         try:
             first = await job.items.get()
@@ -130,11 +130,10 @@ def _needs_template(template: str | None) -> None:
         raise ApiError(400, "this model has no chat template; /v1/completions continues plain text")
 
 
-async def _leave(request: Request, job: Job, worker: Worker) -> None:
-    """Cancel ``job`` when its client leaves."""
+async def _leave(request: Request, job: Job) -> None:
+    """End ``job`` when its client leaves; whoever waits for its items cancels it then."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    worker.cancel(job)
     job.items.put_nowait(ApiError(499, "the client left"))
 
 

@@ -90,6 +90,15 @@ def test_an_answer_taller_than_the_screen_is_whole() -> None:
     assert [line.strip() for line in lines if line] == [f"line {i}" for i in range(40)]
 
 
+def test_what_has_left_the_screen_stays_as_it_is() -> None:
+    """A late row makes all columns of a table wider."""
+    rows = "".join(f"| {i} | b |\n" for i in range(12))
+    lines = drawn(f"| a | b |\n|---|---|\n{rows}| a much wider cell | b |\n", 60, 6, 4).lines
+    shown = "\n".join(lines)
+    assert "a much wider cell" in shown
+    assert all(str(i) in shown for i in range(12))
+
+
 def test_finished_blocks_are_not_written_again() -> None:
     text = "word " * 10 + "\n\n"
     few, many = drawn(text * 10, 60, 20, 5).written, drawn(text * 40, 60, 20, 5).written

@@ -162,3 +162,22 @@ def test_a_dumb_terminal_gets_plain_text(pack_of: PackOf, tmp_path: Path, termin
     t.type("/exit\r")
     assert t.end() == 0
     assert "\x1b" not in t.text
+
+
+def test_what_is_typed_before_a_question_does_not_answer_it() -> None:
+    code = "from flashpack.cli.chat_screen import allowed; print(allowed('rm x'), allowed('ls'))"
+    master, slave = pty.openpty()
+    os.write(master, b"y\n")
+    with subprocess.Popen([sys.executable, "-c", code], stdin=slave, stdout=slave, stderr=slave) as child:
+        os.close(slave)
+        text = ""
+        for answer in (b"n\n", b"yes\n"):
+            while not text.endswith(ASKED):
+                text += os.read(master, 1000).decode()
+            os.write(master, answer)
+            text = ""
+        while not text.rstrip().endswith(("True", "False")):
+            text += os.read(master, 1000).decode()
+        child.wait(timeout=PATIENCE)
+    os.close(master)
+    assert text.split()[-2:] == ["False", "True"]
