@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from flashpack.chat.editor import editor, history
 from flashpack.chat.shell import shell_tool
 from flashpack.chat.tools import Tools
 from flashpack.chat.turns import ROUNDS, Chat
+from flashpack.cli.chat import _Interrupt
 from flashpack.errors import ContextError, UsageError
 from flashpack.runtime.generate import Result
 from flashpack.runtime.responses import Event
@@ -308,3 +310,16 @@ def test_history_is_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(path))  # no folder can be made there
     assert isinstance(history(), InMemoryHistory)
     assert os.path.isfile(path)
+
+
+def test_an_interruption_is_of_one_answer() -> None:
+    interrupt = _Interrupt()
+    interrupt.during(True)
+    assert not interrupt.came()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert interrupt.came()
+    interrupt.during(False)
+    interrupt.during(True)
+    assert not interrupt.came()
+    interrupt.during(False)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
