@@ -48,6 +48,14 @@ def test_a_template_that_always_begins_an_answer_has_no_branch(tokenizer: Any) -
     assert (prompt.branch, prompt.opening) == (None, "")
 
 
+def test_a_beginning_whose_tokens_change_with_what_follows_is_no_branch(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ messages[0].content }}{% if add_generation_prompt %}e end{% endif %}"
+    prompt = encode_chat(tokenizer, [{"role": "user", "content": "Th"}])
+    before = tokenizer("Th", add_special_tokens=False)["input_ids"]
+    assert before != prompt.ids[: len(before)]
+    assert (prompt.branch, prompt.opening) == (None, "e end")
+
+
 def test_parts_become_text(tokenizer: Any) -> None:
     parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
     assert encode_chat(tokenizer, [{"role": "user", "content": parts}]) == encode_chat(tokenizer, [HI])
