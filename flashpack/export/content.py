@@ -20,7 +20,7 @@ from flashpack.formats.entries import Layer
 from flashpack.formats.files import pread
 from flashpack.formats.reader import Shard
 from flashpack.formats.records import Encoding, RecordKind
-from flashpack.skeleton import build, find_experts, read_config, read_whole_config
+from flashpack.skeleton import build, find_experts, read_config, read_whole_config, tied_names
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -148,6 +148,16 @@ class Content:
                 elif t.name not in parts:
                     found[t.name] = t.shape, Encoding("raw", t.dtype)
         return found
+
+    def check_dense(self) -> None:
+        """Every parameter of ``model`` must be there in its shape, and nothing else."""
+        experts = {f"{site.name}.{name}" for site in self.sites.values() for name in site.parameters}
+        tied = tied_names(self.model)
+        expected = {n: tuple(p.shape) for n, p in self.model.state_dict().items() if n not in experts and n not in tied}
+        found = {name: shape for name, (shape, _) in self.dense.items()}
+        for name in sorted({*expected, *found}):
+            if expected.get(name) != found.get(name):
+                raise FormatError(f"{self.pack.folder}: config.json and manifest disagree about the tensor {name}")
 
     def tensor(self, name: str) -> Stored:
         """A dense tensor or matrix, its parts mapped. Its bytes are proven."""
