@@ -5,7 +5,7 @@ The names are those of mlx-lm's module tree (``mlx_lm/models/*.py``, version 0.3
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flashpack.errors import UnsupportedError
@@ -27,6 +27,7 @@ class Family:
     ``prefix`` stands before all names; ``renamed`` replaces one part of a name by another; ``experts`` is the module
     with the stacked experts. ``shifted``: mlx-lm computes ``x * w`` where transformers has ``x * (1 + w)``, and stores
     norm weights with 1 added. ``model_type``, if not the pack's; its configuration of the text lies in ``text_config``.
+    ``config``: what mlx-lm asks for in the configuration, and transformers' has not.
     """
 
     prefix: str = ""
@@ -34,6 +35,7 @@ class Family:
     experts: str = "switch_mlp"
     shifted: bool = False
     model_type: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
 
     def name(self, name: str) -> str:
         """The name of a dense tensor, or of its part."""
@@ -46,14 +48,14 @@ class Family:
 
 
 _QWEN3_5 = Family("language_model.", shifted=True, model_type="qwen3_5_moe")
-_SPARSE = Family(renamed=(".mlp.", ".block_sparse_moe."))
+_SPARSE = (".mlp.", ".block_sparse_moe.")
 
 FAMILIES = {
     "glm4_moe": Family(),
     "gpt_oss": Family(experts="experts"),
     "granitemoe": Family(renamed=(".router.", ".router.layer.")),
-    "minimax_m2": _SPARSE,
-    "mixtral": _SPARSE,
+    "minimax_m2": Family(renamed=_SPARSE, config={"shared_intermediate_size": 0}),
+    "mixtral": Family(renamed=_SPARSE),
     "olmoe": Family(),
     "qwen2_moe": Family(),
     "qwen3_5_moe": _QWEN3_5,
@@ -103,7 +105,7 @@ def mlx_config(content: Content, family: Family, quantization: dict[str, Any]) -
     for key, value in content.config.to_dict().items():
         if value is not None and key not in _CALLED_OTHERWISE and not key.startswith("_"):
             text.setdefault(key, value)
-    for key, value in _rope(content).items():
+    for key, value in (_rope(content) | family.config).items():
         text.setdefault(key, value)
     if family.model_type:
         if _TEXT not in config:
