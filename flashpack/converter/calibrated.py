@@ -10,7 +10,7 @@ Few tokens say little. H is mixed with that of all tokens, each scaled to the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -53,16 +53,20 @@ TYPICAL_TOKENS = 2**8
 CHUNK = 2**11
 """Tokens that are held as float32 at a time."""
 
+_COLUMNS = 2**8
+"""Of a moment that are held as float64 at a time."""
+
 Arrays = dict[str, NDArray[Any]]
 """Part -> stored array."""
 
 
 def expert_bytes(shapes: Mapping[str, tuple[int, int]]) -> int:
     """Memory that an expert with matrices of these ``shapes`` [out, in] takes while it is calibrated, at most: float32
-    of Hessians, of copies of the matrices, and of ``CHUNK`` tokens. The factors hold what was measured."""
+    of Hessians, of copies of the matrices, and of ``CHUNK`` tokens. The factors hold what was measured, with a tenth
+    to spare and what the allocator keeps of the experts before."""
     hidden, inner = shapes["up"][1], shapes["down"][1]
     weights = sum(rows * width for rows, width in shapes.values())
-    return 4 * (4 * hidden**2 + 12 * inner**2 + 5 * weights + 2 * CHUNK * (hidden + 6 * inner))
+    return 4 * (8 * hidden**2 + 14 * inner**2 + 5 * weights + 5 * CHUNK * (hidden + 6 * inner) // 2)
 
 
 class LayerCalibration:
@@ -115,8 +119,8 @@ class LayerCalibration:
         with self._lock, one_thread():
             if self._hessian is None:
                 tokens = spaced(len(self._tokens.inputs), LAYER_TOKENS)
-                total = sum((x.T @ x for x in self.inputs(tokens)), torch.zeros((), device=self.device))
-                self._hessian = total / _mean_diagonal(total)
+                total = moment(self._tokens.inputs.shape[1], self.inputs(tokens), self.device)
+                self._hessian = total.div_(_mean_diagonal(total))
             return self._hessian
 
     def inputs(self, tokens: NDArray[np.intp]) -> Iterator[Tensor]:
@@ -189,8 +193,10 @@ class Expert:
         own = self._moment(2 * width, (self._intermediate(x) * w for x, w in self._own()))
         some = self._moment(2 * width, map(self._intermediate, self._layer.inputs(self._layer.sample())))
         mixed = self._mixed(*(m / _mean_diagonal(m[width:, width:]) for m in (own, some)))
-        hessian = damped(mixed[width:, width:])
-        return own, hessian, mixed[:width, width:] + torch.diag(hessian.diagonal() - mixed[width:, width:].diagonal())
+        hessian = damped(mixed[width:, width:].clone())
+        cross = mixed[:width, width:]
+        cross.diagonal().add_(hessian.diagonal() - mixed[width:, width:].diagonal())
+        return own, hessian, cross
 
     def encode_first(self, encodings: Mapping[str, Encoding]) -> None:
         """gate and up, those that have an encoding here."""
@@ -251,7 +257,7 @@ class Expert:
 
     def _moment(self, width: int, inputs: Iterator[Tensor]) -> Tensor:
         """The sum of x x^T over x [width]."""
-        total = sum((x.T @ x for x in inputs), torch.zeros(width, width, device=self._layer.device))
+        total = moment(width, inputs, self._layer.device)
         if not bool(total.isfinite().all()):
             raise SourceError(f"expert {self._number}: what it does with the calibration's tokens is not finite")
         return total
@@ -259,12 +265,21 @@ class Expert:
     def _mixed(self, own: Tensor, shared: Tensor) -> Tensor:
         """Moments of one scale, of the expert's tokens and of all, by how much the former can say."""
         share = self._count / (self._count + PRIOR * len(own))
-        return own * share + shared * (1 - share)
+        return (own * share).add_(shared * (1 - share))
+
+
+def moment(width: int, inputs: Iterable[Tensor], device: torch.device) -> Tensor:
+    """The sum of x x^T over ``inputs`` [tokens, width]: float32 [width, width]."""
+    total = torch.zeros(width, width, device=device)
+    for x in inputs:
+        total += x.T @ x
+    return total
 
 
 def damped(hessian: Tensor) -> Tensor:
-    """``hessian`` with ``DAMPING``."""
-    return hessian + torch.eye(len(hessian)).to(hessian) * (DAMPING * _mean_diagonal(hessian))
+    """``hessian``, now with ``DAMPING``."""
+    hessian.diagonal().add_(DAMPING * _mean_diagonal(hessian))
+    return hessian
 
 
 def _mean_diagonal(moment: Tensor) -> Tensor:
@@ -274,9 +289,10 @@ def _mean_diagonal(moment: Tensor) -> Tensor:
 
 
 def _energy(matrix: Tensor, moment: Tensor) -> float:
-    """The squares of what ``matrix`` gives, summed over the tokens of ``moment``."""
+    """The squares of what ``matrix`` gives, summed over the tokens of ``moment``, which is widened piece by piece."""
     wide = matrix.double()
-    return max(0.0, float(((wide @ moment.double()) * wide).sum()))
+    pieces = zip(torch.split(wide, _COLUMNS, dim=1), torch.split(moment, _COLUMNS, dim=1), strict=True)
+    return max(0.0, sum(float((wide @ m.double()).mul_(w).sum()) for w, m in pieces))
 
 
 def spaced(count: int, most: int) -> NDArray[np.intp]:

@@ -54,7 +54,7 @@ def feedback(hessian: Tensor) -> Tensor:
     # Turned by half a turn, the lower factor of the matrix that was turned so is upper, and H = V V^T.
     lower: Tensor = torch.linalg.cholesky(hessian.flip(-1, -2))
     upper = lower.flip(-1, -2)
-    return upper / upper.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+    return upper.div_(upper.diagonal(dim1=-2, dim2=-1).clone().unsqueeze(-2))
 
 
 def _round(source: Tensor, feedback: Tensor, grid: Grid) -> Tensor:

@@ -145,7 +145,8 @@ def watch():
 thread = threading.Thread(target=watch)
 thread.start()
 values = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
-layer.encode(0, dict.fromkeys(shapes, affine_dq(2)), values, {})
+for expert in range(4):
+    layer.encode(expert, dict.fromkeys(shapes, affine_dq(2)), values, {})
 done.set()
 thread.join()
 print(peak[0] - before, expert_bytes(shapes))
