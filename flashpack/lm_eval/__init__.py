@@ -14,7 +14,7 @@ NAME = "flashpack"
 def register() -> None:
     """Make ``--model flashpack`` known to lm_eval. Raises ``UsageError`` where lm_eval is not installed."""
     try:
-        from lm_eval.api.registry import model_registry  # type: ignore[import-not-found, unused-ignore]
+        from lm_eval.api.registry import model_registry  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ModuleNotFoundError as e:
         raise UsageError(f"lm_eval cannot be imported ({e}): pip install 'flashpack-moe[eval]'") from e
     # With a class in the place of its name, lm_eval has used it already, and refuses to have it named again.

@@ -12,7 +12,7 @@ def main() -> None:
     """Run lm_eval; errors of flashpack are one line on stderr, with their exit code."""
     try:
         register()
-        from lm_eval.__main__ import cli_evaluate  # type: ignore[import-not-found, unused-ignore]
+        from lm_eval.__main__ import cli_evaluate  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
         cli_evaluate()
     except FlashpackError as e:

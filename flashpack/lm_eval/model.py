@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found, unused-ignore]
+from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from tqdm import tqdm
 
 from flashpack.errors import UsageError
