@@ -107,6 +107,8 @@ def mlx_config(content: Content, family: Family, quantization: dict[str, Any]) -
             text.setdefault(key, value)
     for key, value in (_rope(content) | family.config).items():
         text.setdefault(key, value)
+    if "linear_attention" in text.get("layer_types", ()):
+        text["full_attention_interval"] = full_attention_interval(content, text["layer_types"])
     if family.model_type:
         if _TEXT not in config:
             config = {key: config[key] for key in ("architectures", "dtype") if key in config}
@@ -123,3 +125,13 @@ def _rope(content: Content) -> dict[str, Any]:
     found: dict[str, Any] = {k: rope[k] for k in ("rope_theta", "partial_rotary_factor") if k in rope}
     found["rope_scaling"] = None if kind == "default" else rope | {"type": kind}
     return found
+
+
+def full_attention_interval(content: Content, kinds: list[str]) -> int:
+    """Every which layer has full attention; mlx-lm and Flash-MoE read no list. Raises ``UnsupportedError``."""
+    every = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
+    if kinds != ["linear_attention" if n % every else "full_attention" for n in range(1, len(kinds) + 1)]:
+        raise UnsupportedError(
+            f"{content.pack.folder}: layers with full attention are at no regular distances"
+        )
+    return every
