@@ -159,25 +159,33 @@ class Content:
             if expected.get(name) != found.get(name):
                 raise FormatError(f"{self.pack.folder}: config.json and manifest disagree about the tensor {name}")
 
+    def peek(self, name: str) -> Stored:
+        """A dense tensor or matrix, its parts mapped. Its bytes are not proven, and count for no progress."""
+        shape, encoding = self.dense[name]
+        return Stored(name, shape, encoding, {p: self.pack.map_tensor(n) for p, n in self._parts(name).items()})
+
     def tensor(self, name: str) -> Stored:
         """A dense tensor or matrix, its parts mapped. Its bytes are proven."""
-        shape, encoding = self.dense[name]
-        names = self._matrices[name].tensor_names() if name in self._matrices else {"weight": name}
-        parts = {}
-        for part, stored in names.items():
-            parts[part] = self.pack.map_tensor(stored)
+        found = self.peek(name)
+        for part, stored in self._parts(name).items():
             entry = self.pack.tensors[stored]
-            if hexdigest(np.ascontiguousarray(parts[part]).data.cast("B")) != entry.digest:
+            if hexdigest(np.ascontiguousarray(found.parts[part]).data.cast("B")) != entry.digest:
                 raise self._damaged(f"{self.pack.folder / entry.path}: tensor {stored}")
             self._progress(entry.nbytes)
-        return Stored(name, shape, encoding, parts)
+        return found
 
-    def experts(self, layer: Layer) -> Iterator[Expert]:
-        """The experts of a layer, in order."""
+    def _parts(self, name: str) -> dict[str, str]:
+        """Part -> stored tensor."""
+        return self._matrices[name].tensor_names() if name in self._matrices else {"weight": name}
+
+    def experts(self, layer: Layer, count: int | None = None) -> Iterator[Expert]:
+        """The experts of a layer, in order; the first ``count`` of them, for a look that counts for no progress."""
         with self.pack.open_shard(layer) as shard:
-            self._progress(self.pack.files[layer.path].size - sum(shard.tail.spans))
-            for number in range(layer.experts):
+            progress = self._progress if count is None else _nothing
+            progress(self.pack.files[layer.path].size - sum(shard.tail.spans))
+            for number in range(layer.experts if count is None else count):
                 yield self._expert(shard, layer, number)
+                progress(shard.extent(number)[1])
 
     def _expert(self, shard: Shard, layer: Layer, number: int) -> Expert:
         offset, span = shard.extent(number)
@@ -187,7 +195,6 @@ class Content:
         kind = shard.kind(number)
         record = memoryview(bytearray(kind.stride))
         shard.decode(number, stored, record)
-        self._progress(span)
         arrays = {
             s.name: np.frombuffer(record[s.offset : s.offset + s.nbytes], NUMPY[s.dtype]).reshape(s.shape)
             for s in kind.sections
@@ -223,7 +230,10 @@ class Content:
             part = getattr(whole, name, None)
             if part is not None and part is not text and text is not whole:
                 what = name.removesuffix("_config").replace("_", " ")
-                lines.append(f"the checkpoint's {what} part is in no pack, so it is not exported")
+                line = f"the checkpoint's {what} part is in no pack, so it is not exported"
+                if self.config.get_text_config(decoder=True) is not self.config:
+                    line += f"; {type(self.model).__name__} has a place for it, which transformers fills at random"
+                lines.append(line)
         for name in _MORE_LAYERS:
             if getattr(text, name, None) or getattr(whole, name, None):
                 lines.append(f"layers that predict further tokens ({name}) are in no pack, so they are not exported")
@@ -231,3 +241,7 @@ class Content:
 
     def _damaged(self, what: str) -> IntegrityError:
         return IntegrityError(f"{what}: is damaged; run 'flashpack verify {self.pack.folder}', then 'flashpack repair'")
+
+
+def _nothing(count: int) -> None:
+    pass

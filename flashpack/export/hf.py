@@ -69,18 +69,17 @@ class Rounding:
 
 def prepare(content: Content, options: Options) -> Prepared:
     """The checkpoint of ``content``; writes nothing."""
-    options.choose("hf", "bf16")
+    if options.choose("hf", "bf16", "compressed") == "compressed":
+        from flashpack.export.compressed import prepare_compressed
+
+        return prepare_compressed(content, options)
     dtype = float_type(content)
     rounding = Rounding(dtype)
     names = Names(content.model)
     jobs = [dense_job(content, group, dtype, rounding) for group in dense_groups(content, names)]
     jobs += [experts_job(content, layer, names, dtype, rounding) for layer in content.layers]
     config, losses = model_config(content, None)
-
-    def done() -> list[str]:
-        return rounding.losses()
-
-    return checkpoint(content, options, jobs, config, losses, done)
+    return checkpoint(content, options, jobs, config, losses, rounding.losses)
 
 
 def checkpoint(
