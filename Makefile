@@ -1,4 +1,4 @@
-# Each of `make demo` and `make test` does all of its own set-up: a virtual environment in .venv with pinned versions.
+# Each of `make demo`, `make test` and `make docs` does all of its own set-up: a virtual environment in .venv with pinned versions.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ ifeq ($(shell uname -s),Linux)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: demo test check venv clean
+.PHONY: demo test check docs venv clean
 
 demo: venv
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh
@@ -25,6 +25,10 @@ check: venv
 	@$(BIN)/ruff format --check -q .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache | tail -n 3
+
+docs: venv
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
+	@echo "== build/site/index.html"
 
 venv: $(VENV)/installed
 

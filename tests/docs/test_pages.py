@@ -1,0 +1,62 @@
+"""Every command of every page is run, or says why not and is at least one that flashpack has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.docs.grammar import complaint, complaint_of_mention
+from tests.docs.pages import PAGES, REASONS, RUN, blocks, calls, prose
+from tests.docs.place import Shelf
+from tests.docs.running import run
+from tests.docs.shell import prepared
+
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+RUNNABLE = [
+    name
+    for name, page in zip(NAMES, PAGES, strict=True)
+    if any(b.language in RUN and not b.reason for b in blocks(page))
+]
+
+_INSTALLS = re.compile(r"(sudo|apt|apt-get|brew|make|pip|git)\b|python3? -m (pip|venv)")
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shelf]:
+    folder = tmp_path_factory.mktemp("docs")
+    with prepared(folder) as programs:
+        (folder / "shelf").mkdir()
+        yield Shelf.made(folder / "shelf", programs)
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_the_commands_of_a_page_do_what_it_says(name: str, shelf: Shelf, tmp_path: Path) -> None:
+    chosen = [b for b in blocks(ROOT / name) if b.language in RUN and not b.reason]
+    for command in (c for b in chosen for c in b.commands()):
+        assert not _INSTALLS.match(command.text), f"{command.where}: not in a test; mark the block as not run"
+    complaints = [outcome.complaint() for outcome in run(chosen, shelf, tmp_path)]
+    assert not any(complaints), "\n".join(filter(None, complaints))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_commands_that_are_not_run_are_ones_that_flashpack_has(name: str) -> None:
+    for block in blocks(ROOT / name):
+        assert not block.reason or block.reason in REASONS, f"{block.where()}: {block.reason!r} is no reason"
+        commands = block.commands()
+        if block.language in {"", "text"}:
+            assert block.language or not re.search(r"^(\$ )?flashpack ", block.text, re.M), (
+                f"{block.where()}: sh or console?"
+            )
+        for command in commands:
+            for arguments in calls(command.text):
+                assert not (said := complaint(arguments)), f"{command.where}: {said}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_commands_that_are_mentioned_have_their_options(name: str) -> None:
+    mentions = re.findall(r"`(flashpack\s[^`]*)`", prose(ROOT / name))
+    assert [said for text in mentions if (said := complaint_of_mention(text))] == []
