@@ -33,7 +33,7 @@ def prepare(content: Content, options: Options) -> Prepared:
     specs: list[TensorSpec] = []
     for tensor in dense:
         if (mode := mode_of(tensor.encoding, tensor.source)) is not None:
-            modes[tensor.stem] = mode
+            modes |= dict.fromkeys(_modules(tensor.stem, family), mode)
         specs += tensor.specs
     for layer in content.layers:
         kind = only_kind(content, layer)
@@ -64,7 +64,22 @@ def prepare(content: Content, options: Options) -> Prepared:
         return []
 
     nbytes = tensors.nbytes + sum(map(len, small.values()))
-    return Prepared(nbytes, write, [*content.left_out(), *shifted_losses(dense)])
+    losses = [*content.left_out(), *shifted_losses(dense), *_split_losses(dense, family)]
+    return Prepared(nbytes, write, losses)
+
+
+def _modules(stem: str, family: Family) -> list[str]:
+    """The modules of mlx-lm whose weight the tensor ``stem`` becomes."""
+    matrix, parts = family.split
+    return [stem.removesuffix(matrix) + part for part in parts] if matrix and stem.endswith(matrix) else [stem]
+
+
+def _split_losses(dense: list[DenseTensor], family: Family) -> list[str]:
+    """A line on quantized matrices that mlx-lm cuts in two, and quantizes anew, when it loads them."""
+    again = [tensor for tensor in dense if tensor.encoding.quantized and len(_modules(tensor.stem, family)) > 1]
+    return [f"{len(again)} matrices {family.split[0][1:]} will be quantized once more by mlx-lm when it loads"] * bool(
+        again
+    )
 
 
 def only_kind(content: Content, layer: Layer) -> RecordKind:

@@ -27,7 +27,8 @@ class Family:
     ``prefix`` stands before all names; ``renamed`` replaces one part of a name by another; ``experts`` is the module
     with the stacked experts. ``shifted``: mlx-lm computes ``x * w`` where transformers has ``x * (1 + w)``, and stores
     norm weights with 1 added. ``model_type``, if not the pack's; its configuration of the text lies in ``text_config``.
-    ``config``: what mlx-lm asks for in the configuration, and transformers' has not.
+    ``config``: what mlx-lm asks for in the configuration, and transformers' has not. ``split``: a matrix that mlx-lm
+    makes two modules of when it loads; it quantizes them then, if the matrix was quantized.
     """
 
     prefix: str = ""
@@ -36,6 +37,7 @@ class Family:
     shifted: bool = False
     model_type: str = ""
     config: dict[str, Any] = field(default_factory=dict)
+    split: tuple[str, tuple[str, str]] = ("", ("", ""))
 
     def name(self, name: str) -> str:
         """The name of a dense tensor, or of its part."""
@@ -51,6 +53,7 @@ _QWEN3_5 = Family("language_model.", shifted=True, model_type="qwen3_5_moe")
 _SPARSE = (".mlp.", ".block_sparse_moe.")
 
 FAMILIES = {
+    "deepseek_v3": Family(split=(".kv_b_proj", (".embed_q", ".unembed_out"))),
     "glm4_moe": Family(),
     "gpt_oss": Family(experts="experts"),
     "granitemoe": Family(renamed=(".router.", ".router.layer.")),
@@ -131,7 +134,5 @@ def full_attention_interval(content: Content, kinds: list[str]) -> int:
     """Every which layer has full attention; mlx-lm and Flash-MoE read no list. Raises ``UnsupportedError``."""
     every = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
     if kinds != ["linear_attention" if n % every else "full_attention" for n in range(1, len(kinds) + 1)]:
-        raise UnsupportedError(
-            f"{content.pack.folder}: layers with full attention are at no regular distances"
-        )
+        raise UnsupportedError(f"{content.pack.folder}: layers with full attention are at no regular distances")
     return every
