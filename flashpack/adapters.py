@@ -61,9 +61,37 @@ class Unstack:
 
     experts: int
 
+    @property
+    def reverse_op(self) -> Flatten:
+        """What undoes it."""
+        return Flatten()
+
+
+class Flatten:
+    """An operation of an export: [E, rows, width] -> [E * rows, width], of each tensor."""
+
+    def convert(self, tensors: dict[str, Tensor], **_: Any) -> dict[str, Tensor]:
+        """``tensors`` by pattern."""
+        return {pattern: tensor.flatten(0, 1) for pattern, tensor in tensors.items()}
+
+
+class Bind:
+    """An operation of an export: E tensors -> one [E, ...]."""
+
+    def convert(
+        self, tensors: dict[str, list[Tensor]], source_patterns: list[str], target_patterns: list[str], **_: Any
+    ) -> dict[str, Tensor]:
+        """``tensors`` by pattern of the source -> by pattern of the target."""
+        return {target_patterns[0]: torch.stack([tensors[pattern][0] for pattern in source_patterns])}
+
 
 class Unbind:
     """An operation of a loader map: one tensor [E, ...] -> E tensors."""
+
+    @property
+    def reverse_op(self) -> Bind:
+        """What undoes it."""
+        return Bind()
 
     def convert(self, tensors: dict[str, list[Tensor]], target_patterns: list[str], **_: Any) -> dict[str, Tensor]:
         """``tensors`` by pattern of the source -> by pattern of the target."""

@@ -95,7 +95,7 @@ class _GlobalScales:
         ]
         if self.differing:
             lines.append(
-                f"in {self.differing:,} of {self.experts:,} experts gate and up have a weight_global_scale of their own; "
+                f"in {self.differing:,} of {self.experts:,} experts gate and up have different weight_global_scales; "
                 f"vLLM takes gate's for both"
             )
         return lines

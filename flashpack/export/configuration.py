@@ -23,7 +23,14 @@ def model_config(content: Content, quantization: dict[str, Any] | None) -> tuple
     """config.json of the language model, which says that weights are stored as ``quantization``, and the losses."""
     from transformers import CONFIG_MAPPING
 
+    from flashpack.adapters import without_weights
+
     raw, config, losses = _json(content), content.config, content.left_out()
+    if none := without_weights(content.model):
+        losses.append(
+            f"experts {none[0]} to {none[-1]} have no weights, and as in published checkpoints none are written; "
+            f"transformers 5.23 asks for them all the same, and does not load this"
+        )
     architecture = type(content.model).__name__
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING or type(config) is not CONFIG_MAPPING[kind]:
