@@ -41,36 +41,59 @@ class Simulated:
         return Hits(self.decoded.found + self.prompt.found, self.decoded.asked + self.prompt.asked)
 
 
-def requests(routing: Routing) -> Iterator[Request]:
-    """What the store is asked for, in this order: a request for each layer of each step."""
+class Requests:
+    """What the store was asked for, in this order: a request for each layer of each step.
+
+    ``by_size``: those for the records of each size. ``width``: experts of a layer, for ``policies``. ``prompt``: which
+    steps are chunks of prompts.
+    """
+
+    def __init__(self, routing: Routing) -> None:
+        self.width = routing.record_bytes.shape[1]
+        self.prompt: list[bool] = routing.prompt[np.diff(routing.steps, prepend=np.int32(-1)) == 1].tolist()
+        strides = list(routing.stride_counts())
+        if len(strides) == 1:
+            self.by_size = {strides[0]: list(_requests(routing))}
+            return
+        self.by_size = {stride: [] for stride in strides}
+        stride_of = routing.record_bytes.reshape(-1).tolist()
+        for step, keys in _requests(routing):
+            parts: dict[int, list[int]] = {}
+            for key in keys:
+                parts.setdefault(stride_of[key], []).append(key)
+            for stride, part in parts.items():
+                self.by_size[stride].append((step, part))
+
+    def fit(self, slots: dict[int, int]) -> bool:
+        """Whether every request has a slot for each of its experts: then a run's hits are those of a simulation."""
+        return all(len(keys) <= slots[stride] for stride, asked in self.by_size.items() for _, keys in asked)
+
+    def simulate(self, slots: dict[int, int], policy: MakePolicy) -> Simulated:
+        """Hits of ``policy`` with ``slots`` for each record size, from empty caches."""
+        found, asked = [0, 0], [0, 0]
+        for stride, wanted in self.by_size.items():
+            cache = policy(slots[stride], self.width, wanted)
+            for (step, keys), hits in zip(wanted, replay(cache, wanted), strict=True):
+                found[self.prompt[step]] += hits
+                asked[self.prompt[step]] += len(keys)
+        return Simulated(*(Hits(*pair) for pair in zip(found, asked, strict=True)))
+
+
+def _requests(routing: Routing) -> Iterator[Request]:
     width = routing.record_bytes.shape[1]
     first_keys = np.arange(len(routing.layers))[:, None] * width
     ends = [*(np.flatnonzero(np.diff(routing.steps)) + 1).tolist(), len(routing.steps)]
     begin = 0
     for step, end in enumerate(ends):
         chosen = routing.experts[begin:end].astype(np.int64)
-        if end - begin == 1:
-            rows = np.sort(chosen[0], axis=1)
-            whole = bool(rows.max() != routing.none)
-            for keys, row in zip((rows + first_keys).tolist(), rows.tolist(), strict=True):
-                yield step, keys if whole else keys[: row.index(routing.none) if routing.none in row else None]
+        if end - begin == 1 and chosen.max() != routing.none:
+            for keys in (np.sort(chosen[0], axis=1) + first_keys).tolist():
+                yield step, keys
         else:
             for at in range(chosen.shape[1]):
                 used = np.unique(chosen[:, at])
                 yield step, (used[used != routing.none] + at * width).tolist()
         begin = end
-
-
-def simulate(routing: Routing, slots: dict[int, int], policy: MakePolicy) -> Simulated:
-    """Hits of ``policy`` with ``slots`` for each record size, from empty caches."""
-    prompt = routing.prompt[np.flatnonzero(np.diff(routing.steps, prepend=np.int32(-1)))].tolist()
-    found, asked = [0, 0], [0, 0]
-    for stride, one_size in _by_size(routing).items():
-        cache = policy(slots[stride], routing.record_bytes.shape[1], one_size)
-        for (step, keys), hits in zip(one_size, replay(cache, one_size), strict=True):
-            found[prompt[step]] += hits
-            asked[prompt[step]] += len(keys)
-    return Simulated(*(Hits(*pair) for pair in zip(found, asked, strict=True)))
 
 
 def hit_rate(routing: Routing, slots: dict[int, int] | int) -> float:
@@ -83,7 +106,7 @@ def hit_rate(routing: Routing, slots: dict[int, int] | int) -> float:
         if len(strides) > 1:
             raise UsageError(f"the experts are of {len(strides)} sizes: give the slots of each")
         slots = dict.fromkeys(strides, slots)
-    return simulate(routing, slots, Runtime).decoded.rate
+    return Requests(routing).simulate(slots, Runtime).decoded.rate
 
 
 def slots_of_share(routing: Routing, share: float) -> dict[int, int]:
@@ -108,28 +131,29 @@ def slots_of_memory(routing: Routing, memory: int) -> dict[int, int]:
     return budgets._slots(counts, least.slots, memory - least.total)
 
 
-def arena_bytes(slots: dict[int, int]) -> int:
-    """Bytes of experts in ``slots``."""
-    return sum(stride * count for stride, count in slots.items())
+def overlap(routing: Routing) -> float:
+    """Mean share of a token's experts of a layer that the token before it, of the same context, used there as well."""
+    follows = np.flatnonzero(np.diff(routing.positions) == 1) + 1
+    shares = []
+    for layer, count in _layers(routing):
+        used = np.zeros((len(layer), count + 1), np.bool_)
+        np.put_along_axis(used, np.minimum(layer, count).astype(np.intp), True, axis=1)
+        used = used[:, :count]  # behind it is no expert
+        both = np.count_nonzero(used[follows] & used[follows - 1], axis=1)
+        shares.append(both / np.maximum(1, np.count_nonzero(used[follows], axis=1)))
+    return float(np.mean(shares)) if len(follows) else 0.0
 
 
-def fits(routing: Routing, slots: dict[int, int]) -> bool:
-    """Whether every request has a slot for each of its experts: then a run's hits are those of a simulation."""
-    return all(len(keys) <= slots[stride] for stride, one_size in _by_size(routing).items() for _, keys in one_size)
+def busiest_tenth(routing: Routing) -> float:
+    """Share of all uses that go to the most used tenth of a layer's experts; mean over layers."""
+    shares = []
+    for layer, count in _layers(routing):
+        uses = np.sort(np.bincount(layer[layer < count], minlength=count))
+        shares.append(uses[-max(1, round(count / 10)) :].sum() / max(1, uses.sum()))
+    return float(np.mean(shares))
 
 
-def _by_size(routing: Routing) -> dict[int, list[Request]]:
-    """The requests of each record size."""
-    sizes = routing.record_bytes.reshape(-1)
-    strides = list(routing.stride_counts())
-    if len(strides) == 1:
-        return {strides[0]: list(requests(routing))}
-    found: dict[int, list[Request]] = {stride: [] for stride in strides}
-    stride_of = sizes.tolist()
-    for step, keys in requests(routing):
-        parts: dict[int, list[int]] = {}
-        for key in keys:
-            parts.setdefault(stride_of[key], []).append(key)
-        for stride, part in parts.items():
-            found[stride].append((step, part))
-    return found
+def _layers(routing: Routing) -> Iterator[tuple[np.ndarray, int]]:
+    """Experts [tokens, top_k] of each layer, and how many it has."""
+    counts = np.count_nonzero(routing.record_bytes, axis=1).tolist()
+    return zip(np.moveaxis(routing.experts, 1, 0), counts, strict=True)
