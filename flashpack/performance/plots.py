@@ -25,12 +25,14 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
+    "axes.axisbelow": True,
     "axes.edgecolor": "#888888",
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": 11,
     "grid.color": "#dddddd",
+    "hatch.color": "white",
     "legend.frameon": False,
     "lines.linewidth": 1.4,
     "lines.markersize": 4,
@@ -100,8 +102,8 @@ def draw(path: Path, *charts: Chart | Bars) -> None:
     kind = path.suffix.lower().removeprefix(".")
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(7.2, 4.4 * len(charts)), layout="constrained")
-        for place, chart in enumerate(charts, 1):
-            axes = figure.add_subplot(len(charts), 1, place)
+        for part, chart in zip(figure.subfigures(len(charts), 1, squeeze=False)[:, 0], charts, strict=True):
+            axes = part.add_subplot()
             axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
             if isinstance(chart, Chart):
                 _fill(axes, chart)
