@@ -1,0 +1,75 @@
+"""flashpack card"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flashpack.cli.bars import Bars
+from flashpack.cli.console import quiet_libraries
+
+if TYPE_CHECKING:
+    from flashpack.formats import Pack
+
+Base = Annotated[
+    str | None, typer.Option("--base-model", help="ORG/MODEL[@REVISION] that the pack was made of, as hubs know it.")
+]
+License = Annotated[str | None, typer.Option(help="The model's license, as hubs name it, for example apache-2.0.")]
+Source = Annotated[
+    str | None,
+    typer.Option(help="The checkpoint, folder or hf://..., to look up license, revision and what was left out."),
+]
+Evaluations = Annotated[
+    list[Path], typer.Option("--eval", help="Output of flashpack eval --json; its name is the text's. Repeatable.")
+]
+
+
+def card(
+    pack: Path = typer.Argument(..., help="Folder of the pack."),
+    repo: str | None = typer.Argument(None, help="Where it will be, ORG/NAME; for its title and the commands."),
+    base_model: Base = None,
+    license: License = None,
+    source: Source = None,
+    evaluations: Evaluations = [],  # noqa: B006 - typer copies it
+) -> None:
+    """Print a model card for a pack. Base model, recipe, sizes, quality, checksums, and how to run it.
+
+    Reads the whole pack for the checksums. The card is no part of a pack: keep it elsewhere, or let push send it.
+    """
+    quiet_libraries(source or "")
+    from flashpack.formats import Pack
+    from flashpack.hub.push import check_name
+
+    name = None if repo is None else check_name(repo)
+    text, _ = written(Pack(pack), name, base_model, license, source, evaluations)
+    print(text, end="")
+
+
+def quiet_hub() -> None:
+    """Keep what huggingface_hub logs, signed addresses among it, and its bars where nobody sees them, out of stderr."""
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+
+
+def written(
+    pack: Pack, repo: str | None, base_model: str | None, license: str | None, source: str | None, found: list[Path]
+) -> tuple[str, dict[str, str]]:
+    """The card, and the checksums that it tells."""
+    from flashpack.cli.quality import quality_lines
+    from flashpack.hub.card import card, checksums, read_evaluation
+    from flashpack.hub.source import describe
+
+    evaluations = {path.stem: read_evaluation(path) for path in found}
+    base = describe(base_model, license, source)
+    lines = [" ".join(line.removeprefix("quality").split()) for line in quality_lines(pack)]
+    weights = [line for line in lines if not line.startswith("page:")]
+    with Bars() as bars:
+        bars.begin("checksums", sum(entry.size for entry in pack.files.values()))
+        sums = checksums(pack, bars.advance)
+    return card(pack, sums, repo, base, evaluations, weights), sums
