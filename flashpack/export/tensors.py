@@ -67,6 +67,8 @@ class Tensors:
         raw = np.ascontiguousarray(data).data.cast("B")
         if at + len(raw) > tensor.nbytes:
             raise FormatError(f"{file}: tensor {name}: more than its {tensor.nbytes} bytes")
+        if len(raw) > self._left[file]:
+            raise FormatError(f"{file}: tensor {name}: written twice")
         with output_errors(self._folder / file):
             pwrite(self._descriptor(file), raw, tensor.offset + at)
             self._left[file] -= len(raw)
