@@ -95,8 +95,11 @@ def prepare(content: Content, options: Options) -> Prepared:
     table, size = _table([spec for d in dense for spec in d.specs])
     top = {"model": where.name, "num_tensors": len(table), "tensors": table, "config": config}
     small = {"model_weights.json": _json(top)}
+    components, expert_size = expert_layout(record)
     if folder == _FOLDERS[4]:
-        small[f"{folder}/layout.json"] = _json(_layout(content, record))
+        numbers = {"num_layers": len(content.layers), "num_experts": content.layers[0].experts}
+        layout = {"expert_size": expert_size, **numbers, "components": components}
+        small[f"{folder}/layout.json"] = _json(layout)
     if "tokenizer.json" in content.copies():
         small["tokenizer.json"] = content.copy("tokenizer.json")
 
@@ -109,12 +112,12 @@ def prepare(content: Content, options: Options) -> Prepared:
                 for spec, array in zip(d.specs, arrays, strict=True):
                     put(table[spec.name]["offset"], array)
         for layer in content.layers:
-            _write_layer(content, layer, record, out, f"{folder}/layer_{layer.index:02}.bin")
+            _write_layer(content, layer, expert_size, out, f"{folder}/layer_{layer.index:02}.bin")
         for name, data in small.items():
             write_durably(out, name, data, C.PARTIAL_SUFFIX)
         return [f"{cast} tensors are rounded to bf16"] if cast else []
 
-    experts = sum(layer.experts for layer in content.layers) * _expert_size(record)
+    experts = sum(layer.experts for layer in content.layers) * expert_size
     losses = [*content.left_out(), *shifted_losses(tensors), *_losses(dense, config)]
     return Prepared(size + sum(map(len, small.values())) + experts, write, losses)
 
@@ -198,33 +201,16 @@ def _config(content: Content) -> dict[str, Any]:
     return found | {"layer_types": kinds}
 
 
-def _components(record: RecordKind) -> Iterator[TensorSpec]:
-    """The arrays of an expert, in order."""
+def expert_layout(record: RecordKind) -> tuple[list[dict[str, Any]], int]:
+    """``components`` of layout.json, the arrays of an expert in order, and the bytes of an expert."""
+    rows: list[dict[str, Any]] = []
+    end = 0
     for p in record.projections:
-        yield from part_specs(f"{p.name}_proj", p.encoding, p.shape)
-
-
-def _expert_size(record: RecordKind) -> int:
-    """Bytes of an expert."""
-    return sum(spec.nbytes for spec in _components(record))
-
-
-def _layout(content: Content, record: RecordKind) -> dict[str, Any]:
-    """layout.json."""
-    components: list[dict[str, Any]] = []
-    offset = 0
-    for spec in _components(record):
-        components.append(
-            {"name": spec.name, "offset": offset, "size": spec.nbytes, "dtype": spec.dtype, "shape": spec.shape}
-        )
-        offset += spec.nbytes
-    layers = content.layers
-    return {
-        "expert_size": offset,
-        "num_layers": len(layers),
-        "num_experts": layers[0].experts,
-        "components": components,
-    }
+        for spec in part_specs(f"{p.name}_proj", p.encoding, p.shape):
+            row = {"name": spec.name, "offset": end, "size": spec.nbytes, "dtype": spec.dtype, "shape": spec.shape}
+            rows.append(row)
+            end += spec.nbytes
+    return rows, end
 
 
 def _json(data: dict[str, Any]) -> bytes:
@@ -232,9 +218,8 @@ def _json(data: dict[str, Any]) -> bytes:
     return json.dumps(data, indent=2).encode()
 
 
-def _write_layer(content: Content, layer: Layer, record: RecordKind, out: Path, name: str) -> None:
-    """The file of a layer's experts."""
-    size = _expert_size(record)
+def _write_layer(content: Content, layer: Layer, size: int, out: Path, name: str) -> None:
+    """The file of a layer's experts, of ``size`` bytes each."""
     with _file(out, name, layer.experts * size) as put:
         for expert in content.experts(layer):
             at = expert.number * size
