@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import textwrap
@@ -57,7 +58,7 @@ class Block:
 
     def where(self, line: int = 0) -> str:
         """The place of the block's line ``line`` as editors understand it."""
-        return f"{self.page.relative_to(ROOT)}:{self.line + line}"
+        return f"{os.path.relpath(self.page, ROOT)}:{self.line + line}"
 
     def commands(self) -> list[Command]:
         """The commands of a block of the shell, and of its recording: after ``$``."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from tests.docs.grammar import complaint, complaint_of_mention
 from tests.docs.pages import PAGES, REASONS, RUN, blocks, calls, prose
 from tests.docs.place import Shelf
 from tests.docs.running import run
-from tests.docs.shell import prepared
 
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 RUNNABLE = [
@@ -23,14 +21,6 @@ RUNNABLE = [
 ]
 
 _INSTALLS = re.compile(r"(sudo|apt|apt-get|brew|make|pip|git)\b|python3? -m (pip|venv)")
-
-
-@pytest.fixture(scope="session")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shelf]:
-    folder = tmp_path_factory.mktemp("docs")
-    with prepared(folder) as programs:
-        (folder / "shelf").mkdir()
-        yield Shelf.made(folder / "shelf", programs)
 
 
 @pytest.mark.parametrize("name", RUNNABLE)

@@ -46,7 +46,11 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     reference = (tmp_path / "site" / "api.html").read_text()
-    for name in ("flashpack.converter.convert.convert", "flashpack.runtime.load.load", "flashpack.runtime.session.Session.answer"):
+    for name in (
+        "flashpack.converter.convert.convert",
+        "flashpack.runtime.load.load",
+        "flashpack.runtime.session.Session.answer",
+    ):
         assert f'id="{name}"' in reference
     assert "continues when called again" in reference  # a docstring
     shutil.rmtree(tmp_path / "site")
