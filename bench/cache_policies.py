@@ -1,9 +1,9 @@
 """Hit rates of expert cache policies on recorded routing: python bench/cache_policies.py TRACES_DIR
 
-TRACES_DIR has files ``routing_KIND.npz``, each with ``experts``, integers [tokens, layers, top-k]: the experts of one
-stream of text. The first half of each stream is for choosing (half-lives, mixtures), the second, from an empty cache,
-for judging; both tables name the half. A request is what the store asks for one layer of one token: all its experts are
-looked up, then the missing ones loaded, none of which may evict another of the same request.
+TRACES_DIR has files ``routing_KIND.npz`` or ``routing_KIND.routing`` (``flashpack trace``), each of one stream of text;
+every token is taken as decoded. The first half of each stream is for choosing (half-lives, mixtures), the second, from
+an empty cache, for judging; both tables name the half. Policies that ``flashpack trace --simulate`` compares are in
+``flashpack.performance.policies``, which says what a request is; here are those that were tried beside them.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ import argparse
 import heapq
 import random
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 
+from flashpack.formats.routing import Routing, read_routing
+from flashpack.performance.policies import Belady, Lru, MakePolicy, Policy, Request, Runtime, S3Fifo, lfu
+from flashpack.performance.policies import replay as hits_of
+from flashpack.performance.simulate import Requests
 from flashpack.runtime import cache as runtime_cache
 from flashpack.runtime.cache import ExpertCache
-
-Trace = npt.NDArray[np.int64]
-"""[tokens, layers, top-k], experts numbered over all layers: layer * experts + expert."""
 
 SIZES = (5, 10, 20, 30, 40, 50, 70)
 """Per cent of all experts."""
@@ -38,380 +39,278 @@ MIXTURES = {
     "2 to 512, longer": ((2, 8, 32, 128, 512), (0.03, 0.07, 0.2, 0.3, 0.4)),
 }
 
-
-class Shape(Protocol):
-    """What a policy may know of the model."""
-
-    layers: int
-    experts: int
+Keys = npt.NDArray[np.int64]
 
 
-class Model:
-    def __init__(self, layers: int, experts: int) -> None:
-        self.layers, self.experts = layers, experts
+class PerLayer:
+    """Each layer has its share of the slots, and a cache of its own."""
+
+    def __init__(self, make: MakePolicy, slots: int, width: int, requests: Sequence[Request]) -> None:
+        layers = max(keys[0] for _, keys in requests if keys) // width + 1
+        shares = [slots * (i + 1) // layers - slots * i // layers for i in range(layers)]
+        self._width = width
+        self._caches = [make(share, width, requests) for share in shares]
+
+    def request(self, step: int, keys: Sequence[int]) -> int:
+        return self._caches[keys[0] // self._width].request(step, keys) if keys else 0
 
 
-Policy = Callable[[Trace, int, Shape], int]
-"""(trace, slots, shape) -> hits"""
+def per_layer(make: MakePolicy) -> MakePolicy:
+    return lambda slots, width, requests: PerLayer(make, slots, width, requests)
 
 
-def requests(trace: Trace) -> Iterator[list[int]]:
-    for token in trace.tolist():
-        yield from token
-
-
-def lru(trace: Trace, slots: int, shape: Shape) -> int:
-    here: OrderedDict[int, None] = OrderedDict()
-    hits = 0
-    for request in requests(trace):
-        missing = []
-        for key in request:
-            if key in here:
-                here.move_to_end(key)
-                hits += 1
-            else:
-                missing.append(key)
-        for key in missing:
-            if len(here) >= slots:
-                here.popitem(last=False)
-            here[key] = None
-    return hits
-
-
-def lru_per_layer(trace: Trace, slots: int, shape: Shape) -> int:
-    """Each layer has its share of the slots."""
-    shares = [slots * (i + 1) // shape.layers - slots * i // shape.layers for i in range(shape.layers)]
-    return sum(lru(trace[:, [i]], share, shape) for i, share in enumerate(shares))
-
-
-def s3_fifo(trace: Trace, slots: int, shape: Shape) -> int:
-    """Yang et al., SOSP 2023: a small queue (10 %) for newcomers, a main queue with two bits, a ghost queue."""
-    small: deque[int] = deque()
-    main: deque[int] = deque()
-    ghost: OrderedDict[int, None] = OrderedDict()
-    counts: dict[int, int] = {}
-    target = max(1, slots // 10)
-    hits = 0
-    for request in requests(trace):
-        missing = [key for key in request if key not in counts]
-        hits += len(request) - len(missing)
-        for key in request:
-            if key in counts:
-                counts[key] = min(3, counts[key] + 1)
-        for key in missing:
-            while len(counts) >= slots:
-                if len(small) >= target or not main:
-                    old = small.popleft()
-                    if counts[old]:
-                        counts[old] = 0
-                        main.append(old)
-                    else:
-                        del counts[old]
-                        ghost[old] = None
-                        if len(ghost) > slots:
-                            ghost.popitem(last=False)
-                else:
-                    old = main.popleft()
-                    if counts[old]:
-                        counts[old] -= 1
-                        main.append(old)
-                    else:
-                        del counts[old]
-            (main if key in ghost else small).append(key)
-            ghost.pop(key, None)
-            counts[key] = 0
-    return hits
-
-
-def least_stale(trace: Trace, slots: int, shape: Shape) -> int:
+class LeastStale:
     """After SpecMD: first go experts of layers done with in this token that the token did not use; each time the one
     used longest ago."""
-    keys = shape.layers * shape.experts
-    layer_of = np.arange(keys) // shape.experts
-    here = np.zeros(keys, np.bool_)
-    last = np.zeros(keys, np.int64)
-    hits = count = 0
-    for at, request in enumerate(trace.reshape(-1, trace.shape[2])):
-        token, layer = divmod(at, shape.layers)
-        missing = request[~here[request]]
-        hits += len(request) - len(missing)
-        last[request] = at
-        spare = count + len(missing) - slots
+
+    def __init__(self, slots: int, width: int, requests: Sequence[Request]) -> None:
+        keys = (max(keys[-1] for _, keys in requests if keys) // width + 1) * width
+        self._slots, self._width = slots, width
+        self._layer_of = np.arange(keys) // width
+        self._here = np.zeros(keys, np.bool_)
+        self._last = np.zeros(keys, np.int64)
+        self._at = self._count = self._begun = 0
+        self._step = -1
+
+    def request(self, step: int, keys: Sequence[int]) -> int:
+        if step != self._step:
+            self._step, self._begun = step, self._at
+        request = np.array(keys, np.int64)
+        missing = request[~self._here[request]]
+        self._last[request] = self._at
+        spare = self._count + len(missing) - self._slots
         if spare > 0:
-            held = request[here[request]]
-            here[held] = False
-            loose = np.flatnonzero(here)
-            here[held] = True
-            stale = (layer_of[loose] <= layer) & (last[loose] < token * shape.layers)
-            costs = last[loose] - 2 * trace.size * stale
-            here[loose[np.argpartition(costs, spare - 1)[:spare]]] = False
-            count -= spare
-        here[missing] = True
-        count += len(missing)
-    return hits
+            loose = loose_ones(self._here, request)
+            stale = (self._layer_of[loose] <= keys[0] // self._width) & (self._last[loose] < self._begun)
+            costs = self._last[loose] - 2**40 * stale
+            self._here[loose[np.argpartition(costs, spare - 1)[:spare]]] = False
+            self._count -= spare
+        self._here[missing] = True
+        self._count += len(missing)
+        self._at += 1
+        return len(request) - len(missing)
 
 
-def lecar(trace: Trace, slots: int, shape: Shape) -> int:
+def loose_ones(here: npt.NDArray[np.bool_], request: Keys) -> Keys:
+    """Keys that are ``here`` and not in the request."""
+    held = request[here[request]]
+    here[held] = False
+    loose = np.flatnonzero(here)
+    here[held] = True
+    return loose
+
+
+class LeCaR:
     """Vietri et al., HotStorage 2018: recency or frequency, by regret over two ghost lists."""
-    chance = random.Random(1)
-    here: OrderedDict[int, int] = OrderedDict()
-    ghosts: tuple[OrderedDict[int, tuple[int, int]], ...] = (OrderedDict(), OrderedDict())
-    weight = [0.5, 0.5]
-    heap: list[tuple[int, int, int]] = []
-    discount = 0.005 ** (1 / slots)
-    hits = clock = 0
-    for request in requests(trace):
-        held = set(request)
-        missing = []
-        for key in request:
-            clock += 1
+
+    def __init__(self, slots: int, width: int, requests: Sequence[Request]) -> None:
+        self._slots = slots
+        self._chance = random.Random(1)
+        self._here: OrderedDict[int, int] = OrderedDict()
+        self._ghosts: tuple[OrderedDict[int, tuple[int, int]], ...] = (OrderedDict(), OrderedDict())
+        self._weight = [0.5, 0.5]
+        self._heap: list[tuple[int, int, int]] = []
+        self._discount = 0.005 ** (1 / slots)
+        self._clock = 0
+
+    def request(self, step: int, keys: Sequence[int]) -> int:
+        here, held, missing = self._here, set(keys), []
+        for key in keys:
+            self._clock += 1
             if key in here:
-                hits += 1
                 here[key] += 1
                 here.move_to_end(key)
-                heapq.heappush(heap, (here[key], clock, key))
+                heapq.heappush(self._heap, (here[key], self._clock, key))
             else:
                 missing.append(key)
         for key in missing:
-            count = 1
-            for who, ghost in enumerate(ghosts):
-                if key in ghost:
-                    when, count = ghost.pop(key)
-                    weight[1 - who] *= np.exp(0.45 * discount ** (clock - when))
-                    weight = [w / sum(weight) for w in weight]
-                    count += 1
-            if len(here) >= slots:
-                who = int(chance.random() > weight[0])
-                old = next(k for k in here if k not in held)
-                if who:
-                    aside = []
-                    while (top := heapq.heappop(heap))[2] in held or here.get(top[2]) != top[0]:
-                        if top[2] in held and here.get(top[2]) == top[0]:
-                            aside.append(top)
-                    old = top[2]
-                    for entry in aside:
-                        heapq.heappush(heap, entry)
-                ghosts[who][old] = clock, here.pop(old)
-                if len(ghosts[who]) > slots:
-                    ghosts[who].popitem(last=False)
+            count = self._regret(key)
+            if len(here) >= self._slots:
+                self._evict(held)
             here[key] = count
-            heapq.heappush(heap, (count, clock, key))
-    return hits
+            heapq.heappush(self._heap, (count, self._clock, key))
+        return len(keys) - len(missing)
+
+    def _regret(self, key: int) -> int:
+        """Learn from a miss whose key was evicted lately; the uses it begins with."""
+        count = 1
+        for who, ghost in enumerate(self._ghosts):
+            if key in ghost:
+                when, count = ghost.pop(key)
+                self._weight[1 - who] *= np.exp(0.45 * self._discount ** (self._clock - when))
+                self._weight = [w / sum(self._weight) for w in self._weight]
+                count += 1
+        return count
+
+    def _evict(self, held: set[int]) -> None:
+        here, heap = self._here, self._heap
+        who = int(self._chance.random() > self._weight[0])
+        old = next(k for k in here if k not in held)
+        if who:
+            aside = []
+            while (top := heapq.heappop(heap))[2] in held or here.get(top[2]) != top[0]:
+                if top[2] in held and here.get(top[2]) == top[0]:
+                    aside.append(top)
+            old = top[2]
+            for entry in aside:
+                heapq.heappush(heap, entry)
+        self._ghosts[who][old] = self._clock, here.pop(old)
+        if len(self._ghosts[who]) > self._slots:
+            self._ghosts[who].popitem(last=False)
 
 
-def belady(trace: Trace, slots: int, shape: Shape) -> int:
-    """Evicts what is used furthest in the future."""
-    flat = trace.reshape(-1)
-    following = np.empty(len(flat), np.int64)
-    later: dict[int, int] = {}
-    for at in range(len(flat) - 1, -1, -1):
-        key = int(flat[at])
-        following[at] = later.get(key, len(flat))
-        later[key] = at
-    nexts = following.reshape(-1, trace.shape[2]).tolist()
-    here: dict[int, int] = {}
-    heap: list[tuple[int, int]] = []
-    hits = 0
-    for request, uses in zip(requests(trace), nexts, strict=True):
-        count = sum(key in here for key in request)
-        hits += count
-        spare = len(here) + len(request) - count - slots
-        for key, use in zip(request, uses, strict=True):
-            if key in here:
-                here[key] = use
-        held = set(request)
-        while spare > 0:
-            use, key = heapq.heappop(heap)
-            if here.get(key) == -use and key not in held:
-                del here[key]
-                spare -= 1
-        for key, use in zip(request, uses, strict=True):
-            here[key] = use
-            heapq.heappush(heap, (-use, key))
-    return hits
-
-
-class Scored:
+class Mixture:
     """Evicts by a score made of use rates with several half-lives, one row each; vectorised over all experts."""
 
-    def __init__(self, half_lives: tuple[int, ...], mixture: tuple[float, ...], per_layer: bool = False) -> None:
-        self.decay = 0.5 ** (1 / np.array(half_lives, np.float64))[:, None]
-        self.mixture = np.array(mixture)
-        self.per_layer = per_layer
-        self.replayed = (0, 0)
-        self.hits: list[int] = []  # by token, of the last replay
+    def __init__(self, slots: int, width: int, requests: Sequence[Request]) -> None:
+        keys = (max(keys[-1] for _, keys in requests if keys) // width + 1) * width
+        self._slots = slots
+        self._decay = 0.5 ** (1 / np.array(runtime_cache.HALF_LIVES, np.float64))[:, None]
+        self._mixture = np.array(runtime_cache.MIXTURE)
+        self._rates = np.zeros((len(self._decay), keys))
+        self._before = self._rates.copy()
+        self._score = np.zeros(keys)
+        self._here = np.zeros(keys, np.bool_)
+        self._count, self._step = 0, 0
+        self._used: list[int] = []
 
-    def __call__(self, trace: Trace, slots: int, shape: Shape) -> int:
-        if self.per_layer:
-            shares = [slots * (i + 1) // shape.layers - slots * i // shape.layers for i in range(shape.layers)]
-            lone = Model(1, shape.experts)
-            parts = [trace[:, [i]] - i * shape.experts for i in range(shape.layers)]
-            return sum(self._replay(part, share, lone) for part, share in zip(parts, shares, strict=True))
-        return self._replay(trace, slots, shape)
+    def learn(self, rates: npt.NDArray[np.float64], used: list[int]) -> None:
+        """Change the mixture; ``rates`` are those before ``used``, the keys of the step before, were."""
 
-    def learn(self, rates: npt.NDArray[np.float64], used: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """The mixture from now on; ``rates`` are those before ``used`` were."""
-        return self.mixture
-
-    def _replay(self, trace: Trace, slots: int, shape: Shape) -> int:
-        keys = shape.layers * shape.experts
-        rates = np.zeros((len(self.decay), keys))
-        here = np.zeros(keys, np.bool_)
-        count = 0
-        self.hits, self.replayed = [], (id(trace), slots)
-        for token in trace:
-            self.hits.append(0)
-            mixture = self.learn(rates, token.reshape(-1))
-            rates *= self.decay
-            score = mixture @ rates
-            for request in token:
-                missing = request[~here[request]]
-                self.hits[-1] += len(request) - len(missing)
-                rates[:, request] += 1 - self.decay
-                score[request] = mixture @ rates[:, request]
-                if not len(missing):
-                    continue
-                spare = count + len(missing) - slots
-                if spare > 0:
-                    held = request[here[request]]
-                    here[held] = False
-                    loose = np.flatnonzero(here)
-                    here[held] = True
-                    spare = min(spare, len(loose))
-                    if spare:
-                        here[loose[np.argpartition(score[loose], spare - 1)[:spare]]] = False
-                    count -= spare
-                missing = missing[: slots - count]
-                here[missing] = True
-                count += len(missing)
-        return sum(self.hits)
+    def request(self, step: int, keys: Sequence[int]) -> int:
+        if step != self._step:
+            self.learn(self._before, self._used)
+            self._before = self._rates.copy()
+            self._rates *= self._decay
+            self._score = self._mixture @ self._rates
+            self._step, self._used = step, []
+        self._used += keys
+        request = np.array(keys, np.int64)
+        missing = request[~self._here[request]]
+        self._rates[:, request] += 1 - self._decay
+        self._score[request] = self._mixture @ self._rates[:, request]
+        spare = self._count + len(missing) - self._slots
+        if spare > 0:
+            loose = loose_ones(self._here, request)
+            self._here[loose[np.argpartition(self._score[loose], spare - 1)[:spare]]] = False
+            self._count -= spare
+        self._here[missing] = True
+        self._count += len(missing)
+        return len(request) - len(missing)
 
 
-class Fitted(Scored):
+class Fitted(Mixture):
     """The mixture is the least-squares forecast of the next token's uses, fitted as the text goes."""
 
-    def __call__(self, trace: Trace, slots: int, shape: Shape) -> int:
-        size = len(self.decay)
-        self.products, self.targets, self.tokens = np.zeros((size, size)), np.zeros(size), 0
-        return super().__call__(trace, slots, shape)
+    def __init__(self, slots: int, width: int, requests: Sequence[Request]) -> None:
+        super().__init__(slots, width, requests)
+        size = len(self._decay)
+        self._products, self._targets, self._tokens = np.zeros((size, size)), np.zeros(size), 0
 
-    def learn(self, rates: npt.NDArray[np.float64], used: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    def learn(self, rates: npt.NDArray[np.float64], used: list[int]) -> None:
         keep = 0.5 ** (1 / 512)
-        self.products = self.products * keep + rates @ rates.T
-        self.targets = self.targets * keep + rates[:, used].sum(1)
-        self.tokens += 1
-        if self.tokens > 64 and self.tokens % 8 == 0:
-            ridge = 1e-3 * np.diag(np.diag(self.products))
-            self.mixture = np.linalg.solve(self.products + ridge, self.targets)
-        return self.mixture
+        self._products = self._products * keep + rates @ rates.T
+        self._targets = self._targets * keep + rates[:, used].sum(1)
+        self._tokens += 1
+        if self._tokens > 64 and self._tokens % 8 == 0:
+            ridge = 1e-3 * np.diag(np.diag(self._products))
+            self._mixture = np.linalg.solve(self._products + ridge, self._targets)
 
 
-def follow_best(shadows: list[Scored]) -> Policy:
-    """Of these the one whose own cache, kept as a shadow, had the most hits in the 256 tokens before.
+class FollowBest:
+    """Of ``shadows`` the one that had the most hits in the 256 tokens before, in a cache of its own.
 
     A bound in its favour: when another is chosen, its cache is taken over for nothing.
     """
-    block = 256
 
-    def policy(trace: Trace, slots: int, shape: Shape) -> int:
-        gains = []
-        for shadow in shadows:
-            if shadow.replayed != (id(trace), slots):
-                shadow(trace, slots, shape)
-            gains.append([sum(shadow.hits[at : at + block]) for at in range(0, len(trace), block)])
-        table = np.array(gains)
-        chosen = [1, *np.argmax(table[:, :-1], axis=0).tolist()]
-        return int(table[chosen, np.arange(table.shape[1])].sum())
+    BLOCK = 256
 
-    return policy
+    def __init__(self, shadows: list[MakePolicy], slots: int, width: int, requests: Sequence[Request]) -> None:
+        hits = [hits_of(make(slots, width, requests), requests) for make in shadows]
+        blocks = np.array([step for step, _ in requests]) // self.BLOCK
+        gains = [np.bincount(blocks, weights=row) for row in hits]
+        self._chosen: list[int] = [1, *np.argmax(gains, axis=0)[:-1].tolist()]
+        self._hits = [iter(row) for row in hits]
+
+    def request(self, step: int, keys: Sequence[int]) -> int:
+        return [next(row) for row in self._hits][self._chosen[step // self.BLOCK]]
 
 
-def expert_cache(half_lives: tuple[float, ...], mixture: tuple[float, ...], fitted: bool) -> Policy:
-    """The runtime's own cache with this mixture, fitted as it goes or for good."""
+class _Unfitted(ExpertCache):
+    def _fit(self) -> None:
+        pass
 
-    def policy(trace: Trace, slots: int, shape: Shape) -> int:
+
+class _Unweighted(ExpertCache):
+    """A use in a chunk counts like a token's."""
+
+    def _weight(self) -> float:
+        return 1.0
+
+
+class Other(Runtime):
+    """The runtime's policy with another cache: mixtures are set when it is made."""
+
+    def __init__(self, kind: type[ExpertCache], slots: int, width: int) -> None:
+        super().__init__(slots, width)
+        self._cache = kind(list(range(slots)))
+
+
+def unfitted(half_lives: tuple[float, ...], mixture: tuple[float, ...]) -> MakePolicy:
+    """The runtime's own cache with this mixture, for good."""
+
+    def make(slots: int, width: int, requests: Sequence[Request]) -> Policy:
         with (
             mock.patch.object(runtime_cache, "HALF_LIVES", half_lives),
             mock.patch.object(runtime_cache, "MIXTURE", mixture),
-            mock.patch.object(runtime_cache, "FIT_AFTER", runtime_cache.FIT_AFTER if fitted else len(trace) + 1),
         ):
-            cache = ExpertCache(list(range(slots)))
-            return sum(serve(cache, keys) for keys in by_layer(trace, shape))
+            return Other(_Unfitted, slots, width)
 
-    return policy
-
-
-def by_layer(trace: Trace, shape: Shape) -> Iterator[list[tuple[int, int]]]:
-    for request in requests(trace):
-        yield [divmod(key, shape.experts) for key in request]
+    return make
 
 
-def serve(cache: ExpertCache, keys: list[tuple[int, int]]) -> int:
-    """One request as the store makes it: hits first, then the misses; slots are given back as they are needed."""
-    missing = [key for key in keys if cache.get(key) is None]
-    pinned = [key for key in keys if cache.contains(key)]
-    hits = len(pinned)
-    for key in missing:
-        while cache.claim(key) is None:
-            cache.release(pinned.pop(0))
-        pinned.append(key)
-    for key in pinned:
-        cache.release(key)
-    return hits
-
-
-def with_prompts(trace: Trace, slots: int, shape: Shape, weighted: bool, length: int = 256) -> tuple[int, int, int]:
-    """Turns of a prompt, asked for as one chunk, and as many decoded tokens: hits of the decoded, their uses, loads of
-    the prompts. Not ``weighted``: a chunk's use counts like a token's."""
-    cache = ExpertCache(list(range(slots)))
-    full = (lambda self: 1.0) if not weighted else ExpertCache._weight
-    hits = uses = loads = 0
-    with mock.patch.object(ExpertCache, "_weight", full):
-        for at in range(0, len(trace), 2 * length):
-            for layer in range(shape.layers):
-                keys = [divmod(int(k), shape.experts) for k in np.unique(trace[at : at + length, layer])]
-                loads += len(keys) - serve(cache, keys)
-            decoded = trace[at + length : at + 2 * length]
-            uses += decoded.size
-            hits += sum(serve(cache, keys) for keys in by_layer(decoded, shape))
-    return hits, uses, loads
-
-
-def load(path: Path) -> tuple[Trace, Model]:
-    experts = np.load(path)["experts"].astype(np.int64)
-    width = int(experts.max()) + 1
-    return experts + np.arange(experts.shape[1])[:, None] * width, Model(experts.shape[1], width)
+def part(routing: Routing, begin: int, end: int, chunk: int = 0) -> Requests:
+    """Tokens of a stream. ``chunk``: turns of so many tokens of a prompt, asked for as one, and as many decoded."""
+    count = np.arange(end - begin, dtype=np.int32)
+    prompt = count % (2 * chunk) < chunk if chunk else np.zeros(len(count), np.bool_)
+    first = ~prompt | (count % max(1, 2 * chunk) == 0)
+    steps = np.cumsum(first, dtype=np.int32) - 1
+    cut = {name: getattr(routing, name)[begin:end] for name in ("tokens", "positions", "weights", "experts")}
+    return Requests(replace(routing, **cut, steps=steps.astype(np.int32), prompt=prompt, run=None))
 
 
 def table(
-    title: str, traces: dict[str, Trace], shape: Shape, sizes: list[int], policies: dict[str, Policy], share: bool
+    title: str, streams: dict[str, Requests], sizes: list[int], policies: dict[str, MakePolicy], share: bool
 ) -> None:
     """Print hit rates in %; if ``share``, with their share of Belady's in % behind."""
     print(f"\n### {title}\n\n| stream | size % | slots | {' | '.join(policies)} |\n|{'---|' * (3 + len(policies))}")
-    for kind, trace in traces.items():
+    for kind, stream in streams.items():
         for size in sizes:
-            slots = round(shape.layers * shape.experts * size / 100)
-            best = 100 * belady(trace, slots, shape) / trace.size
+            slots = slots_of(stream, size)
+            best = 100 * stream.simulate(slots, Belady).decoded.rate
             cells = []
             for policy in policies.values():
-                rate = best if policy is belady else 100 * policy(trace, slots, shape) / trace.size
+                rate = best if policy is Belady else 100 * stream.simulate(slots, policy).decoded.rate
                 cells.append(
-                    f"{rate:.1f} ({100 * rate / best:.0f})" if share and policy is not belady else f"{rate:.1f}"
+                    f"{rate:.1f} ({100 * rate / best:.0f})" if share and policy is not Belady else f"{rate:.1f}"
                 )
-            print(f"| {kind} | {size} | {slots} | {' | '.join(cells)} |", flush=True)
+            print(f"| {kind} | {size} | {sum(slots.values())} | {' | '.join(cells)} |", flush=True)
 
 
-def cost(trace: Trace, shape: Shape, slots: int) -> float:
+def slots_of(stream: Requests, size: int) -> dict[int, int]:
+    """Slots for ``size`` per cent of the experts of each size."""
+    return {stride: round(count * size / 100) for stride, count in stream.counts.items()}
+
+
+def cost(stream: Requests, slots: dict[int, int]) -> float:
     """Microseconds of processor time a request of one expert takes, get to release, with the loop around it."""
-    cache = ExpertCache(list(range(slots)))
-    requests_ = list(by_layer(trace, shape))
-    for keys in requests_[: len(requests_) // 4]:
-        serve(cache, keys)
-    rest = requests_[len(requests_) // 4 :]
+    ((stride, asked),) = stream.by_size.items()
+    cache = Runtime(slots[stride], stream.width)
+    hits_of(cache, asked[: len(asked) // 4])
+    rest = asked[len(asked) // 4 :]
     begun = time.process_time()
-    for keys in rest:
-        serve(cache, keys)
-    return (time.process_time() - begun) * 1e6 / sum(map(len, rest))
+    hits_of(cache, rest)
+    return (time.process_time() - begun) * 1e6 / sum(len(keys) for _, keys in rest)
 
 
 def main() -> None:
@@ -420,53 +319,56 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="arena, per cent of all experts")
     parser.add_argument("--choose", action="store_true", help="only what was chosen from, on the first halves")
     args = parser.parse_args()
-    paths = sorted(args.traces.glob("routing_*.npz"))
+    paths = sorted(p for p in args.traces.glob("routing_*") if p.suffix in (".npz", ".routing"))
     if not paths:
-        parser.error(f"{args.traces}: no routing_*.npz here")
-    streams = {path.stem.removeprefix("routing_"): load(path) for path in paths}
-    shape = next(iter(streams.values()))[1]
-    if any((s.layers, s.experts) != (shape.layers, shape.experts) for _, s in streams.values()):
-        parser.error(f"{args.traces}: the streams are of different models")
-    for kind, (trace, _) in streams.items():
-        if len(trace) < 1024:
+        parser.error(f"{args.traces}: no routing_*.npz or routing_*.routing here")
+    streams = {path.stem.removeprefix("routing_"): read_routing(path) for path in paths}
+    for kind, routing in streams.items():
+        if len(routing.tokens) < 1024:
             parser.error(
-                f"{args.traces}: {kind} has {len(trace)} tokens; a prompt and an answer in each half need 1024"
+                f"{args.traces}: {kind} has {len(routing.tokens)} tokens; a prompt and an answer in each half need 1024"
             )
-    first = {kind: trace[: len(trace) // 2] for kind, (trace, _) in streams.items()}
-    second = {kind: trace[len(trace) // 2 :] for kind, (trace, _) in streams.items()}
-    lfu = {f"LFU {h}": Scored((h,), (1.0,)) for h in HALF_LIVES}
+    half = {kind: len(routing.tokens) // 2 for kind, routing in streams.items()}
+    first = {kind: part(routing, 0, half[kind]) for kind, routing in streams.items()}
+    second = {kind: part(routing, half[kind], len(routing.tokens)) for kind, routing in streams.items()}
+    lfus = {f"LFU {h}": lfu(h) for h in HALF_LIVES}
     if args.choose:
-        mixtures = {name: expert_cache(*mixture, fitted=False) for name, mixture in MIXTURES.items()}
-        table("Choosing (first half)", first, shape, [5, 30, 50], {"LRU": lru, **lfu, **mixtures}, share=False)
+        mixtures = {name: unfitted(*mixture) for name, mixture in MIXTURES.items()}
+        table("Choosing (first half)", first, [5, 30, 50], {"LRU": Lru, **lfus, **mixtures}, share=False)
         return
-    policies: dict[str, Policy] = {
-        "LRU": lru,
-        "LRU per layer": lru_per_layer,
-        "S3-FIFO": s3_fifo,
-        "least stale": least_stale,
-        "LeCaR": lecar,
-        **lfu,
-        "LFU 64 per layer": Scored((64,), (1.0,), per_layer=True),
-        "best LFU so far": follow_best(list(lfu.values())),
-        "fitted mixture": Fitted(runtime_cache.HALF_LIVES, runtime_cache.MIXTURE),
-        "mixture": Scored(runtime_cache.HALF_LIVES, runtime_cache.MIXTURE),
-        "mixture and turn": expert_cache(runtime_cache.HALF_LIVES, runtime_cache.MIXTURE, fitted=False),
-        "ExpertCache": expert_cache(runtime_cache.HALF_LIVES, runtime_cache.MIXTURE, fitted=True),
-        "Belady": belady,
+    shadows = list(lfus.values())
+    policies: dict[str, MakePolicy] = {
+        "LRU": Lru,
+        "LRU per layer": per_layer(Lru),
+        "S3-FIFO": S3Fifo,
+        "least stale": LeastStale,
+        "LeCaR": LeCaR,
+        **lfus,
+        "LFU 64 per layer": per_layer(lfu(64)),
+        "best LFU so far": lambda slots, width, requests: FollowBest(shadows, slots, width, requests),
+        "fitted mixture": Fitted,
+        "mixture": Mixture,
+        "mixture and turn": unfitted(runtime_cache.HALF_LIVES, runtime_cache.MIXTURE),
+        "ExpertCache": Runtime,
+        "Belady": Belady,
     }
-    table("Judging (second half): hit rate % (share of Belady's %)", second, shape, args.sizes, policies, share=True)
+    table("Judging (second half): hit rate % (share of Belady's %)", second, args.sizes, policies, share=True)
     print("\n### A prompt of 256 tokens in one chunk, 256 tokens decoded, in turns (second half)\n")
     print("| stream | size % | chunk counts | hits of the decoded % | loads of the prompts |\n|---|---|---|---|---|")
-    for kind, trace in second.items():
+    for kind, routing in streams.items():
+        stream = part(routing, half[kind], len(routing.tokens), chunk=256)
         for size in (10, 30, 50):
-            slots = round(shape.layers * shape.experts * size / 100)
-            for name, weighted in (("in full", False), ("as a token", True)):
-                hits, uses, loads = with_prompts(trace, slots, shape, weighted)
-                print(f"| {kind} | {size} | {name} | {100 * hits / uses:.1f} | {loads} |", flush=True)
+            for name, cache in (("in full", _Unweighted), ("as a token", ExpertCache)):
+                found = stream.simulate(
+                    slots_of(stream, size), lambda slots, width, asked, cache=cache: Other(cache, slots, width)
+                )
+                loads = found.prompt.asked - found.prompt.found
+                print(f"| {kind} | {size} | {name} | {100 * found.decoded.rate:.1f} | {loads} |", flush=True)
     print("\n### Processor time of a request, us\n\n| size % | us |\n|---|---|")
+    kind, routing = next(iter(streams.items()))
     for size in (5, 30, 50, 100):
-        slots = round(shape.layers * shape.experts * size / 100)
-        print(f"| {size} | {cost(next(iter(second.values()))[:2048], shape, slots):.2f} |", flush=True)
+        stream = part(routing, half[kind], min(half[kind] + 2048, len(routing.tokens)))
+        print(f"| {size} | {cost(stream, slots_of(stream, size)):.2f} |", flush=True)
 
 
 if __name__ == "__main__":

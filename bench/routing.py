@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from flashpack.formats.routing import read_routing
 from flashpack.runtime.experts import RoutedExperts
 from flashpack.runtime.lean.blocks import Experts, Guess
 
@@ -20,8 +21,8 @@ RECALL = 0.8
 
 
 class Trace:
-    """Routing for every model of this process: that of the file ``path`` (``experts`` and ``weights`` [tokens, layers,
-    top_k]), or "even", drawn at random.
+    """Routing for every model of this process: that of the file ``path`` (``read_routing``, with weights), or "even",
+    drawn at random.
 
     Guesses of the next layer's experts are the trace's too, right as often as ``RECALL``. ``position`` is the row
     of the next token; rows wrap around. To be made after the model: loading compares its two ways of decoding by its
@@ -37,9 +38,11 @@ class Trace:
             self._experts = draws.topk(wanted[1]).indices.int()
             self._weights = torch.full(self._experts.shape, 1 / wanted[1])
         else:
-            with np.load(path) as file:
-                self._experts = torch.from_numpy(file["experts"].astype(np.int32))
-                self._weights = torch.from_numpy(file["weights"].astype(np.float32))
+            routing = read_routing(path)
+            if not routing.weights.any():
+                raise ValueError(f"{path}: no weights of the experts")
+            self._experts = torch.from_numpy(routing.experts.astype(np.int32))
+            self._weights = torch.from_numpy(routing.weights.astype(np.float32))
         _, count, top_k = self._experts.shape
         if (count, top_k) != wanted or int(self._experts.max()) >= min(x.experts for x in layers):
             raise ValueError(f"{path}: {count} layers and {top_k} experts per token; the model has {wanted}")

@@ -44,18 +44,19 @@ class Simulated:
 class Requests:
     """What the store was asked for, in this order: a request for each layer of each step.
 
-    ``by_size``: those for the records of each size. ``width``: experts of a layer, for ``policies``. ``prompt``: which
-    steps are chunks of prompts.
+    ``by_size``: those for the records of each size. ``counts``: how many experts have it. ``width``: experts of a
+    layer, for ``policies``. ``prompt``: which steps are chunks of prompts.
     """
 
     def __init__(self, routing: Routing) -> None:
+        self.counts = routing.stride_counts()
         self.width = routing.record_bytes.shape[1]
         self.prompt: list[bool] = routing.prompt[np.diff(routing.steps, prepend=np.int32(-1)) == 1].tolist()
-        strides = list(routing.stride_counts())
-        if len(strides) == 1:
-            self.by_size = {strides[0]: list(_requests(routing))}
+        if len(self.counts) == 1:
+            (stride,) = self.counts
+            self.by_size = {stride: list(_requests(routing))}
             return
-        self.by_size = {stride: [] for stride in strides}
+        self.by_size = {stride: [] for stride in self.counts}
         stride_of = routing.record_bytes.reshape(-1).tolist()
         for step, keys in _requests(routing):
             parts: dict[int, list[int]] = {}
