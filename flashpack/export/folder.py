@@ -59,8 +59,8 @@ class OutputFolder:
                 with output_errors(self.path):
                     for old in self._partial.iterdir():
                         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-                    write_durably(self._partial, NOTE, canonical({"unfinished": True}), C.PARTIAL_SUFFIX)
-                    yield self._partial
+                write_durably(self._partial, NOTE, canonical({"unfinished": True}), C.PARTIAL_SUFFIX)
+                yield self._partial
             except BaseException:
                 shutil.rmtree(self._partial, ignore_errors=True)
                 raise
@@ -71,10 +71,11 @@ class OutputFolder:
         found = sorted(p for p in self._partial.rglob("*") if p.is_file())
         sizes = {p.relative_to(self._partial).as_posix(): p.stat().st_size for p in found}
         replaced = self.path.with_name(f"{self.path.name}.replaced{C.PARTIAL_SUFFIX}")
-        if self.path.is_dir() and any(self.path.iterdir()):
-            os.replace(self.path, replaced)
-        os.replace(self._partial, self.path)
-        sync_folder(self.path.absolute().parent)
+        with output_errors(self.path):
+            if self.path.is_dir() and any(self.path.iterdir()):
+                os.replace(self.path, replaced)
+            os.replace(self._partial, self.path)
+            sync_folder(self.path.absolute().parent)
         shutil.rmtree(replaced, ignore_errors=True)
         return sizes
 

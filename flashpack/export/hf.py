@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from flashpack.export.configuration import float_type, model_config
 from flashpack.export.content import Content, Stored
+from flashpack.export.folder import NOTE
 from flashpack.export.names import ExpertNames, Group, Names, expert_parameters
 from flashpack.export.options import Options, Prepared
-from flashpack.export.tensors import Tensors
+from flashpack.export.tensors import INDEX, Tensors
 from flashpack.formats import constants as C
 from flashpack.formats.dtypes import from_float32, to_float32
 from flashpack.formats.entries import Layer
@@ -29,8 +30,8 @@ from flashpack.formats.records import Encoding
 if TYPE_CHECKING:
     import torch
 
-NOT_FOR_OTHERS = {C.ALLOCATION, C.QUALITY, C.QUALITY_PAGE, "config.json"}
-"""Copied files that are about the pack; config.json is written anew where it must be."""
+_NOT_COPIED = {C.ALLOCATION, C.QUALITY, C.QUALITY_PAGE, "config.json", INDEX, NOTE}
+"""Files of the pack that are about itself, and names that an export has use for."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def checkpoint(
     # Those of a layer together, as published checkpoints have them: a distributed engine reads layer by layer.
     jobs = sorted(jobs, key=lambda job: dot_natural_key(job.specs[0].name))
     tensors = Tensors([spec for job in jobs for spec in job.specs], options.shard_size, "pt")
-    copies = [name for name in content.copies() if name not in NOT_FOR_OTHERS]
+    copies = [n for n in content.copies() if n not in _NOT_COPIED and not n.endswith(".safetensors")]
 
     def write(folder: Path) -> list[str]:
         tensors.open(folder)

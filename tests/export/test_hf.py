@@ -22,6 +22,7 @@ from flashpack.formats.checksums import hexdigest
 from flashpack.formats.manifest import Manifest
 from flashpack.formats.writer import commit
 from tests.conftest import CHECKPOINTS, PackOf, source_of
+from tests.families.test_adapters import CASES, model_of, write
 
 # One family for each way in which published names differ from the model's: experts one by one, under other names,
 # stacked, stacked with rows of gate and up alternating, stacked and turned, and a part of a model with images.
@@ -182,6 +183,22 @@ def test_config_json_says_nothing_of_a_quantization_that_is_gone(exports: dict[s
     config = json.loads((folder / "config.json").read_text())
     assert config == {k: v for k, v in before.items() if k != "quantization_config"} != before
     assert report.losses == []  # 4-bit floats times powers of two are bfloat16 numbers
+
+
+@pytest.mark.parametrize("name", ["dbrx", "jetmoe", "step3p7", "longcat_flash", "kimi_k2"])
+def test_families_without_the_hook_are_exported_as_they_are_published(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    tensors = case.publish(model_of(case.config).state_dict())
+    flashpack.convert(write(tmp_path / "source", case.json, tensors), tmp_path / "pack", "source", "source")
+    report = export(tmp_path / "pack", tmp_path / "export", "hf")
+    source, found = tensors_of(tmp_path / "source"), tensors_of(tmp_path / "export")
+    assert found.keys() == {n for n in source if not n.startswith(case.dropped)}
+    assert [n for n in found if not same(found[n], source[n])] == []
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert "auto_map" not in config
+    assert config["model_type"] == ("deepseek_v3" if name == "kimi_k2" else case.json["model_type"])
+    without = "experts 5 to 7 have no weights"
+    assert any(without in loss for loss in report.losses) == (name == "longcat_flash")
 
 
 def test_a_pack_whose_config_does_not_fit_is_refused(pack_copy: Callable[..., Path], tmp_path: Path) -> None:
