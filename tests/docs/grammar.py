@@ -30,6 +30,12 @@ def complaint(arguments: list[str]) -> str:
         return f"{name}: {e.format_message()}"
 
 
+def all_options() -> set[str]:
+    """Of all commands."""
+    commands = [ROOT_COMMAND, *ROOT_COMMAND.commands.values()]
+    return {"--help", *(o for command in commands for o in _options(command))}
+
+
 def complaint_of_mention(text: str) -> str:
     """The same for a command that is mentioned in a sentence, perhaps without its arguments: do its options exist?"""
     words = text.split()[1:]
@@ -38,7 +44,11 @@ def complaint_of_mention(text: str) -> str:
     command = ROOT_COMMAND.commands.get(words[0])
     if command is None:
         return f"no command {words[0]!r}"
-    known = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
+    known = {"--help", *_options(command)}
     return "".join(
         f"{words[0]}: no option {w}" for w in words[1:] if w.startswith("--") and w.split("=")[0] not in known
     )
+
+
+def _options(command: Any) -> list[str]:
+    return [o for p in command.params for o in (*p.opts, *p.secondary_opts)]

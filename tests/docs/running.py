@@ -88,7 +88,7 @@ def _script(text: str, number: int, files: str, port: str) -> list[str]:
     if not _SERVES.match(text):
         return ["{", text, f"}} {files}", f'echo "{number} $?" >&9']
     own = "" if "--port" in text else f" --port {port}"
-    alive = f"until curl -s -o /dev/null http://127.0.0.1:{port}/health || ! kill -0 $serving; do sleep 0.1; done"
+    alive = f"until (: < /dev/tcp/127.0.0.1/{port}) || ! kill -0 $serving; do sleep 0.1; done"
     return [_END, f"{text.split(' #')[0]}{own} {files} &", f"serving=$! served={number}", f"{{ {alive}; }} 2>/dev/null"]
 
 

@@ -129,9 +129,9 @@ def _become(files: list[int], arguments: list[str], folder: str, environment: di
     code: Any = 0
     try:
         if arguments[0] == "flashpack":
-            from flashpack.cli import main
+            from flashpack.cli import app
 
-            main()
+            app(prog_name="flashpack")
         else:
             import runpy
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.docs.grammar import complaint, complaint_of_mention
+from tests.docs.grammar import all_options, complaint, complaint_of_mention
 from tests.docs.pages import PAGES, REASONS, RUN, blocks, calls, prose
 from tests.docs.place import Shelf
 from tests.docs.running import run
@@ -19,6 +19,9 @@ RUNNABLE = [
     for name, page in zip(NAMES, PAGES, strict=True)
     if any(b.language in RUN and not b.reason for b in blocks(page))
 ]
+
+_OTHERS = {"--only", "--repack", "--llama", "--llama-bin", "--turns", "--no-mtp"}
+"""Options of bench, llama.cpp and mlx-lm."""
 
 _INSTALLS = re.compile(r"(sudo|apt|apt-get|brew|make|pip|git)\b|python3? -m (pip|venv)")
 
@@ -47,6 +50,9 @@ def test_commands_that_are_not_run_are_ones_that_flashpack_has(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_commands_that_are_mentioned_have_their_options(name: str) -> None:
-    mentions = re.findall(r"`(flashpack\s[^`]*)`", prose(ROOT / name))
-    assert [said for text in mentions if (said := complaint_of_mention(text))] == []
+def test_commands_and_options_that_are_mentioned_exist(name: str) -> None:
+    mentions = re.findall(r"`([^`]*)`", prose(ROOT / name))
+    complaints = [complaint_of_mention(text) for text in mentions if re.match(r"flashpack\s", text)]
+    options = {word.split("=")[0] for text in mentions if text.startswith("--") for word in text.split()}
+    unknown = {option for option in options if option.startswith("--")} - all_options() - _OTHERS
+    assert [*filter(None, complaints), *sorted(unknown)] == []
