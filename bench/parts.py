@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +20,27 @@ from common import drop_cache
 from passes import convert, verify
 from split import split
 
+from flashpack.formats import Pack
+from flashpack.performance.replay import Burst, Replay, largest_record, replay_bytes
+
 if TYPE_CHECKING:
     from flashpack.runtime.load import Runtime
 
 WARM_TOKENS = 4
 """Decoded before anything is timed."""
+
+
+class Again(Replay):
+    """Not from the page cache: a pack that is read through it is dropped from it before every run."""
+
+    def __init__(self, folder: Path, direct: bool) -> None:
+        super().__init__(Pack(folder), direct)
+        self._dropped = None if direct else folder
+
+    def run(self, bursts: Iterable[Burst]) -> float:
+        if self._dropped:
+            drop_cache(self._dropped)
+        return super().run(bursts)
 
 
 class Session:
@@ -98,16 +115,13 @@ def speed(
     An equal prompt comes before the one that is timed, and ``warm`` tokens before the first round. With ``replay``, the
     reads of every round, and of the prompt, are then repeated without computing.
     """
-    from replay import Replay, largest_record, replay_bytes
-
-    from flashpack.formats import Pack
     from flashpack.runtime.reads import READ_THREADS
 
     if memory is not None and replay:
-        memory -= replay_bytes(Path(pack))
+        memory -= replay_bytes(Pack(pack))
     session = Session(pack, memory, max(prompt, at + warm + rounds * tokens), trace)
     stats = session.store.stats
-    again = Replay(session.pack, stats.io == "direct") if replay else None
+    again = Again(session.pack, stats.io == "direct") if replay else None
     answer = session.about()
     session.feed(prompt)
     session.restart()
@@ -153,7 +167,7 @@ def start(pack: str, memory: int | None = None, prompt: int = 8) -> dict[str, An
     """From imports done to the first token of a short prompt, with a cold page cache; then the same reads alone."""
     import torch  # noqa: F401
     import transformers  # noqa: F401
-    from replay import ReadLog, Replay, replay_bytes
+    from replay import ReadLog
 
     import flashpack
     from flashpack.runtime import budget, dense, experts, kv, lean, store, threads  # noqa: F401
@@ -164,12 +178,12 @@ def start(pack: str, memory: int | None = None, prompt: int = 8) -> dict[str, An
     log = ReadLog()
     drop_cache(folder)
     begun = time.perf_counter()
-    model: Any = flashpack.load(folder, memory=memory and memory - replay_bytes(folder), context=512)
+    model: Any = flashpack.load(folder, memory=memory and memory - replay_bytes(Pack(folder)), context=512)
     loaded = time.perf_counter()
     generate(model, load_tokenizer(folder), list(range(10, 10 + prompt)), max_tokens=1)
     seconds = time.perf_counter() - begun
     bursts = log.take()
-    again = Replay(folder, model.flashpack.store.stats.io == "direct")
+    again = Again(folder, model.flashpack.store.stats.io == "direct")
     return {
         "seconds": seconds,
         "load": loaded - begun,

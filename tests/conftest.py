@@ -10,6 +10,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # No test reads or writes the user's history of hot experts, or depends on the test before it.
 os.environ["FLASHPACK_WARM"] = "0"
+os.environ["FLASHPACK_PROFILE"] = "0"
 
 import hashlib
 import shutil

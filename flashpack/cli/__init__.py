@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import typer
 
+from flashpack.cli.bench import EPILOG as BENCH_EXAMPLES
+from flashpack.cli.bench import bench
 from flashpack.cli.calibrate import calibrate
 from flashpack.cli.chat import EPILOG as CHAT_EXAMPLES
 from flashpack.cli.chat import chat
@@ -24,6 +26,10 @@ from flashpack.cli.run import run
 from flashpack.cli.selftest import selftest
 from flashpack.cli.serve import EPILOG as SERVE_EXAMPLES
 from flashpack.cli.serve import serve
+from flashpack.cli.trace import EPILOG as TRACE_EXAMPLES
+from flashpack.cli.trace import trace
+from flashpack.cli.tune import EPILOG as TUNE_EXAMPLES
+from flashpack.cli.tune import tune
 from flashpack.cli.verify import verify
 from flashpack.errors import FlashpackError
 from flashpack.version import __version__
@@ -57,6 +63,9 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
 for _command in (plan, convert, verify, repair, recode, inspect, run, calibrate, eval, selftest, doctor):
     app.command(epilog=epilog(_command.__name__))(_guarded(_command))
 
+app.command(epilog=BENCH_EXAMPLES)(_guarded(bench))
+app.command(epilog=TUNE_EXAMPLES)(_guarded(tune))
+app.command(epilog=TRACE_EXAMPLES)(_guarded(trace))
 app.command(epilog=CHAT_EXAMPLES)(_guarded(chat))
 app.command(epilog=SERVE_EXAMPLES)(_guarded(serve))
 

@@ -62,7 +62,7 @@ def chat(
 
     template.start()  # is ready by the time the model is
     offered = _tools(tools, shell)
-    loading.compute_with(threads)
+    loading.compute_with(threads, pack)
     loading.say_first_use(device)
     from flashpack.runtime.session import Session
 

@@ -10,6 +10,8 @@ from flashpack.cli.console import note
 from flashpack.errors import UsageError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from flashpack.runtime.load import Runtime
 
 Context = Annotated[int | None, typer.Option(min=1, help="Tokens of context. Default: the model's, at most 8192.")]
@@ -40,8 +42,12 @@ def switch(thinking: str | None) -> bool | None:
     return None if thinking is None else thinking == "on"
 
 
-def compute_with(threads: int | None) -> None:
-    """Before a pack is loaded, if threads were asked for."""
+def compute_with(threads: int | None, pack: Path) -> None:
+    """Before ``pack`` is loaded: the threads that were asked for, or that ``tune`` found best."""
+    from flashpack.formats import Pack
+    from flashpack.runtime.profile import profile_of
+
+    threads = threads or profile_of(Pack(pack)).threads
     if threads is not None:
         import torch
 

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from flashpack.cli import recipe
+from flashpack.cli import loading, plan_pack, recipe, speeds
 from flashpack.cli.console import answer_json, gb, quiet_libraries, say
-from flashpack.errors import FlashpackError, LimitError, OutputError
+from flashpack.errors import FlashpackError, LimitError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from flashpack.converter import Plan
+    from flashpack.converter.convert import Bound as Source
     from flashpack.converter.forecast import Forecast
+    from flashpack.performance.unconverted import AtBest, Weights
     from flashpack.runtime.budget import Budget
 
 _Choices = tuple[str, str, int, str, str, str, str, int]
@@ -22,7 +24,10 @@ _Choices = tuple[str, str, int, str, str, str, str, int]
 
 
 def plan(
-    src: str = typer.Argument(..., help="Checkpoint: a folder, hf://org/model[@revision], or the URL of a folder."),
+    ctx: typer.Context,
+    src: str = typer.Argument(
+        ..., help="Checkpoint: a folder, hf://org/model[@revision], or the URL of a folder. Or a pack."
+    ),
     out: Path | None = typer.Argument(None, help="Folder of the pack. Default: ./<name of SRC>.flashpack"),
     experts: recipe.Experts = "auto",
     dense: recipe.Dense = "auto",
@@ -34,23 +39,38 @@ def plan(
     calib_memory: recipe.CalibMemory = "4GB",
     overwrite: bool = typer.Option(False, help="As if a pack that is there were replaced."),
     workers: recipe.Workers = None,
+    memory: list[str] = typer.Option([], help="Memory to run it with: 6GB or 6GiB; repeatable. Default: some sizes."),
+    context: loading.Context = None,
+    trace: Path | None = typer.Option(None, help="Of a pack: recorded routing (flashpack trace), for hit rates."),
     json: bool = typer.Option(False, "--json", help="Print everything as JSON, with all dropped tensors."),
 ) -> None:
-    """Show what convert would do, and whether it fits. From headers only: sizes for each option, memory, disk.
+    """Show what convert would do, and whether it fits and how fast it will run. From headers only: sizes for each
+    option, memory, disk. Of a pack: how fast it decodes with how much memory, measured for some seconds.
 
     Ends with 0 if the pack can be made and run here, with 6 if the disk is too small, with 7 if the memory is.
     """
     quiet_libraries(src)
+    from flashpack.formats import constants
     from flashpack.runtime.memory import parse_size
 
-    show(
-        src,
-        out,
-        (experts, dense, group_size, codec, quality, calib, bpw, parse_size(calib_memory)),
-        overwrite,
-        workers,
-        json,
-    )
+    if (Path(src) / constants.MANIFEST).is_file():
+        odd = sorted(name for name, value in ctx.params.items() if name not in _OF_PACKS and _given(ctx, name))
+        if odd:
+            raise UsageError(f"{src} is a pack: --{odd[0].replace('_', '-')} is for checkpoints")
+        plan_pack.show(Path(src), memory, context, trace, json)
+        return
+    if trace is not None:
+        raise UsageError("--trace is for packs: convert first")
+    choices = (experts, dense, group_size, codec, quality, calib, bpw, parse_size(calib_memory))
+    show(src, out, choices, overwrite, workers, json, speeds.sizes(memory), context)
+
+
+_OF_PACKS = ("src", "memory", "context", "trace", "json")
+
+
+def _given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 @dataclass(frozen=True)
@@ -63,6 +83,7 @@ class _Here:
     run: Budget | None
     context: int
     reason: str
+    at_best: AtBest | None
 
     @property
     def peak(self) -> int:
@@ -85,9 +106,11 @@ def show(
     overwrite: bool,
     workers: int | None,
     json: bool,
+    memory: list[int] | None = None,
+    context: int | None = None,
 ) -> None:
-    """Print the plan; raises ``typer.Exit`` with the code of what does not fit."""
-    here = _look(src, out, options, overwrite, workers)
+    """Print the plan; ``memory``: totals to run with. Raises ``typer.Exit`` with the code of what does not fit."""
+    here = _look(src, out, options, overwrite, workers, memory or [], context)
     if json:
         answer_json(_to_json(here))
     else:
@@ -98,14 +121,23 @@ def show(
         raise typer.Exit(LimitError.exit_code)
 
 
-def _look(src: str, out: Path | None, options: _Choices, overwrite: bool, workers: int | None) -> _Here:
+def _look(
+    src: str,
+    out: Path | None,
+    options: _Choices,
+    overwrite: bool,
+    workers: int | None,
+    memory: list[int],
+    context: int | None,
+) -> _Here:
     from flashpack.converter import Options
     from flashpack.converter.convert import bound, default_out
     from flashpack.converter.execute import default_workers
     from flashpack.converter.folder import is_remote
     from flashpack.converter.forecast import forecast
+    from flashpack.performance.unconverted import at_best
     from flashpack.runtime.forecast import smallest_budget
-    from flashpack.runtime.memory import available, usage
+    from flashpack.runtime.memory import available, spare, usage
 
     chosen = Options(*options)
     source = bound(src)
@@ -120,14 +152,36 @@ def _look(src: str, out: Path | None, options: _Choices, overwrite: bool, worker
     for p in told.plan.layers:
         for kind in p.kinds:
             strides[kind.stride] = strides.get(kind.stride, 0) + 1
-    run, context, reason = None, 0, ""
+    run, tokens, reason, fast = None, 0, "", None
+    compressed = chosen.codec != "raw"
     try:
-        run, context = smallest_budget(
-            source.model, source.sites, strides, told.chosen.dense_bytes, chosen.codec != "raw", used.anonymous
+        run, tokens = smallest_budget(
+            source.model, source.sites, strides, told.chosen.dense_bytes, compressed, used.anonymous, context
         )
+    except UsageError:
+        raise  # of --context
     except FlashpackError as e:
         reason = str(e)
-    return _Here(told, used.anonymous + used.file, available(), run, context, reason)
+    if run is not None and not told.remote:
+        files = sorted({extent.path for extent in source.checkpoint.stored.values()})
+        fast = at_best(_weights(source, told), Path(src), files, run, run.base + spare(), memory)
+    return _Here(told, used.anonymous + used.file, available(), run, tokens, reason, fast)
+
+
+def _weights(source: Source, told: Forecast) -> Weights:
+    """What a token needs of the pack that will be made."""
+    from flashpack.performance.unconverted import Weights
+    from flashpack.runtime.topk import experts_per_token
+
+    top_k, plan = experts_per_token(source.model.config), told.plan
+    embedding = source.model.get_input_embeddings()
+    name = next((f"{n}.weight" for n, m in source.model.named_modules() if m is embedding), "")
+    tied = source.model.config.get_text_config(decoder=True).tie_word_embeddings
+    looked_up = 0 if tied else sum(s.nbytes for t in plan.dense() if t.name == name for s in t.specs())
+    experts = [sum(kind.stride for kind in p.kinds) for p in plan.layers]
+    used = sum(top_k * size / len(p.kinds) for size, p in zip(experts, plan.layers, strict=True))
+    largest = max(kind.stride for p in plan.layers for kind in p.kinds)
+    return Weights(told.chosen.dense_bytes - looked_up, int(used), sum(experts), largest)
 
 
 def _to_json(here: _Here) -> dict[str, Any]:
@@ -148,6 +202,7 @@ def _to_json(here: _Here) -> dict[str, Any]:
         "memory_available": here.available,
         "smallest_run": None if here.run is None else here.run.to_json() | {"context": here.context},
         "run_refused": here.reason or None,
+        "speed_at_best": None if here.at_best is None else here.at_best.to_json(),
         "fits": here.fits,
         "dropped": list(plan.dropped),
         "notices": plan.notices,
@@ -203,6 +258,8 @@ def _print(here: _Here) -> None:
             f"{here.context} tokens {gb(b.kv)}, working space {gb(b.work)}, experts {gb(b.arena)}), "
             f"{gb(b.base + here.available)} there{_verdict(fits['memory_to_run'])}"
         )
+    if here.at_best is not None:
+        speeds.say_at_best(here.at_best)
     for text in plan.notices:
         say(f"note: {text}")
     for d in told.dropped:

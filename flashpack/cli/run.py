@@ -57,7 +57,7 @@ def run(
     if not raw:
         template.start()  # is ready by the time the model is
     text = sys.stdin.read() if prompt == "-" else prompt
-    loading.compute_with(threads)
+    loading.compute_with(threads, pack)
     if not reference:
         loading.say_first_use(device)
     model = load(

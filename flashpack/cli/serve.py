@@ -57,7 +57,7 @@ def serve(
     from flashpack.server.serving import Service, bound, hosts_of
 
     with bound(host, port) as listening:  # before the model is loaded, which takes longer
-        loading.compute_with(threads)
+        loading.compute_with(threads, pack)
         loading.say_first_use(device)
         from flashpack.runtime.session import Session
 

@@ -35,6 +35,7 @@ _FEW_FILES = 1024
 
 _VARIABLES = {
     "FLASHPACK_WARM": "0: experts that earlier runs used most are neither remembered nor read first",
+    "FLASHPACK_PROFILE": "0: what tune found best is not used",
     "OMP_NUM_THREADS": "compute threads",
     "MKL_NUM_THREADS": "compute threads",
     "CUDA_VISIBLE_DEVICES": "GPUs that are seen",
@@ -107,6 +108,15 @@ def processor() -> Iterator[Remark]:
             "note", "machine", "load", f"other programs are at work: load {load:.1f} in the last minute",
             "all rates and speeds are lower now; look again when the machine is at rest", {"load": load},
         )  # fmt: skip
+
+
+def summary() -> str:
+    """Processor, cores, memory, system and load in a line, for a report."""
+    system = (
+        f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else f"{platform.system()} {platform.release()}"
+    )
+    load = os.getloadavg()[0]
+    return f"{_processor_name()}, {usable_cores()} cores, {gb(sizes.installed())}, {system}, load {load:.1f}"
 
 
 def usable_cores() -> int:

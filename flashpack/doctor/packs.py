@@ -112,20 +112,12 @@ class Whole:
 
     def _memory(self, pack: Pack) -> Iterator[Remark]:
         from flashpack.runtime import budget as budgets
-        from flashpack.runtime.forecast import smallest_budget
-        from flashpack.runtime.memory import spare, usage
-        from flashpack.runtime.topk import experts_per_token
-        from flashpack.skeleton import build, find_experts, read_config
+        from flashpack.runtime.forecast import smallest_of
+        from flashpack.runtime.memory import spare
 
         m = pack.manifest
-        counts = budgets.stride_counts(m)
-        compressed = any(layer.codec != "raw" for layer in m.layers)
         try:
-            config = read_config(self.folder, m.model["architecture"])
-            top_k = experts_per_token(config)
-            model = build(config, most=len(m.tensors) + 2 * len(m.layers))
-            base = usage().anonymous
-            least, context = smallest_budget(model, find_experts(model), counts, pack.dense_bytes, compressed, base)
+            least, context, top_k = smallest_of(pack)
         except FlashpackError as e:
             text = f"transformers {m.model['transformers']} made it, and it does not run here: {e}"
             yield Remark("problem", "pack", "model", text, f"pip install transformers=={m.model['transformers']}")

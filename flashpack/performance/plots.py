@@ -122,7 +122,8 @@ def _stack(axes: Axes, bars: Bars) -> None:
         axes.bar(bars.names, values, bottom=below, label=name, color=COLORS[i % len(COLORS)], hatch=hatch, width=0.6)
         below = [low + value for low, value in zip(below, values, strict=True)]
     axes.grid(False, axis="x")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
+    axes.set_axisbelow(True)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4)
 
 
 def _fill(axes: Axes, chart: Chart) -> None:

@@ -31,6 +31,9 @@ from flashpack.kernels import Arena
 _ROUNDS = 3  # each direct, then buffered, so that a noisy drive treats both alike
 _DEPTH = 4  # records in flight
 _PROBE_BYTES = 128 * 2**20
+PROFILE = "the profile of this pack on this machine"
+"""Why files are read as they are, where ``tune`` has chosen."""
+
 _CLEARLY = 1.25  # buffered must be so much faster
 _CACHED = 0.9
 
@@ -53,12 +56,18 @@ class Drive:
 
 
 def open_for_reading(
-    pack: Pack, shards: dict[int, Shard], arena: Arena, available: int, page_cache: bool = False
+    pack: Pack,
+    shards: dict[int, Shard],
+    arena: Arena,
+    available: int,
+    page_cache: bool = False,
+    io: str | None = None,
 ) -> Drive:
     """Open the shards of ``pack`` in the way that suits its drive.
 
     ``arena``: where records go; it is still empty, and is written to. ``available``: bytes that the process could take,
-    the arena among them. ``page_cache``: read through it without trying.
+    the arena among them. ``page_cache``: read through it without trying. ``io``: the way that a profile asks for,
+    "direct" or "buffered", which is not tried either.
     Trying takes as long as reading 3 x 2 x 4 records, mostly a third of that.
     """
     buffered = _open_all(pack, direct=False)
@@ -68,8 +77,13 @@ def open_for_reading(
         direct = _open_all(pack, direct=True)
     except OSError:
         return Drive(buffered, "buffered", "the file system has no direct reads")
+    if io == "buffered":
+        Drive(direct, "", "").close()
+        return Drive(buffered, io, PROFILE)
     try:
-        if arena.tensor.nbytes >= pack.expert_bytes and available >= 2 * pack.expert_bytes:
+        if io is not None:
+            why = PROFILE
+        elif arena.tensor.nbytes >= pack.expert_bytes and available >= 2 * pack.expert_bytes:
             io, why = "buffered", "all experts fit into memory twice: the next start finds them in the page cache"
         else:
             io, why = _probe(shards, direct, buffered, arena)

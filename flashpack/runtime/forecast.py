@@ -1,4 +1,4 @@
-"""The smallest memory budget of a pack that does not exist yet, from the model's shapes."""
+"""The smallest memory budget of a pack that is not loaded, or does not exist yet, from the model's shapes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,32 @@ from flashpack.runtime import budget as budgets
 from flashpack.runtime import experts
 from flashpack.runtime.kv import kv_bytes
 from flashpack.runtime.load import context_length, working_bytes
+from flashpack.runtime.memory import usage
 from flashpack.runtime.reads import READ_THREADS
-from flashpack.skeleton import library_errors
+from flashpack.runtime.topk import experts_per_token
+from flashpack.skeleton import build, find_experts, library_errors, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from flashpack.formats import Pack
     from flashpack.runtime.budget import Budget
     from flashpack.skeleton import ExpertsModule
+
+
+def smallest_of(pack: Pack, context: int | None = None) -> tuple[Budget, int, int]:
+    """What ``load(pack, memory="smallest")`` will take, the tokens of context, and the experts of a token and layer.
+
+    Raises ``FlashpackError`` where the runtime refuses the model.
+    """
+    m = pack.manifest
+    config = read_config(pack.folder, m.model["architecture"])
+    top_k = experts_per_token(config)
+    model = build(config, most=len(m.tensors) + 2 * len(m.layers))
+    compressed = any(layer.codec != "raw" for layer in m.layers)
+    counts, base = budgets.stride_counts(m), usage().anonymous
+    least, tokens = smallest_budget(model, find_experts(model), counts, pack.dense_bytes, compressed, base, context)
+    return least, tokens, top_k
 
 
 def smallest_budget(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from flashpack.runtime.budget import Budget
     from flashpack.runtime.lean import LeanDecoder
+    from flashpack.runtime.profile import Profile
     from flashpack.runtime.store import ExpertStore
     from flashpack.skeleton import ExpertsModule
 
@@ -59,6 +60,7 @@ class Runtime:
     experts_per_token: tuple[int, int]
     """Used, and what the model was trained with."""
     prefer_cached: float | None
+    profile: Profile
 
 
 def load(
@@ -76,6 +78,7 @@ def load(
     prefer_cached: float | None = None,
     sequences: int = 1,
     prefix_memory: int | None = None,
+    profile: Profile | None = None,
 ) -> PreTrainedModel:
     """Open a pack as a transformers causal language model; its ``generate`` works.
 
@@ -93,7 +96,8 @@ def load(
     the router gives them at least this share of their weight, between 0 and 1; then the output depends on what is in
     memory, and nothing is read ahead. ``sequences``: how many the caller computes in one call, so that there is room
     for them. ``prefix_memory``: bytes for texts that were read before (``PrefixCache``), at least what one recurrent
-    state takes; default: none. The model carries its ``Runtime`` as ``.flashpack``.
+    state takes; default: none. ``profile``: how files are read; default: what ``tune`` found best here, unless the
+    environment variable FLASHPACK_PROFILE is 0. The model carries its ``Runtime`` as ``.flashpack``.
 
     Raises ``FormatError``, ``IntegrityError``, ``IdentityError``, ``MemoryBudgetError``, ``DeviceError`` or
     ``UsageError``.
@@ -115,10 +119,12 @@ def load(
     from flashpack.runtime import dense, experts, lean
     from flashpack.runtime import warm as history
     from flashpack.runtime.kv import cache_class, kv_bytes
+    from flashpack.runtime.profile import profile_of
     from flashpack.runtime.records import scratch_bytes
     from flashpack.runtime.store import ExpertStore
     from flashpack.runtime.threads import confine
 
+    profile = profile or profile_of(opened)
     dtype = dtype or torch.float32
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UsageError(f"dtype {dtype} is not float32, bfloat16 or float16")
@@ -148,7 +154,7 @@ def load(
             raise
         raise UsageError(f"--experts-per-token {experts_per_token}: the pack does not fit such a model: {e}") from e
     config = config.get_text_config(decoder=True)
-    work = sequences * working_bytes(model, sites, str(opened.folder)) + scratch_bytes(opened)
+    work = sequences * working_bytes(model, sites, str(opened.folder)) + scratch_bytes(opened, profile.readers)
     context = context_length(config, context)
     with library_errors(f"{opened.folder}: the model of config.json cannot be computed"):
         prefix_memory = 0 if prefix_memory is None else max(prefix_memory, kv_bytes(model, 1))
@@ -166,8 +172,10 @@ def load(
     # Memory that a GPU uses is wired; what is left to the page cache caches experts, too (docs/metal.md).
     unasked = spare() // 2 if kernels.asynchronous else spare()
     budget = budgets.divide(opened, base, cache, work, total, unasked)
-    ahead = prefetch and prefer_cached is None and not kernels.asynchronous  # guesses cost a wait for the device
-    store = ExpertStore(opened, kernels, budget.slots, check, ahead)
+    ahead = (
+        prefetch and profile.prefetch and prefer_cached is None and not kernels.asynchronous
+    )  # guesses cost a wait for the device
+    store = ExpertStore(opened, kernels, budget.slots, check, ahead, profile)
     remembered = opened if history.wanted(warm) else None
     if remembered:
         store.warm(history.read(opened))
@@ -185,7 +193,7 @@ def load(
     used = own_top_k if experts_per_token is None else experts_per_token
     runtime: Any = Runtime(
         opened, store, budget, context, prefix_memory, kernels.name, kernels.notices, decoding, decoder,
-        (used, own_top_k), prefer_cached,
+        (used, own_top_k), prefer_cached, profile,
     )  # fmt: skip
     model.flashpack = runtime
     weakref.finalize(model, _finish, store, remembered)

@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from flashpack.runtime.cache import Key
 
 READ_THREADS = 8
-"""Reads in flight. A drive reaches its rate only with several large reads queued."""
+"""Reads in flight, unless a profile says otherwise. A drive reaches its rate only with several large reads queued."""
 
 AHEAD_DEPTH = 2
 """Guesses in flight at once, when there are reads that somebody waits for: so many may be in their way."""
@@ -41,13 +41,13 @@ class Read:
 
 
 class ReadPool:
-    """``READ_THREADS`` threads. ``landed`` gets every read when it is complete or has failed.
+    """``threads`` threads. ``landed`` gets every read when it is complete or has failed.
 
     Reads that nobody waits for begin only while none that somebody waits for is unfinished. The pool refers to its
     owner only through the reads it has not finished.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = READ_THREADS) -> None:
         self.landed: SimpleQueue[Read] = SimpleQueue()
         self._ready: SimpleQueue[tuple[Read, Callable[[Read], None], bool] | None] = SimpleQueue()
         self._lock = threading.Lock()  # of all that follows
@@ -56,7 +56,7 @@ class ReadPool:
         self._guesses = 0
         self._depth = FIRST_DEPTH
         self._threads = [
-            threading.Thread(target=self._serve, name=f"flashpack-read-{i}", daemon=True) for i in range(READ_THREADS)
+            threading.Thread(target=self._serve, name=f"flashpack-read-{i}", daemon=True) for i in range(threads)
         ]
         for thread in self._threads:
             thread.start()

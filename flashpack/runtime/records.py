@@ -12,31 +12,32 @@ from flashpack.formats.records import RecordKind
 from flashpack.kernels import Arena
 from flashpack.runtime.cache import Key
 from flashpack.runtime.drive import open_for_reading
-from flashpack.runtime.reads import READ_THREADS
 
 
-def scratch_bytes(pack: Pack) -> int:
-    """Memory the readers of a compressed pack need for stored records before they are decoded."""
+def scratch_bytes(pack: Pack, readers: int) -> int:
+    """Memory that so many readers of a compressed pack need for stored records before they are decoded."""
     layers = pack.manifest.layers
     strides = [pack.manifest.record_kinds[k].stride for x in layers if x.codec != "raw" for k, _ in x.kinds]
-    return READ_THREADS * max(strides, default=0)
+    return readers * max(strides, default=0)
 
 
 class Records:
     """The open shards of a pack.
 
     ``check``: ``"first"`` compares a record with its digest when it is first read, ``"always"`` at every read,
-    ``"never"`` not at all. ``arena``, ``available``, ``page_cache``: see ``open_for_reading``.
+    ``"never"`` not at all. ``arena``, ``available``, ``page_cache``, ``io``: see ``open_for_reading``.
     """
 
-    def __init__(self, pack: Pack, check: str, arena: Arena, available: int, page_cache: bool = False) -> None:
+    def __init__(
+        self, pack: Pack, check: str, arena: Arena, available: int, page_cache: bool = False, io: str | None = None
+    ) -> None:
         self._pack = pack
         self._check = check
         self._checked: set[Key] = set()
         self._scratch = threading.local()
         self._shards = {layer.index: pack.open_shard(layer) for layer in pack.manifest.layers}
         self._kinds: dict[Key, RecordKind] = {}
-        self.drive = open_for_reading(pack, self._shards, arena, available, page_cache)
+        self.drive = open_for_reading(pack, self._shards, arena, available, page_cache, io)
 
     def kind(self, key: Key) -> RecordKind:
         """The record kind of an expert."""
@@ -77,7 +78,7 @@ class Records:
     def _buffer(self) -> memoryview:
         """This thread's page-aligned memory for a stored record, as direct reads need it."""
         if not hasattr(self._scratch, "buffer"):
-            self._scratch.buffer = memoryview(mmap.mmap(-1, scratch_bytes(self._pack) // READ_THREADS))
+            self._scratch.buffer = memoryview(mmap.mmap(-1, scratch_bytes(self._pack, 1)))
         buffer: memoryview = self._scratch.buffer
         return buffer
 

@@ -23,6 +23,7 @@ from flashpack.kernels import Kernels, RecordView
 from flashpack.runtime.cache import ExpertCache, Key
 from flashpack.runtime.memory import available
 from flashpack.runtime.prefetch import Guesses
+from flashpack.runtime.profile import Profile
 from flashpack.runtime.reads import Read, ReadPool
 from flashpack.runtime.records import Records
 from flashpack.runtime.stats import LayerStats, StoreStats
@@ -47,17 +48,24 @@ class ExpertStore:
     ``slots``: number of records of each stride that the arena holds (``Budget.slots``). ``check``: ``"first"``
     compares a record with its digest when it is first read, ``"always"`` at every read, ``"never"`` not at all; a
     record that fails never reaches a kernel, and its read raises ``IntegrityError``. ``prefetch``: whether
-    ``prefetch`` reads anything. ``cancelled``, if somebody sets it, is asked before each request, which raises
-    ``CancelledError`` when it says yes.
+    ``prefetch`` reads anything. ``profile``: how files are read.
+    ``cancelled``, if somebody sets it, is asked before each request, which raises ``CancelledError`` when it says yes.
     """
 
     def __init__(
-        self, pack: Pack, kernels: Kernels, slots: dict[int, int], check: str = "first", prefetch: bool = False
+        self,
+        pack: Pack,
+        kernels: Kernels,
+        slots: dict[int, int],
+        check: str = "first",
+        prefetch: bool = False,
+        profile: Profile | None = None,
     ) -> None:
+        profile = profile or Profile()
         self._kernels = kernels
         room = available()
         self._arena = kernels.arena(sum(stride * count for stride, count in slots.items()))
-        self._records = Records(pack, check, self._arena, room, kernels.asynchronous)
+        self._records = Records(pack, check, self._arena, room, kernels.asynchronous, profile.io)
         self._caches: dict[int, ExpertCache] = {}
         self._free = dict(slots)
         start = 0
@@ -75,7 +83,7 @@ class ExpertStore:
         layers = {layer.index: LayerStats() for layer in pack.manifest.layers}
         self.stats = StoreStats(self._records.drive.io, self._records.drive.why, layers)
         self.cancelled: Callable[[], bool] | None = None
-        self._pool = ReadPool()
+        self._pool = ReadPool(profile.readers)
         weakref.finalize(self, self._pool.close)
 
     def batches(self, layer: int, experts: list[int]) -> Iterator[list[tuple[int, RecordView]]]:

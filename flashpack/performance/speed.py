@@ -1,0 +1,219 @@
+"""How fast a pack will decode with a memory budget: an estimate from what is measured in a few seconds.
+
+    seconds per token = other + max(experts, reading)
+
+``experts`` is computing a token's experts, ``other`` everything else, both measured with all experts in memory;
+``reading`` is what the drive needs for the experts that are not, measured by reading as many records at once, layer by
+layer. Experts that are there are computed while the others are read, so the longer of the two counts.
+
+How many are there is a matter of the text. Without a recorded trace routing is taken as even: then the share of the
+experts that fit in memory is the share that is found there, whatever the cache does, and no real text is routed so.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from flashpack.formats import Pack
+from flashpack.performance.replay import Replay, bursts_like
+from flashpack.runtime import budget as budgets
+from flashpack.runtime.budget import Budget
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHARES = (0.1, 0.25, 0.5, 1.0)
+"""Of the experts in memory, for which speeds are estimated unless budgets are given."""
+
+WARM, TOKENS = 3, 12
+"""Decoded before computing is timed, and timed."""
+
+READ_SECONDS = 0.6
+"""Spent on measuring the reads of one budget."""
+
+_STEP = 10**8  # budgets are rounded up to so many bytes
+
+HitRate = Callable[[dict[int, int]], float]
+"""Share of a token's experts that are found in memory, by the arena's slots for each record size."""
+
+
+@dataclass(frozen=True)
+class Computing:
+    """A token with all its experts in memory. Seconds; ``experts`` are part of ``token``. ``weights``: bytes of weights
+    that it needs. ``io``: how this machine reads the pack."""
+
+    token: float
+    experts: float
+    weights: int
+    kernels: str
+    decoding: str
+    io: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A budget of ``memory`` bytes, and what to expect of it. ``share`` of the experts that fit; ``reading``: seconds
+    that the drive needs for the ``read_bytes`` of a token; ``seconds`` of a token."""
+
+    memory: int
+    budget: Budget
+    share: float
+    hit_rate: float
+    read_bytes: float
+    reading: float
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second of the drive in these bursts; 0 if nothing is read."""
+        return self.read_bytes / self.reading if self.reading else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        data = asdict(self) | {"budget": self.budget.to_json(), "tokens_per_second": 1 / self.seconds}
+        return data | {"drive_bytes_per_second": self.rate}
+
+
+def budgets_for(pack: Pack, least: Budget, most: int, wanted: list[int]) -> dict[int, Budget]:
+    """``wanted`` totals, divided, or those for ``SHARES`` as far as ``most`` bytes go, and ``most`` if not all experts
+    fit. Raises ``MemoryBudgetError`` if a wanted one is too small."""
+    chosen = totals(least.total - least.arena, pack.expert_bytes, least.total, most, wanted)
+    return {total: budgets.divide(pack, least.base, least.kv, least.work, total, 0) for total in chosen}
+
+
+def totals(fixed: int, experts: int, least: int, most: int, wanted: list[int]) -> list[int]:
+    """``wanted``, or totals for ``SHARES`` of ``experts`` bytes beside ``fixed`` ones, between ``least`` and ``most``,
+    and ``most`` if not all experts fit."""
+    if wanted:
+        return wanted
+    found = [max(least, -(-(fixed + int(share * experts)) // _STEP) * _STEP) for share in SHARES]
+    inside = [total for total in found if total <= most]
+    return inside if len(inside) == len(found) else [*inside, most]
+
+
+def token_bytes(pack: Pack, top_k: int) -> int:
+    """Bytes of an arena that holds the experts of one token, at least."""
+    kinds = pack.manifest.record_kinds
+    return sum(top_k * max(kinds[k].stride for k, _ in layer.kinds) for layer in pack.manifest.layers)
+
+
+def computing(model: PreTrainedModel) -> Computing:
+    """Measure a loaded pack whose arena holds ``token_bytes``; it is of no use for anything else afterwards."""
+    from flashpack.performance.feed import Feed
+
+    whole: Any = model
+    runtime = whole.flashpack
+    _choose_always_the_same(model)
+    feed = Feed(model, [1, 2, 3, 4])
+    for _ in range(WARM):
+        feed(1)
+    stats = runtime.store.stats
+    stats.reset()
+    times = sorted(feed(1) for _ in range(TOKENS))
+    total = stats.total()
+    if total.misses:
+        raise AssertionError("experts of one token do not stay in memory")
+    token = times[TOKENS // 2]
+    weights = _weights(model)
+    return Computing(
+        token, min(token, total.hit_seconds / TOKENS), weights, runtime.kernels, runtime.decoding, stats.io
+    )
+
+
+def _choose_always_the_same(model: PreTrainedModel) -> None:
+    """Let each layer use its first experts, whatever its router says."""
+    import torch
+
+    from flashpack.runtime.experts import RoutedExperts
+    from flashpack.runtime.lean.blocks import Experts
+    from flashpack.runtime.lean.layers import LeanLayer
+
+    whole: Any = model
+    for module in model.modules():
+        part: Any = module
+        routed = getattr(part, "flashpack", None)
+        if isinstance(routed, RoutedExperts):
+
+            def compute(x: Any, index: Any, weights: Any, _routed: RoutedExperts = routed) -> Any:
+                return _routed(x, torch.arange(index.shape[1]).expand_as(index).to(index), weights)
+
+            part.flashpack = compute
+    decoder = whole.flashpack.decoder
+    for layer in decoder.layers if decoder else ():
+        if isinstance(layer, LeanLayer) and isinstance(layer.block, Experts):
+            chosen = layer.block.router.chosen
+            first = torch.arange(len(chosen)).to(chosen)
+            layer.block.prefer = lambda chosen=chosen, first=first: chosen.copy_(first)
+
+
+def _weights(model: PreTrainedModel) -> int:
+    """Bytes of weights that a token needs: the dense part without the embedding, unless that is the head, too; and its
+    experts."""
+    whole: Any = model
+    runtime = whole.flashpack
+    pack: Pack = runtime.pack
+    top_k = runtime.experts_per_token[0]
+    embedding = model.get_input_embeddings()
+    name = next((n for n, m in model.named_modules() if m is embedding), None)
+    tied = whole.config.get_text_config(decoder=True).tie_word_embeddings
+    looked_up = 0 if tied else sum(t.nbytes for t in pack.manifest.tensors if t.name == f"{name}.weight")
+    kinds = pack.manifest.record_kinds
+    experts = sum(
+        top_k * sum(kinds[k].nbytes * count for k, count in layer.kinds) / layer.experts
+        for layer in pack.manifest.layers
+    )
+    return pack.dense_bytes - looked_up + int(experts)
+
+
+def estimate(
+    pack: Pack,
+    measured: Computing,
+    memory: int,
+    budget: Budget,
+    top_k: int,
+    replay: Replay,
+    hit_rate: HitRate | None = None,
+) -> Estimate:
+    """What to expect of ``budget``, which ``memory`` bytes give; reads for ``READ_SECONDS``. ``top_k``: experts of a
+    token and layer."""
+    counts = budgets.stride_counts(pack.manifest)
+    even = sum(s * n for s, n in budget.slots.items()) / sum(s * n for s, n in counts.items())
+    found = hit_rate(budget.slots) if hit_rate and even < 1 else even
+    read, seconds, tokens = 0, 0.0, 0
+    draws = random.Random(0)
+    while found < 1 and seconds < READ_SECONDS:
+        misses = {
+            layer.index: sum(draws.random() >= found for _ in range(min(top_k, layer.experts)))
+            for layer in pack.manifest.layers
+        }
+        bursts = bursts_like(pack, [misses], seed=tokens)
+        seconds += replay.run(bursts)
+        read += replay.size(bursts)
+        tokens += 1
+    reading = seconds / tokens if tokens else 0.0
+    token = measured.token - measured.experts + max(measured.experts, reading)
+    return Estimate(memory, budget, min(1.0, even), found, read / tokens if tokens else 0.0, reading, token)
+
+
+def memory_rate(threads: int, size: int = 2**28, rounds: int = 5) -> float:
+    """Bytes per second of plainly reading memory with ``threads`` threads, the best of some ``rounds``."""
+    import numpy as np
+
+    pieces = np.array_split(np.ones(size // 8, dtype=np.int64), threads)
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(rounds):
+            begun = time.perf_counter()
+            list(pool.map(np.bitwise_or.reduce, pieces))
+            best = max(best, size / (time.perf_counter() - begun))
+    return best
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,74 @@
+"""How fast a pack that does not exist yet would decode at best, told from its plan, the memory and the drive.
+
+    seconds per token = dense weights / memory + max(experts / memory, experts not in memory / drive)
+
+in bytes and bytes per second. No kernel runs, and routing is taken as even: ``forecast`` of the pack knows more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flashpack.formats.constants import PAGE
+from flashpack.performance import speed
+from flashpack.runtime.budget import Budget
+from flashpack.runtime.rates import measure
+
+SECONDS = 1.0
+"""Spent on reading, at the most."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes: of the dense part that a token needs, of its experts, of all experts; ``record``: of the largest one."""
+
+    dense: int
+    used: int
+    experts: int
+    record: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """Of ``memory`` bytes for the process: the share of the experts that fit, and tokens per second."""
+
+    memory: int
+    share: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class AtBest:
+    """Rates in bytes per second. ``drive``: of the drive that the source is on."""
+
+    memory_rate: float
+    drive: float
+    weights: Weights
+    rows: list[Row]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def at_best(
+    weights: Weights, folder: Path, files: Sequence[str], least: Budget, most: int, wanted: list[int]
+) -> AtBest | None:
+    """Speeds for totals of ``wanted``, or some up to ``most``. ``files`` of ``folder``: what is read to measure the
+    drive; None if they are too small for that."""
+    size = -(-weights.record // PAGE) * PAGE
+    rates = measure(folder, files, [size], SECONDS)
+    if not rates:
+        return None
+    drive = rates[0].drive or max(rates[0].direct or 0.0, rates[0].buffered)
+    memory_rate = speed.memory_rate(speed.processors())
+    fixed = least.total - least.arena
+    rows = []
+    for total in speed.totals(fixed, weights.experts, least.total, most, wanted):
+        share = min(1.0, max(0, total - fixed) / weights.experts)
+        reading = (1 - share) * weights.used / drive
+        seconds = weights.dense / memory_rate + max(weights.used / memory_rate, reading)
+        rows.append(Row(total, share, 1 / seconds))
+    return AtBest(memory_rate, drive, weights, rows)
