@@ -44,32 +44,46 @@ def card(
     from flashpack.hub.push import check_name
 
     name = None if repo is None else check_name(repo)
-    text, _ = written(Pack(pack), name, base_model, license, source, evaluations)
-    print(text, end="")
+    opened = Pack(pack)
+    print(written(opened, sums_of(opened), name, base_model, license, source, evaluations), end="")
 
 
 def quiet_hub() -> None:
     """Keep what huggingface_hub logs, signed addresses among it, and its bars where nobody sees them, out of stderr."""
-    from huggingface_hub.utils import disable_progress_bars, logging
+    import logging
 
-    logging.set_verbosity_error()
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         disable_progress_bars()
 
 
+def sums_of(pack: Pack) -> dict[str, str]:
+    """The checksums of all files, with a bar."""
+    from flashpack.hub.card import checksums
+
+    with Bars() as bars:
+        bars.begin("checksums", sum(entry.size for entry in pack.files.values()))
+        return checksums(pack, bars.advance)
+
+
 def written(
-    pack: Pack, repo: str | None, base_model: str | None, license: str | None, source: str | None, found: list[Path]
-) -> tuple[str, dict[str, str]]:
-    """The card, and the checksums that it tells."""
+    pack: Pack,
+    sums: dict[str, str],
+    repo: str | None,
+    base_model: str | None,
+    license: str | None,
+    source: str | None,
+    evaluations: list[Path],
+) -> str:
+    """The card."""
     from flashpack.cli.quality import quality_lines
-    from flashpack.hub.card import card, checksums, read_evaluation
+    from flashpack.hub.card import card, read_evaluation
     from flashpack.hub.source import describe
 
-    evaluations = {path.stem: read_evaluation(path) for path in found}
+    found = {path.stem: read_evaluation(path) for path in evaluations}
     base = describe(base_model, license, source)
     lines = [" ".join(line.removeprefix("quality").split()) for line in quality_lines(pack)]
     weights = [line for line in lines if not line.startswith("page:")]
-    with Bars() as bars:
-        bars.begin("checksums", sum(entry.size for entry in pack.files.values()))
-        sums = checksums(pack, bars.advance)
-    return card(pack, sums, repo, base, evaluations, weights), sums
+    return card(pack, sums, repo, base, found, weights)

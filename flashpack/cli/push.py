@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from flashpack.cli.bars import Bars
-from flashpack.cli.card import Base, Evaluations, License, Source, quiet_hub, written
+from flashpack.cli.card import Base, Evaluations, License, Source, quiet_hub, sums_of, written
 from flashpack.cli.console import answer_json, gb, note, quiet_libraries, say
 from flashpack.errors import UsageError
 
@@ -38,7 +38,7 @@ def push(
     from flashpack.hub.push import push as run_push
 
     name = check_name(repo)
-    own = None if card is None else _text(card)
+    text = None if card is None else _text(card)
     opened = Pack(pack)
     with Bars() as bars:
         findings = verify(pack, on_start=lambda total: bars.begin("verifying", total), progress=bars.advance)
@@ -47,11 +47,13 @@ def push(
     if findings:
         note(f"flashpack: {pack}: {len(findings)} findings, nothing was sent; see flashpack repair")
         raise typer.Exit(1)
-    text, sums = written(opened, name, base_model, license, source, evaluations)
+    sums = sums_of(opened)
+    if text is None:
+        text = written(opened, sums, name, base_model, license, source, evaluations)
     if dry_run:
         size = sum((pack / path).stat().st_size for path in sums)
         if json:
-            answer_json({"repo": name, "identity": opened.identity, "files": sums, "bytes": size, "card": own or text})
+            answer_json({"repo": name, "identity": opened.identity, "files": sums, "bytes": size, "card": text})
         else:
             say(f"{pack}: whole; {len(sums)} files, {gb(size)}, and a card would go to {name}")
             say(f"  identity {opened.identity}")
@@ -59,7 +61,7 @@ def push(
     quiet_hub()
     with Bars() as bars:
         done = run_push(
-            opened, name, sums, own or text, card is not None, private, revision, overwrite, bars.begin, bars.advance
+            opened, name, sums, text, card is not None, private, revision, overwrite, bars.begin, bars.advance
         )
     if json:
         answer_json(done.to_json())

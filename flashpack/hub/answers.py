@@ -22,7 +22,7 @@ def hub_errors(name: str, error: type[FlashpackError]) -> Iterator[None]:
         raise error(f"{name}: offline mode is on (HF_HUB_OFFLINE); turn it off") from None
     except errors.HfHubHTTPError as e:
         raise error(f"{name}: {_refusal(e)}") from None
-    except (httpx2.TransportError, errors.LocalEntryNotFoundError) as e:
+    except httpx2.TransportError as e:
         raise error(f"{name}: no connection ({type(e).__name__}); {_AGAIN}") from None
     except (FlashpackError, OSError):
         raise

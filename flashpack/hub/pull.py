@@ -1,42 +1,44 @@
 """A pack from a hub: only what its manifest lists, proven against it, and in its place when it is whole.
 
-huggingface_hub moves the bytes, and goes on in the middle of a file where an earlier run was stopped. They wait in a
-folder beside the pack's, whose name has the identity in it: what is there belongs to this pack and no other.
+The files come by ranges, as those of checkpoints do (huggingface_hub's own downloads begin a file anew after a stop,
+and files of packs have gigabytes). They wait in a folder beside the pack's, whose name has the identity in it: what is
+there belongs to this pack and no other.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from flashpack.converter.convert import disk_space
+from flashpack.converter.convert import check_space
 from flashpack.converter.hub import HubFolder, open_hub
+from flashpack.converter.transfer import CONNECTIONS
 from flashpack.errors import IdentityError, IntegrityError, OutputError, SourceError
 from flashpack.formats import constants as C
 from flashpack.formats.checksums import hexdigest
-from flashpack.formats.files import locked, make_folder, open_inside, output_errors, sync, sync_folder, write_durably
+from flashpack.formats.files import (
+    locked,
+    make_folder,
+    open_inside,
+    output_errors,
+    pwrite,
+    resize,
+    sync,
+    sync_folder,
+    write_behind,
+    write_durably,
+)
 from flashpack.formats.manifest import Manifest
 from flashpack.formats.verify import check_files
-from flashpack.hub.answers import hub_errors
 from flashpack.hub.card import SUFFIX
-from flashpack.sizes import gb
-from flashpack.version import __version__
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
-
-CONNECTIONS = 4
-"""Files at once."""
-
-_OWN = ".cache"
-"""What huggingface_hub keeps beside the files: their tags, and files that are not complete."""
+PIECE = 8 * 2**20
+"""Bytes that are asked for at once, of each of as many files as there are connections."""
 
 _SHOWN = 3
 
@@ -88,22 +90,22 @@ def pull(
     assert isinstance(folder, HubFolder)
     try:
         wanted = _look(folder, expect)
+        name = folder.origin["hub"].rpartition("/")[2]
+        out = out or Path(name if name.endswith(SUFFIX) else name + SUFFIX)
+        if out.exists() or out.is_symlink():
+            raise OutputError(f"{out}: is there already; remove it, or name another folder")
+        staging = out.with_name(f"{out.name}.{wanted.identity[:8]}{C.PARTIAL_SUFFIX}")
+        check_space(staging, wanted.sizes, overwrite=False)
+        with output_errors(staging):
+            make_folder(staging)
+        with locked(staging):
+            begin("downloading", sum(wanted.sizes.values()))
+            _download(wanted, staging, progress)
+            _prove(wanted, staging, lambda total: begin("verifying", total), progress)
+            with output_errors(out):
+                _finish(wanted, staging, out)
     finally:
         folder.close()
-    name = folder.origin["hub"].rpartition("/")[2]
-    out = out or Path(name if name.endswith(SUFFIX) else name + SUFFIX)
-    if out.exists() or out.is_symlink():
-        raise OutputError(f"{out}: is there already; remove it, or name another folder")
-    staging = out.with_name(f"{out.name}.{wanted.identity[:8]}{C.PARTIAL_SUFFIX}")
-    with output_errors(staging):
-        make_folder(staging)
-    with locked(staging):
-        _check_space(staging, wanted.sizes)
-        begin("downloading", sum(wanted.sizes.values()))
-        _download(wanted, staging, progress)
-        _prove(wanted, staging, lambda total: begin("verifying", total), progress)
-        with output_errors(out):
-            _finish(wanted, staging, out)
     size = sum(wanted.sizes.values()) + len(wanted.raw)
     return Pulled(str(out), wanted.identity, folder.origin["commit"], size)
 
@@ -127,65 +129,43 @@ def _look(folder: HubFolder, expect: str | None) -> _Wanted:
     return _Wanted(folder, manifest, raw, identity)
 
 
-def _check_space(staging: Path, sizes: dict[str, int]) -> None:
-    needed, free = disk_space(staging, sizes, overwrite=False)
-    free += sum(p.stat().st_blocks * 512 for p in (staging / _OWN).rglob("*.incomplete"))
-    if needed > free:
-        raise OutputError(f"{staging}: {gb(needed)} needed, {gb(free)} free; free some space or choose another disk")
-
-
 def _download(wanted: _Wanted, staging: Path, progress: Callable[[int], object]) -> None:
     """Every file that is not there yet, or the rest of it."""
-    stop = threading.Event()
     pool = ThreadPoolExecutor(CONNECTIONS)
     try:
-        files = [pool.submit(_fetch, wanted, path, staging, progress, stop) for path in wanted.sizes]
+        files = [pool.submit(_fetch, wanted, path, staging, progress) for path in wanted.sizes]
         for done in as_completed(files):
             done.result()
+    except BaseException:
+        wanted.folder.close()  # which stops the others where they are
+        raise
     finally:
-        stop.set()
         pool.shutdown(cancel_futures=True)
 
 
-class _Stopped(Exception):
-    """Another file failed, or the user does not want it any more."""
-
-
-def _fetch(wanted: _Wanted, path: str, staging: Path, progress: Callable[[int], object], stop: threading.Event) -> None:
-    from huggingface_hub import hf_hub_download
-
-    folder = wanted.folder
-    told = 0
-
-    def tell(count: int) -> None:
-        nonlocal told
-        if stop.is_set():
-            raise _Stopped
-        told += count
-        progress(count)
-
-    with output_errors(staging / path), hub_errors(folder.where(path), SourceError):
-        hf_hub_download(
-            folder.origin["hub"], path, revision=folder.origin["commit"], local_dir=staging, tqdm_class=_bar(tell),
-            library_name="flashpack", library_version=__version__,
-        )  # fmt: skip
-    tell(wanted.sizes[path] - told)  # what was there before
-
-
-def _bar(tell: Callable[[int], None]) -> type[tqdm[Any]]:
-    """A progress bar that shows nothing, and passes on what it is told."""
-    from tqdm import tqdm
-
-    class Bar(tqdm):  # type: ignore[type-arg]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs | {"disable": True})
-            tell(int(kwargs.get("initial") or 0))
-
-        def update(self, n: float | None = 1) -> bool | None:
-            tell(int(n or 0))
-            return None
-
-    return Bar
+def _fetch(wanted: _Wanted, path: str, staging: Path, progress: Callable[[int], object]) -> None:
+    size, final = wanted.sizes[path], staging / path
+    if final.exists():
+        progress(size)
+        return
+    partial = final.with_name(final.name + C.PARTIAL_SUFFIX)
+    with output_errors(partial):
+        make_folder(partial.parent)
+        fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            there = min(os.fstat(fd).st_size, size)
+            progress(there)
+            buffer = memoryview(bytearray(min(PIECE, size - there)))
+            for at in range(there, size, PIECE):
+                piece = buffer[: min(PIECE, size - at)]
+                wanted.folder.read_into(path, at, piece)
+                pwrite(fd, piece, at)
+                write_behind(fd, at, len(piece))
+                progress(len(piece))
+            resize(fd, size)
+        finally:
+            os.close(fd)
+        os.rename(partial, final)
 
 
 def _prove(wanted: _Wanted, staging: Path, begin: Callable[[int], object], progress: Callable[[int], object]) -> None:
@@ -233,7 +213,6 @@ def _names(paths: Sequence[str]) -> str:
 
 def _finish(wanted: _Wanted, staging: Path, out: Path) -> None:
     """All files on the drive, the manifest last, then the folder's name."""
-    shutil.rmtree(staging / _OWN, ignore_errors=True)
     for path in wanted.sizes:
         fd = open_inside(staging, path)
         try:

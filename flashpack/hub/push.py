@@ -67,8 +67,8 @@ def push(
     it is not there; default: main. ``overwrite``: whether another pack that is there may be replaced; files that are
     not that pack's stay. ``begin`` is called with what is done next and its bytes, ``progress`` with bytes.
 
-    Raises ``UsageError`` for a card that is none, ``OutputError`` for what the hub refuses, or if another pack is there; ``IntegrityError`` if something
-    arrived in another form.
+    Raises ``UsageError`` for a card that is none, ``OutputError`` for what the hub refuses and if another pack is
+    there, ``IntegrityError`` if something arrived in another form.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard
 
