@@ -6,13 +6,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.docs.place import Shelf
+from tests.docs.hub import hub
+from tests.docs.place import Shelf, readers
 from tests.docs.shell import prepared
 
 
 @pytest.fixture(scope="session")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shelf]:
     folder = tmp_path_factory.mktemp("docs")
-    with prepared(folder) as programs:
-        (folder / "shelf").mkdir()
-        yield Shelf.made(folder / "shelf", programs)
+    (folder / "shelf").mkdir()
+    with hub() as settings:
+        environment = readers() | settings
+        with prepared(folder, environment) as programs:
+            yield Shelf.made(folder / "shelf", programs, environment)

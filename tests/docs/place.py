@@ -60,16 +60,24 @@ def checkpoint(folder: Path) -> None:
             (folder / file.name).symlink_to(file)
 
 
+def readers() -> dict[str, str]:
+    """The environment of a reader who has set nothing of ours."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("XDG_", "FLASHPACK_", "PYTEST_", "GIT_"))}
+    return kept | {"TERM": "dumb", "TRANSFORMERS_VERBOSITY": "error"}
+
+
 @dataclass(frozen=True)
 class Shelf:
-    """What the pages have in common, made once: two packs of the bundled model, and the small checkpoint."""
+    """What the pages have in common, made once: two packs of the bundled model, and the small checkpoint. ``settings``
+    is the environment of all commands."""
 
     folder: Path
     programs: Path
+    settings: dict[str, str]
 
     @classmethod
-    def made(cls, folder: Path, programs: Path) -> Shelf:
-        shelf = cls(folder, programs)
+    def made(cls, folder: Path, programs: Path, settings: dict[str, str]) -> Shelf:
+        shelf = cls(folder, programs, settings)
         shortened(folder / "small")
         shelf._flashpack("convert", str(TRAINED), "pack")
         shelf._flashpack("convert", str(TRAINED), "exact", "--experts", "source", "--dense", "source")
@@ -90,9 +98,7 @@ class Shelf:
 
     def environment(self, home: Path) -> dict[str, str]:
         """A reader's, whose home is ``home``, with the prepared programs."""
-        path = f"{self.programs}{os.pathsep}{os.environ['PATH']}"
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("XDG_", "FLASHPACK_", "PYTEST_", "GIT_"))}
-        return kept | {"HOME": str(home), "PATH": path, "TERM": "dumb", "TRANSFORMERS_VERBOSITY": "error"}
+        return self.settings | {"HOME": str(home), "PATH": f"{self.programs}{os.pathsep}{self.settings['PATH']}"}
 
     def furnish(self, place: Path, text: str) -> None:
         """Put into ``place`` what ``text`` names, and its reader's home."""

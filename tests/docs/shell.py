@@ -52,8 +52,9 @@ exec {python} {module} "$@"
 
 
 @contextlib.contextmanager
-def prepared(folder: Path) -> Iterator[Path]:
-    """A folder for PATH with the two programs, as long as the process behind them lives."""
+def prepared(folder: Path, environment: dict[str, str]) -> Iterator[Path]:
+    """A folder for PATH with the two programs, as long as the process behind them lives. Libraries read ``environment``
+    when they are imported: it must be that of the commands."""
     programs = folder / "bin"
     programs.mkdir()
     address = str(folder / "s")
@@ -64,9 +65,8 @@ def prepared(folder: Path) -> Iterator[Path]:
     if not FORKS:
         yield programs
         return
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.docs.shell", address], cwd=ROOT, stdout=subprocess.PIPE, stdin=subprocess.PIPE
-    ) as process:
+    command = [sys.executable, "-m", "tests.docs.shell", address]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stdin=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdin is not None
         assert process.stdout.readline() == b"ready\n"
