@@ -252,21 +252,19 @@ def _single_names(
     marks = {name: torch.full(shape, number, dtype=torch.uint8) for number, (name, shape) in enumerate(shapes.items())}
     for mark in marks.values():
         mark[0, -1] += 100
-    parameters = expert_parameters(site, marks)
-    found = []
-    for expert in range(site.num_experts):
-        by_projection: dict[str, str] = {}
-        for place, tensor in published.publish(expert, parameters).items():
-            same: list[str] = [n for n, mark in marks.items() if _equal(mark, tensor)]
-            if len(same) == 1 and place.name.endswith(".weight") and place.shape == shapes[same[0]]:
-                by_projection[same[0]] = place.name
-        if by_projection.keys() != shapes.keys():
-            raise UnsupportedError(
-                f"{where}: the experts of this family are published in one tensor, and compressed-tensors needs them "
-                f"one by one; {_INSTEAD}"
-            )
-        found.append(by_projection)
-    return found
+    made = published.publish(0, expert_parameters(site, marks))
+    found: dict[str, int] = {}
+    for number, (place, tensor) in enumerate(made.items()):
+        for projection, mark in marks.items():
+            if _equal(mark, tensor) and place.name.endswith(".weight") and place.shape == shapes[projection]:
+                found[projection] = number
+    if found.keys() != shapes.keys():
+        raise UnsupportedError(
+            f"{where}: the experts of this family are published in one tensor, and compressed-tensors needs them "
+            f"one by one; {_INSTEAD}"
+        )
+    places = [published.places(expert) for expert in range(site.num_experts)]
+    return [{projection: names[number].name for projection, number in found.items()} for names in places]
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -52,17 +52,16 @@ class ExpertNames:
 
     def __init__(self, site: ExpertsModule, names: Names) -> None:
         self.site = site
-        self._groups: list[tuple[tuple[str, ...], _Converter]] = []
-        self._names: list[list[str]] = []
-        self._sources: dict[str, str] = {}
         self.outputs: dict[str, Shape] = {}
+        self._groups: list[tuple[tuple[str, ...], _Converter, list[str], bool]] = []
+        self._sources: dict[str, str] = {}
         for parameters, converter in names.grouped([f"{site.name}.{p}" for p in site.parameters]):
             whole = {n: names.shapes[n] for n in parameters}
             every = converter.shapes(whole)
             one = converter.shapes({n: (1, *shape[1:]) for n, shape in whole.items()})
-            self._check(every, one)
-            self._groups.append((parameters, converter))
-            self._names.append(list(every))
+            stacked = len(every) == len(one)
+            self._check(list(every.values()), list(one.values()), stacked)
+            self._groups.append((parameters, converter, list(every), stacked))
             self.outputs |= every
             self._sources |= dict.fromkeys(every, parameters[0])
 
@@ -70,28 +69,30 @@ class ExpertNames:
         """A parameter of the model that the published tensor ``name`` is made of."""
         return self._sources[name]
 
-    def publish(self, expert: int, parameters: Mapping[str, torch.Tensor]) -> dict[Place, torch.Tensor]:
-        """An expert's ``parameters`` of the module (name in it -> the expert's own, [1, ...]) at their places."""
+    def places(self, expert: int) -> list[Place]:
+        """Where what is an expert's is published."""
         count = self.site.num_experts
-        found = {}
-        for (group, converter), names in zip(self._groups, self._names, strict=True):
-            one = converter.run({n: parameters[n.rpartition(".")[2]] for n in group})
-            if len(names) == len(one):  # stacked
-                for name, tensor in zip(names, one.values(), strict=True):
-                    found[Place(name, self.outputs[name], expert * len(tensor))] = tensor
-            else:
-                for name, tensor in zip(names[expert::count], one.values(), strict=True):
-                    found[Place(name, self.outputs[name])] = tensor
+        found = []
+        for _, _, names, stacked in self._groups:
+            for name in names if stacked else names[expert::count]:
+                shape = self.outputs[name]
+                found.append(Place(name, shape, expert * (shape[0] // count) if stacked else 0))
         return found
 
-    def _check(self, every: dict[str, Shape], one: dict[str, Shape]) -> None:
-        """The experts must be published one by one, in order, or stacked."""
-        count, shapes = self.site.num_experts, list(every.values())
-        if len(every) == len(one):
-            expected = [(count * shape[0], *shape[1:]) for shape in one.values()]
-        else:
-            expected = [shape for shape in one.values() for _ in range(count)]
-        if shapes != expected:
+    def publish(self, expert: int, parameters: Mapping[str, torch.Tensor]) -> dict[Place, torch.Tensor]:
+        """An expert's ``parameters`` of the module (name in it -> the expert's own, [1, ...]) at ``places``."""
+        made: list[torch.Tensor] = []
+        for group, converter, _, _ in self._groups:
+            made += converter.run({n: parameters[n.rpartition(".")[2]] for n in group}).values()
+        return dict(zip(self.places(expert), made, strict=True))
+
+    def _check(self, every: list[Shape], one: list[Shape], stacked: bool) -> None:
+        """The experts must be published stacked, or one by one: all of the first matrix, then of the next."""
+        count = self.site.num_experts
+        expected = [shape for shape in one for _ in range(count)]
+        if stacked:
+            expected = [(count * shape[0], *shape[1:]) for shape in one]
+        if every != expected:
             raise UnsupportedError(f"{self.site.name}: transformers' loader map cannot be reversed expert by expert")
 
 

@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 import flashpack
 from flashpack.errors import UnsupportedError
 from flashpack.export import Report, export
-from flashpack.export.compressed import quantization_config
+from flashpack.export.compressed import _single_names, quantization_config
 from flashpack.export.content import Content
+from flashpack.export.names import Names
 from flashpack.export.schemes import Scheme, fits, scheme_of
 from flashpack.formats import Pack
 from flashpack.formats.records import MXFP4, Encoding, fp8
@@ -148,6 +149,13 @@ def test_what_does_not_fit_is_refused(name: str, experts: str, message: str, pac
     with pytest.raises(UnsupportedError, match=f"{message}.*; use --weights bf16$"):
         export(pack_of(name, experts, "source"), tmp_path / "export", "hf", weights="compressed")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_experts_that_are_published_in_one_tensor_are_refused(pack_of: PackOf) -> None:
+    content = Content(Pack(pack_of("granitemoe", "source", "source")), lambda count: None)
+    (site, *_), names = content.sites.values(), Names(content.model)
+    with pytest.raises(UnsupportedError, match=r"layer 0: .* in one tensor, .* one by one; use --weights bf16"):
+        _single_names(site, names.experts(site), site.projections(), "layer 0")
 
 
 def test_one_bias_that_does_not_fit_is_seen(pack_of: PackOf) -> None:
