@@ -26,7 +26,7 @@ class Trace:
 
     Guesses of the next layer's experts are the trace's too, right as often as ``RECALL``. ``position`` is the row
     of the next token; rows wrap around. To be made after the model: loading compares its two ways of decoding by its
-    own router. Raises ``ValueError`` for a trace of another shape.
+    own router. Raises ``ValueError`` for a trace of another shape, or without weights.
     """
 
     def __init__(self, path: str, model: PreTrainedModel) -> None:

@@ -271,8 +271,10 @@ def _read_archive(path: str | os.PathLike[str], what: str) -> Routing:
     try:
         with zipfile.ZipFile(path) as archive:
             arrays = {name: _archived(archive, f"{name}.npy") for name in ("experts", "weights")}
-    except (ValueError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile) as e:
-        raise FormatError(f"{what}: not an .npz file of arrays: {e}") from e
+    except OSError:
+        raise
+    except Exception as e:  # zipfile, zlib and numpy raise many kinds for damaged files
+        raise FormatError(f"{what}: not a sound .npz file of arrays: {e or type(e).__name__}".splitlines()[0]) from e
     experts, weights = arrays["experts"], arrays["weights"]
     if experts is None or experts.dtype.kind not in "iu" or experts.ndim != 3 or not experts.size:
         raise FormatError(f"{what}: an .npz file of routing has integers `experts` [tokens, layers, top_k]")
@@ -316,7 +318,7 @@ def _archived(archive: zipfile.ZipFile, name: str) -> NDArray[Any] | None:
         shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0)(
             member
         )
-        if dtype.kind not in "iuf" or math.prod(shape) * dtype.itemsize > size:
+        if dtype.kind not in "iuf" or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > size:
             raise ValueError(f"{name} is {dtype} {list(shape)} in {size} bytes")
         data = member.read()
     return np.frombuffer(data, dtype, math.prod(shape)).reshape(shape, order="F" if fortran else "C")

@@ -151,8 +151,9 @@ class Lfu:
 class S3Fifo:
     """Yang et al., FIFO queues are all you need for cache eviction (SOSP 2023).
 
-    A small queue (a tenth) for newcomers, a main queue whose entries may come round again (two bits), and a ghost queue
-    of as many keys as there are slots of the main queue, which newcomers that are back skip the small queue by.
+    A small queue (a tenth) for newcomers, of which those go on that were used again; a main queue, whose entries come
+    round again as often as they were used, up to three times; a ghost queue of as many evicted keys as there are slots,
+    which skip the small queue if they are back.
     """
 
     def __init__(self, slots: int, width: int = 0, requests: Sequence[Request] = ()) -> None:
@@ -171,20 +172,21 @@ class S3Fifo:
                 counts[key] = min(3, counts[key] + 1)
             else:
                 missing.append(key)
+        held = set(keys) if len(keys) <= self._slots else set()
         for key in missing:
             while len(counts) >= self._slots:
-                self._advance()
+                self._advance(held)
             (self._main if key in self._ghost else self._small).append(key)
             self._ghost.pop(key, None)
             counts[key] = 0
         return len(keys) - len(missing)
 
-    def _advance(self) -> None:
-        """Move, or evict, the oldest of a queue."""
+    def _advance(self, held: set[int]) -> None:
+        """Move, or evict, the oldest of a queue; ``held`` stay."""
         counts = self._counts
         if len(self._small) >= self._small_slots or not self._main:
             key = self._small.popleft()
-            if counts[key]:
+            if counts[key] or key in held:
                 counts[key] = 0
                 self._main.append(key)
             else:
@@ -194,8 +196,8 @@ class S3Fifo:
                     self._ghost.popitem(last=False)
         else:
             key = self._main.popleft()
-            if counts[key]:
-                counts[key] -= 1
+            if counts[key] or key in held:
+                counts[key] = max(0, counts[key] - 1)
                 self._main.append(key)
             else:
                 del counts[key]
