@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,9 @@ from huggingface_hub import constants, get_token
 
 from flashpack.errors import OutputError
 from flashpack.formats import Pack
+from flashpack.hub import card as cards
 from flashpack.hub.answers import hub_errors
+from flashpack.runtime.forecast import smallest_of
 from tests.conftest import PackOf, contents
 from tests.hub.conftest import Command
 from tests.hub.stand_in import TOKEN, Hub
@@ -30,6 +33,15 @@ def few_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.utils._http as http
 
     monkeypatch.setattr(http.time, "sleep", lambda seconds: None)
+
+
+_smallest = functools.cache(lambda folder: smallest_of(Pack(folder)))
+
+
+@pytest.fixture(autouse=True)
+def known_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory that a pack needs does not change from test to test."""
+    monkeypatch.setattr(cards, "smallest_of", lambda pack: _smallest(pack.folder))
 
 
 def files(folder: Path) -> dict[str, bytes]:
