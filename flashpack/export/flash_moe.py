@@ -177,7 +177,7 @@ def _losses(dense: list[_Dense], config: dict[str, Any]) -> list[str]:
     if rounded := sum(d.rounded for d in dense):
         lines.append(f"{rounded} small matrices (routers, gates, in_proj_a and in_proj_b) are rounded to 4 bits")
     if other := [name for name, size in _SIZES.items() if config[name] != size]:
-        lines.append(f"Flash-MoE has other sizes as constants: change {', '.join(other)} in infer.m and its shaders")
+        lines.append(f"Flash-MoE unchanged: it has the 397B model's sizes as constants; here {', '.join(other)} differ")
     return lines
 
 

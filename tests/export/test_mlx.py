@@ -148,6 +148,11 @@ def test_a_matrix_that_mlx_lm_splits_is_said_to_be_quantized_again(tmp_path: Pat
     report = export(tmp_path / "pack", tmp_path / "out", "mlx")
     layers = config.num_hidden_layers
     assert f"{layers} matrices kv_b_proj will be quantized once more by mlx-lm when it loads" in report.losses
+    quantization = config_of(tmp_path / "out")["quantization"]
+    assert quantization["group_size"] == 64
+    own = {name.rpartition(".")[2] for name, mode in quantization.items() if "self_attn" in name}
+    assert own == {"embed_q", "unembed_out"}
+    assert quantization["model.layers.0.self_attn.embed_q"] == {"mode": "affine", "bits": 8, "group_size": 32}
     prompt = np.arange(3, 40)
     found = _mlx_logits(tmp_path / "out", prompt)
     expected = logits_of(flashpack.load(tmp_path / "pack", reference=True), prompt)
