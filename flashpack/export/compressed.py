@@ -17,7 +17,7 @@ from flashpack.export.content import Content, Expert, Stored
 from flashpack.export.hf import Job, Rounding, checkpoint, dense_groups, dense_job, experts_job
 from flashpack.export.names import ExpertNames, Group, Names, expert_parameters
 from flashpack.export.options import Options, Prepared
-from flashpack.export.schemes import FP8_BLOCKS, Scheme, arrays_of, fits, parts_of, scheme_of
+from flashpack.export.schemes import FP8_BLOCKS, Scheme, arrays_of, fits, parts_of, scale_type, scheme_of
 from flashpack.export.tensors import Tensors
 from flashpack.formats.entries import Layer
 from flashpack.formats.header import TensorSpec
@@ -173,8 +173,8 @@ def _dense_scheme(content: Content, group: Group) -> Scheme | None:
 def _dense_job(content: Content, group: Group) -> Job:
     (name,) = group.names
     (published,) = group.outputs
-    shape, encoding = content.dense[name]
-    specs = _specs(published, encoding, shape)
+    stored = content.peek(name)
+    specs = _specs(published, stored.encoding, stored.shape, scale_type(stored) or "")
 
     def run(tensors: Tensors) -> None:
         _write(tensors, published, content.tensor(name))
@@ -222,12 +222,13 @@ def _experts_job(content: Content, layer: Layer, published: ExpertNames, pairs: 
     where = f"{content.pack.folder}: layer {layer.index}"
     (kind,) = content.kinds(layer)
     projections = {p.name: p for p in kind.projections}
+    encoding = kind.projections[0].encoding  # of all
     names = _single_names(content.sites[layer.index], published, {n: p.shape for n, p in projections.items()}, where)
     specs = [
         spec
         for by_projection in names
         for projection, name in by_projection.items()
-        for spec in _specs(name, projections[projection].encoding, projections[projection].shape)
+        for spec in _specs(name, encoding, projections[projection].shape, encoding.dtype)
     ]
 
     def run(tensors: Tensors) -> None:
@@ -271,9 +272,9 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and bool((one == other).all())
 
 
-def _specs(name: str, encoding: Encoding, shape: tuple[int, ...]) -> list[TensorSpec]:
+def _specs(name: str, encoding: Encoding, shape: tuple[int, ...], scales: str) -> list[TensorSpec]:
     stem = name.removesuffix("weight")
-    return [TensorSpec(stem + part, dtype, size) for part, (dtype, size) in parts_of(encoding, shape).items()]
+    return [TensorSpec(stem + part, dtype, size) for part, (dtype, size) in parts_of(encoding, shape, scales).items()]
 
 
 def _write(tensors: Tensors, name: str, stored: Stored) -> None:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from flashpack.export.content import Stored
 from flashpack.formats import affine
-from flashpack.formats.dtypes import to_float32
+from flashpack.formats.dtypes import from_float32, to_float32
 from flashpack.formats.records import Encoding
 
 PACKED_BITS = (2, 4, 8)
@@ -91,15 +91,32 @@ def fits(stored: Stored) -> bool:
     return stored.encoding.name != "affine" or _zeros(stored) is not None
 
 
-def parts_of(encoding: Encoding, shape: tuple[int, ...]) -> dict[str, Part]:
-    """The tensors of a matrix [out, in] whose encoding has a scheme: their names in the module -> (dtype, shape)."""
+def scale_type(stored: Stored) -> str | None:
+    """The type for the scales of affine integers: BF16 or F16; None where neither holds them.
+
+    Where biases need float32, the pack has scales of that type, too.
+    """
+    if stored.encoding.dtype != "F32":
+        return stored.encoding.dtype
+    scales = to_float32(stored.parts["scales"], "F32")
+    with np.errstate(all="ignore"):
+        return next(
+            (t for t in ("BF16", "F16") if np.array_equal(to_float32(from_float32(scales, t), t), scales)), None
+        )
+
+
+def parts_of(encoding: Encoding, shape: tuple[int, ...], scales: str) -> dict[str, Part]:
+    """The tensors of a matrix [out, in] whose encoding has a scheme: their names in the module -> (dtype, shape).
+
+    ``scales``: the ``scale_type`` of affine integers.
+    """
     rows, width = shape
     match encoding.name:
         case "affine":
             groups = width // encoding.group_size
             found: dict[str, Part] = {
                 "weight_packed": ("I32", (rows, width * encoding.bits // 32)),
-                "weight_scale": (encoding.dtype, (rows, groups)),
+                "weight_scale": (scales, (rows, groups)),
                 "weight_shape": ("I64", (2,)),
             }
             if encoding.dtype == "F32":
@@ -113,8 +130,8 @@ def parts_of(encoding: Encoding, shape: tuple[int, ...]) -> dict[str, Part]:
                 "weight_scale": ("F8_E4M3", (rows, width // 16)),
                 "weight_global_scale": ("F32", (1,)),
             }
-    scales = (1,) if encoding.block == (0, 0) else encoding.parts(shape)["scales"][1]
-    return {"weight": ("F8_E4M3", (rows, width)), _fp8_scale(encoding): (encoding.dtype, scales)}
+    grid = (1,) if encoding.block == (0, 0) else encoding.parts(shape)["scales"][1]
+    return {"weight": ("F8_E4M3", (rows, width)), _fp8_scale(encoding): (encoding.dtype, grid)}
 
 
 def arrays_of(stored: Stored) -> dict[str, NDArray[np.generic]]:
@@ -122,10 +139,12 @@ def arrays_of(stored: Stored) -> dict[str, NDArray[np.generic]]:
     parts, encoding = stored.parts, stored.encoding
     match encoding.name:
         case "affine":
-            found = {"weight_packed": parts["weight"], "weight_scale": parts["scales"]}
-            found["weight_shape"] = np.array(stored.shape, dtype="<i8")
-            zeros = _zeros(stored)
+            zeros, kind = _zeros(stored), scale_type(stored)
             assert zeros is not None
+            assert kind is not None
+            scales = from_float32(to_float32(parts["scales"], encoding.dtype), kind)
+            found = {"weight_packed": parts["weight"], "weight_scale": scales}
+            found["weight_shape"] = np.array(stored.shape, dtype="<i8")
             if encoding.dtype == "F32":
                 found["weight_zero_point"] = _pack_zeros(zeros, encoding.bits)
             return found
@@ -156,13 +175,7 @@ def _zeros(stored: Stored) -> NDArray[np.uint8] | None:
         if encoding.dtype != "F32":
             zeros = np.full_like(scales, middle)
         exact = (scales.astype(np.float64) * -zeros == biases) & (zeros >= 0) & (zeros < 2 * middle)
-        exact &= (scales.astype(np.float16) == scales) | (_bfloat16(scales) == scales)
-    return zeros.astype(np.uint8) if exact.all() else None
-
-
-def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """``values`` cut to the bits of bfloat16."""
-    return (np.ascontiguousarray(values).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+    return zeros.astype(np.uint8) if exact.all() and scale_type(stored) is not None else None
 
 
 def _pack_zeros(zeros: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:

@@ -22,22 +22,26 @@ from flashpack.errors import UnsupportedError
 from flashpack.export import Report, export
 from flashpack.export.compressed import _single_names, quantization_config
 from flashpack.export.content import Content
+from flashpack.export.content import Stored as StoredMatrix
 from flashpack.export.names import Names
 from flashpack.export.schemes import Scheme, fits, scheme_of
 from flashpack.formats import Pack
+from flashpack.formats.dtypes import from_float32
 from flashpack.formats.records import MXFP4, Encoding, fp8
 from tests.conftest import CHECKPOINTS, PackOf, source_of
 from tests.converter.variants import VARIANTS, Stored, write_checkpoint
 from tests.export.test_hf import large_files, same, tensors_of
 
 
-def quantized(name: str, folder: Path) -> Path:
-    """The small Qwen3 with all Linear layers but the router in a format of ``tests/converter/variants``."""
+def quantized(name: str, folder: Path, attention: str = "") -> Path:
+    """The small Qwen3 with all Linear layers but the router in a format of ``tests/converter/variants``; those of
+    attention in another."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     stored: dict[str, Stored] = {}
     for tensor, value in tensors_of(CHECKPOINTS / "qwen3_moe").items():
         if tensor.endswith("_proj.weight"):
-            parts, _ = VARIANTS[name].make(rng, value.shape[0], value.shape[1])
+            variant = VARIANTS[attention if attention and "self_attn" in tensor else name]
+            parts, _ = variant.make(rng, value.shape[0], value.shape[1])
             stored |= {f"{tensor.removesuffix('weight')}{part}": s for part, s in parts.items()}
         else:
             stored[tensor] = ("BF16", value.view(torch.uint16).numpy())
@@ -92,6 +96,49 @@ def test_compressed_tensors_decodes_what_the_pack_holds(name: str, tmp_path: Pat
     if name != "mlx-nvfp4":  # which comes back with a scale of 1 for each matrix
         flashpack.convert(tmp_path / "export", tmp_path / "back", "source", "source")
         assert large_files(Pack(tmp_path / "back").manifest) == large_files(Pack(tmp_path / "pack").manifest)
+
+
+def test_zero_points_of_the_dense_part_are_kept(tmp_path: Path) -> None:
+    """And experts without, as in the format's own packing of zero points along the rows."""
+    source = quantized("int4", tmp_path / "source", "int4-zeros")
+    flashpack.convert(source, tmp_path / "pack", "source", "source")
+    config, report = compressed(tmp_path / "pack", tmp_path / "export")
+    assert report.losses == []
+    expected, found = tensors_of(source), tensors_of(tmp_path / "export")
+    zeros = [n for n in expected if n.endswith(".weight_zero_point")]
+    assert len(zeros) == 12
+    assert zeros == [n for n in found if n.endswith(".weight_zero_point")]
+    assert [n for n in found if "self_attn" in n and "_shape" not in n and not same(found[n], expected[n])] == []
+    export(tmp_path / "pack", tmp_path / "plain", "hf")
+    plain = tensors_of(tmp_path / "plain")
+    groups = QuantizationConfig(**{k: v for k, v in config.items() if k != "quant_method"}).config_groups
+    assert [g.weights.symmetric for g in groups.values()] == [True, False]
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    for weight in (n for n in plain if n.endswith("_proj.weight") and "self_attn" in n):
+        parts = {n.removeprefix(weight.removesuffix("weight")): t for n, t in found.items()}
+        decoded = compressor.decompress({p: t for p, t in parts.items() if p.startswith("weight_")}, groups["group_1"])[
+            "weight"
+        ]
+        assert torch.equal(decoded, plain[weight]), weight
+    flashpack.convert(tmp_path / "export", tmp_path / "back", "source", "source")
+    assert large_files(Pack(tmp_path / "back").manifest) == large_files(Pack(tmp_path / "pack").manifest)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bias", "fit"),
+    [
+        ("F32", -2.5, True), ("F32", -37.5, True), ("F32", -40.0, False), ("F32", 2.5, False), ("F32", -3.75, False),
+        ("BF16", -20.0, True), ("BF16", -17.5, False),
+    ],
+)  # fmt: skip
+def test_zero_points_are_codes(dtype: str, bias: float, fit: bool) -> None:
+    """With a scale of 2.5 and 4 bits: from 0 to 15, and the middle where there is no place for them."""
+    parts = {
+        "weight": np.zeros((1, 4), dtype="<u4"),
+        "scales": from_float32(np.full((1, 1), 2.5, dtype="<f4"), dtype),
+        "biases": from_float32(np.full((1, 1), bias, dtype="<f4"), dtype),
+    }
+    assert fits(StoredMatrix("a", (1, 32), Encoding("affine", dtype, 4, 32), parts)) == fit
 
 
 def test_transformers_loads_integers(pack_of: PackOf, tmp_path: Path) -> None:
