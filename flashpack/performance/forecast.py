@@ -21,6 +21,8 @@ from flashpack.sizes import gb
 if TYPE_CHECKING:
     from flashpack.formats.routing import Routing
 
+_STEP = 2**24  # more memory, where it did not suffice
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -72,14 +74,20 @@ def forecast(
         torch.set_num_threads(threads)
     least, context, top_k = smallest_of(pack, context)
     most = least.base + spare()
-    needed = least.total - least.arena + speed.token_bytes(pack, top_k) + 2 * max(least.slots)
+    needed = least.total + speed.token_arena(pack, top_k)
     if needed > most:
         raise MemoryBudgetError(
             f"{folder}: measuring takes {gb(needed)} of memory, {gb(most)} can be taken; close other programs or lower "
             f"--context"
         )
     budgets = speed.budgets_for(pack, least, most, memory)
-    model: Any = load(folder, device=device, memory=needed, context=context, warm=False, prefetch=False)
+    slots, short = speed.token_slots(pack, top_k), True
+    while short:
+        model: Any = load(folder, device=device, memory=needed, context=context, warm=False, prefetch=False)
+        found = model.flashpack.budget
+        # The process has grown since its memory was looked at.
+        short = any(found.slots[stride] < count for stride, count in slots.items())
+        needed += 2 * max(0, found.base - least.base) + _STEP
     measured = speed.computing(model)
     del model
     gc.collect()

@@ -60,7 +60,7 @@ class Replay:
             shard.close()
         for fd in self._fds.values():
             os.close(fd)
-        self._fds = {}
+        self._fds, self._shards = {}, {}
 
     def _read(self, read: Read) -> None:
         layer, expert = read.key

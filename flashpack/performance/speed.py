@@ -96,14 +96,25 @@ def totals(fixed: int, experts: int, least: int, most: int, wanted: list[int]) -
     return inside if len(inside) == len(found) else [*inside, most]
 
 
-def token_bytes(pack: Pack, top_k: int) -> int:
-    """Bytes of an arena that holds the experts of one token, at least."""
-    kinds = pack.manifest.record_kinds
-    return sum(top_k * max(kinds[k].stride for k, _ in layer.kinds) for layer in pack.manifest.layers)
+def token_slots(pack: Pack, top_k: int) -> dict[int, int]:
+    """Slots, by record size, for the first ``top_k`` experts of each layer."""
+    needed = dict.fromkeys(budgets.stride_counts(pack.manifest), 0)
+    for layer in pack.manifest.layers:
+        with pack.open_shard(layer) as shard:
+            for expert in range(min(top_k, layer.experts)):
+                needed[shard.kind(expert).stride] += 1
+    return needed
+
+
+def token_arena(pack: Pack, top_k: int) -> int:
+    """Bytes that a budget must have left for experts to give ``token_slots``: each record size gets its share."""
+    counts = budgets.stride_counts(pack.manifest)
+    whole = sum(stride * count for stride, count in counts.items())
+    return max(-(-slots * whole // counts[stride]) for stride, slots in token_slots(pack, top_k).items())
 
 
 def computing(model: PreTrainedModel) -> Computing:
-    """Measure a loaded pack whose arena holds ``token_bytes``; it is of no use for anything else afterwards."""
+    """Measure a loaded pack whose arena has ``token_slots``; it is of no use for anything else afterwards."""
     from flashpack.performance.feed import Feed
 
     whole: Any = model

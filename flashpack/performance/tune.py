@@ -48,7 +48,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tuned:
-    """``before`` and ``after``: tokens per second without ``profile`` and with it, in turns at the end. ``left``: changes
+    """``before``, ``after``: tokens per second without ``profile`` and with it, in turns at the end. ``left``: changes
     for which there was no time."""
 
     profile: Profile

@@ -152,3 +152,35 @@ def test_what_cannot_be_converted_is_refused_in_one_line(tmp_path: Path) -> None
     assert done.returncode == 3
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+def test_a_plan_of_a_pack(pack_of: PackOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashpack.performance import speed
+
+    monkeypatch.setattr(speed, "READ_SECONDS", 0.01)
+    pack = pack_of("trained")
+    done = flashpack("plan", pack, "--context", 64, "--memory", "500MB", "--memory", "2GB")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows[2:]] == ["| 500.0 MB", "| 2.00 GB"] or "too small" in done.stderr
+    assert rows[-1][1:3] == ["100%", "100%"]
+    assert "seconds per token =" in done.stdout
+    assert "KV cache of 64 tokens" in done.stdout
+    for wrong, words in (
+        (["--experts", "q4"], "is a pack: --experts is for checkpoints"),
+        ([tmp_path / "out"], "--out is for checkpoints"),
+        (["--trace", tmp_path / "none"], "none"),
+    ):
+        refused = flashpack("plan", pack, *wrong)
+        assert refused.returncode != 0
+        assert words in refused.stderr
+    refused = flashpack("plan", TRAINED, "--trace", tmp_path / "none")
+    assert (refused.returncode, "--trace is for packs" in refused.stderr) == (2, True)
+
+
+def test_a_plan_tells_speeds_where_the_source_is_here(tmp_path: Path) -> None:
+    done = flashpack("plan", TRAINED, "--memory", "1GB", "--memory", "2GB", "--context", "32")
+    lines = done.stdout.splitlines()
+    (at,) = [i for i, line in enumerate(lines) if line.startswith("speed, at best:")]
+    assert "100% of the experts in memory" in lines[at + 1]
+    assert "KV cache of 32 tokens" in done.stdout

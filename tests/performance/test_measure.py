@@ -1,0 +1,305 @@
+"""Measuring: a run within a budget, processes of their own, bench and tune."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashpack.errors import MemoryBudgetError, UsageError
+from flashpack.formats import Pack
+from flashpack.performance import bench as benches
+from flashpack.performance import measure as measures
+from flashpack.performance import speed
+from flashpack.performance import tune as tuning
+from flashpack.performance.feed import Feed
+from flashpack.performance.measure import Run, Setting, apart, length, measure
+from flashpack.runtime import budget as budgets
+from flashpack.runtime import load, profile
+from flashpack.runtime.budget import Budget
+from flashpack.runtime.profile import Profile
+from tests.cli.test_cli import in_process as flashpack
+from tests.conftest import PackOf
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 20
+
+
+def here(work: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of ``apart``, without the time that a process takes."""
+    return work(*args, **kwargs)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benches, "apart", here)
+    monkeypatch.setattr(speed, "READ_SECONDS", 0.01)
+    monkeypatch.setattr(speed, "memory_rate", lambda threads: 1e9)
+    monkeypatch.setattr(measures, "SPLIT_TOKENS", 3)
+
+
+def test_a_run_is_counted_and_split(pack_of: PackOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measures, "SPLIT_TOKENS", 3)
+    folder = pack_of("trained")
+    pack = Pack(folder)
+    divide = budgets.divide
+
+    def quarter(pack: Pack, *rest: Any) -> Budget:
+        whole = divide(pack, *rest)  # the process of the tests grows by more than this pack is large
+        return replace(whole, slots={stride: count // 4 for stride, count in whole.slots.items()})
+
+    monkeypatch.setattr(budgets, "divide", quarter)
+    memory = 10**10
+    run = measure(Setting(folder, memory, list(range(20, 90)), 12, 8, 5, context=96))
+    assert run.share == pytest.approx(0.25)
+    assert 0 < run.hit_rate < 1
+    assert set(run.layer_hit_rates) == {layer.index for layer in pack.manifest.layers}
+    mean = sum(run.layer_hit_rates.values()) / len(run.layer_hit_rates)
+    assert run.hit_rate == pytest.approx(mean)  # all layers ask for as many
+    assert run.read_bytes > 0
+    assert run.drive > 0
+    assert 0 <= run.waited < run.seconds
+    assert run.parts is not None
+    assert run.parts["tokens"] == 3
+    assert sum(run.parts["parts"].values()) == pytest.approx(run.parts["seconds_per_token"])
+    assert run.peak[0] > 0
+    assert json.loads(json.dumps(run.to_json()))["share"] == run.share
+    assert measure(Setting(folder, memory, [5, 6], 2, 2, 1, context=32, split=False)).parts is None
+
+
+def test_a_text_is_fed_in_order_and_begins_again(pack_of: PackOf) -> None:
+    model: Any = load(pack_of("trained"), context=32)
+    seen: list[list[int]] = []
+    forward = model.forward
+
+    def spied(ids: Any, **options: Any) -> Any:
+        cache = options["past_key_values"]
+        seen.append([0 if cache is None else cache.get_seq_length(), *ids[0].tolist()])
+        return forward(ids, **options)
+
+    model.forward = spied
+    feed = Feed(model, [11, 12, 13, 14, 15])
+    feed(2)
+    feed(1)
+    feed.restart()
+    assert feed(3) > 0
+    feed(1)
+    assert seen == [[0, 11, 12], [2, 13], [0, 14, 15, 11], [3, 12]]
+
+
+def double(value: int) -> tuple[int, int, str]:
+    return 2 * value, os.getpid(), os.environ["FLASHPACK_WARM"]
+
+
+def refuse() -> None:
+    raise MemoryBudgetError("too little")
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def left() -> None:
+    os._exit(3)
+
+
+def test_work_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHPACK_WARM", "1")
+    value, process, warm = apart(double, 21)
+    assert (value, warm) == (42, "0")
+    assert process != os.getpid()
+    assert os.environ["FLASHPACK_WARM"] == "1"
+    with pytest.raises(MemoryBudgetError, match="too little"):
+        apart(refuse)
+    with pytest.raises(MemoryBudgetError, match="killed, as the system does for memory"):
+        apart(killed)
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        apart(left)
+
+
+@pytest.mark.usefixtures("quick")
+def test_bench_prints_a_table_and_json(pack_of: PackOf, tmp_path: Path) -> None:
+    folder = pack_of("trained")
+    text = tmp_path / "own.txt"
+    text.write_text(TEXT)
+    options = ["--text", text, "--prompt-tokens", 8, "--tokens", 4, "--context", 64, "--memory", "2GB"]
+    done = flashpack("bench", folder, *options)
+    assert done.returncode == 0, done.stderr
+    assert "measuring 2.00 GB" in done.stderr
+    table = [line for line in done.stdout.splitlines() if line.startswith("| 2.00 GB")]
+    assert len(table) == 1
+    assert "100%" in table[0]
+    assert "| attention |" in done.stdout
+    assert "4 tokens of own.txt; context 64; the estimate is for even routing" in done.stdout
+    data = json.loads(flashpack("bench", folder, *options, "--json").stdout)
+    (row,) = data["budgets"]
+    assert row["memory"] == 2 * 10**9
+    assert row["agreement"] == pytest.approx(row["estimate"]["seconds"] / row["measured"]["seconds"])
+    assert (row["measured"]["drive_share"] is None) == (row["measured"]["drive"] == 0)
+    assert data["identity"] == Pack(folder).identity
+    assert data["memory_limit_tokens_per_second"] == pytest.approx(1e9 / data["computing"]["weights"])
+
+
+@pytest.mark.usefixtures("quick")
+def test_bench_draws(pack_of: PackOf, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    options = ["--prompt-tokens", 8, "--tokens", 2, "--context", 64, "--memory", "2GB"]
+    done = flashpack("bench", pack_of("trained"), *options, "--plot", tmp_path / "b.svg")
+    assert done.returncode == 0, done.stderr
+    drawn = (tmp_path / "b.svg").read_text()
+    for words in ("tokens per second", "time by part", "found in memory", "estimated", "attention"):
+        assert words in drawn
+
+
+def test_bench_refuses_before_it_measures(pack_of: PackOf, tmp_path: Path) -> None:
+    folder = pack_of("trained")
+    small = flashpack("bench", folder, "--context", length(256, 64, 64) - 1)
+    assert small.returncode == UsageError.exit_code
+    assert f"measuring needs {length(256, 64, 64)} tokens" in small.stderr
+    for wrong in (["--plot", tmp_path / "a.gif"], ["--text", tmp_path / "none"], ["--memory", "many"]):
+        assert flashpack("bench", folder, *wrong).returncode == UsageError.exit_code
+
+
+class Machine:
+    """Answers measurements by what a profile asks for; ``noise``: factors, one for each, in turn."""
+
+    def __init__(self, **worth: float) -> None:
+        self.worth, self.asked, self.noise = worth, [], [1.0]  # type: ignore[var-annotated]
+
+    def __call__(self, work: Any, setting: Setting) -> Run:
+        assert setting.profile is not None
+        assert not setting.split
+        rate = 10.0
+        for knob, factor in self.worth.items():
+            name, value = knob.split("_")
+            if str(getattr(setting.profile, name)) == value:
+                rate *= factor
+        rate *= self.noise[len(self.asked) % len(self.noise)]
+        self.asked.append(setting.profile)
+        nothing: Any = None
+        return replace(NOTHING, seconds=1 / rate, parts=nothing)
+
+
+NOTHING = Run({}, 1.0, "", "", "", "", 1.0, 1.0, 0.0, 1.0, {}, 0.0, 0.0, None, (0, 0))
+
+
+def tuned(folder: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch, seconds: float = 1e9) -> tuning.Tuned:
+    monkeypatch.setattr(tuning, "apart", machine)
+    monkeypatch.setattr(tuning, "processors", lambda: 4)
+    return tuning.tune(folder, TEXT, 10**9, seconds, 4, 8)
+
+
+def test_tuning_keeps_what_wins(pack_of: PackOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(io_buffered=1.2, readers_16=1.1, readers_4=0.9, prefetch_False=1.01)
+    found = tuned(pack_of("trained"), machine, monkeypatch)
+    assert found.profile == Profile(readers=16, io="buffered")
+    assert found.gain == pytest.approx(1.32)
+    assert [(t.knob, t.value) for t in found.trials if t.kept] == [("io", "buffered"), ("readers", 16)]
+    refused = {(t.knob, t.value): t for t in found.trials if not t.kept}
+    assert len(refused["readers", 4].after) == 1  # lost its first turn
+    assert len(refused["prefetch", False].after) == tuning.TURNS  # won each, by too little
+    assert ("threads", 2) in refused
+    assert not found.left
+    assert json.loads(json.dumps(found.to_json()))["gain"] == pytest.approx(1.32)
+    # Each change is tried with what has won before it, and in turns.
+    index = machine.asked.index(Profile(readers=4, io="buffered"))
+    assert machine.asked[index - 1] == Profile(io="buffered")
+
+
+def test_tuning_trusts_no_single_turn_and_no_sum_of_parts(pack_of: PackOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(io_direct=1.1)
+    machine.noise = [1.0, 1.0, 1.0, 0.8, 1.0, 1.0]  # the second turn of the first trial loses
+    assert tuned(pack_of("trained"), machine, monkeypatch).profile == Profile()
+
+    class Together(Machine):
+        def __call__(self, work: Any, setting: Setting) -> Run:
+            run = super().__call__(work, setting)
+            assert setting.profile is not None
+            both = setting.profile.io == "direct" and setting.profile.readers == 16
+            last = both and self.asked.count(setting.profile) > tuning.TURNS + 20
+            return replace(run, seconds=1.0) if last else run
+
+    found = tuned(pack_of("trained"), Together(io_direct=1.1, readers_16=1.1), monkeypatch)
+    assert found.profile == Profile(readers=16, io="direct")
+
+
+def test_tuning_ends_in_time(pack_of: PackOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(tuning.time, "monotonic", lambda: clock[0])
+
+    class Slow(Machine):
+        def __call__(self, work: Any, setting: Setting) -> Run:
+            clock[0] += 10
+            return super().__call__(work, setting)
+
+    found = tuned(pack_of("trained"), Slow(io_direct=1.2), monkeypatch, seconds=150)
+    assert found.profile == Profile(io="direct")
+    assert clock[0] <= 180
+    assert len(found.left) >= 3
+    assert found.trials[0].kept
+
+
+def test_what_was_found_is_used_and_forgotten(pack_of: PackOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("FLASHPACK_PROFILE", "1")
+    folder = pack_of("trained")
+    pack = Pack(folder)
+    monkeypatch.setattr(tuning, "apart", Machine(io_buffered=1.2, readers_4=1.2, prefetch_False=1.2))
+    done = flashpack("tune", folder, "--memory", "1GB", "--context", 64)
+    assert done.returncode == 0, done.stderr
+    assert "kept: readers 4, io buffered, prefetch False: 1.73x" in done.stdout
+    assert "threads 1: no" in done.stdout
+    assert profile.read(pack) == Profile(readers=4, io="buffered", prefetch=False)
+    model: Any = load(folder, context=64)
+    store = model.flashpack.store
+    assert (store.stats.io, len(store._pool._threads), store.prefetches) == ("buffered", 4, False)
+    assert "profile" in store.stats.why
+    evidence = json.loads(profile.path_of(pack).read_text())["evidence"]
+    assert evidence["gain"] == pytest.approx(1.728)
+    monkeypatch.setenv("FLASHPACK_PROFILE", "0")
+    assert profile.profile_of(pack) == Profile()
+    assert "forgotten" in flashpack("tune", folder, "--forget").stdout
+    assert not profile.path_of(pack).exists()
+
+
+def test_nothing_found_leaves_no_profile(pack_of: PackOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    pack = Pack(pack_of("trained"))
+    profile.write(pack, Profile(readers=3), {})
+    assert profile.read(pack) == Profile(readers=3)
+    monkeypatch.setattr(tuning, "apart", Machine())
+    done = flashpack("tune", pack.folder, "--memory", "1GB", "--json")
+    assert json.loads(done.stdout)["file"] is None
+    assert profile.read(pack) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": 2},
+        {"pack": "0" * 64},
+        {"processors": 4096},
+        {"profile": {"readers": 0}},
+        {"profile": {"readers": 65}},
+        {"profile": {"readers": 4.0}},
+        {"profile": {"io": "mapped"}},
+        {"profile": {"prefetch": 1}},
+        {"profile": {"threads": 0}},
+        {"profile": {"threads": 4096}},
+        {"profile": {"more": 1}},
+        {"profile": []},
+    ],
+)
+def test_an_unsound_profile_is_none(
+    pack_of: PackOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    pack = Pack(pack_of("trained"))
+    profile.write(pack, Profile(readers=3), {})
+    path = profile.path_of(pack)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert profile.read(pack) is None
