@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -100,16 +101,15 @@ class Content:
     @cached_property
     def config(self) -> PretrainedConfig:
         """The language model's configuration."""
-        return read_config(self.pack.folder, self.pack.manifest.model["architecture"])
+        with self._format_errors():
+            return read_config(self.pack.folder, self.pack.manifest.model["architecture"])
 
     @cached_property
     def model(self) -> PreTrainedModel:
         """The model class, all of it on the meta device."""
         manifest = self.pack.manifest
-        try:
+        with self._format_errors():
             model = build(self.config, most=len(manifest.tensors) + 2 * len(manifest.layers))
-        except UnsupportedError as e:
-            raise FormatError(f"{self.pack.folder}: {e}") from e
         if type(model).__name__ != manifest.model["architecture"]:
             raise FormatError(
                 f"{self.pack.folder}: config.json describes {type(model).__name__}, the manifest "
@@ -120,7 +120,8 @@ class Content:
     @cached_property
     def sites(self) -> dict[int, ExpertsModule]:
         """The experts modules of ``model`` by the number of their layer; checked to be the pack's."""
-        found = {site.layer: site for site in find_experts(self.model)}
+        with self._format_errors():
+            found = {site.layer: site for site in find_experts(self.model)}
         same = {(n, site.name, site.num_experts) for n, site in found.items()}
         if same != {(layer.index, layer.module, layer.experts) for layer in self.layers}:
             raise FormatError(f"{self.pack.folder}: config.json and manifest disagree about the experts")
@@ -238,6 +239,15 @@ class Content:
             if getattr(text, name, None) or getattr(whole, name, None):
                 lines.append(f"layers that predict further tokens ({name}) are in no pack, so they are not exported")
         return lines
+
+    @contextlib.contextmanager
+    def _format_errors(self) -> Iterator[None]:
+        """A configuration that no checkpoint could be converted with is in no sound pack."""
+        try:
+            yield
+        except UnsupportedError as e:
+            folder = self.pack.folder
+            raise FormatError(f"{folder}: {str(e).removeprefix(f'{folder}/')}") from e
 
     def _damaged(self, what: str) -> IntegrityError:
         return IntegrityError(f"{what}: is damaged; run 'flashpack verify {self.pack.folder}', then 'flashpack repair'")

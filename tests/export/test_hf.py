@@ -204,12 +204,28 @@ def test_families_without_the_hook_are_exported_as_they_are_published(name: str,
     assert any(without in loss for loss in report.losses) == (name == "longcat_flash")
 
 
-def test_a_pack_whose_config_does_not_fit_is_refused(pack_copy: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b'"num_hidden_layers": 3', b'"num_hidden_layers": 2', "disagree about the experts"),
+        (b'"vocab_size": 256', b'"vocab_size": 255', "disagree about the tensor lm_head.weight"),
+        (
+            b'"moe_intermediate_size": 64',
+            b'"moe_intermediate_size": 32',
+            "experts of layer 0 do not have the model's shape",
+        ),
+        (b'"model_type": "qwen3_moe"', b'"model_type": "qwen99"', "model_type 'qwen99' is not supported"),
+    ],
+)
+def test_a_pack_whose_config_does_not_fit_is_refused(
+    old: bytes, new: bytes, message: str, pack_copy: Callable[..., Path], tmp_path: Path
+) -> None:
     pack = pack_copy("qwen3_moe", experts="source", dense="source")
     path = pack / "config.json"
-    path.write_bytes(path.read_bytes().replace(b'"num_hidden_layers": 3', b'"num_hidden_layers": 2'))
+    assert old in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(old, new))
     rewrite(pack)
-    with pytest.raises(FormatError, match="disagree about the experts"):
+    with pytest.raises(FormatError, match=message):
         export(pack, tmp_path / "export", "hf")
     assert list(tmp_path.glob("export*")) == []
 
