@@ -27,6 +27,11 @@ Evaluations = Annotated[
 ]
 
 
+EPILOG = """\b
+Examples:
+  flashpack card PACK ORG/NAME --base-model ORG/MODEL > card.md"""
+
+
 def card(
     pack: Path = typer.Argument(..., help="Folder of the pack."),
     repo: str | None = typer.Argument(None, help="Where it will be, ORG/NAME; for its title and the commands."),

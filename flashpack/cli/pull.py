@@ -10,6 +10,11 @@ from flashpack.cli.bars import Bars
 from flashpack.cli.card import quiet_hub
 from flashpack.cli.console import answer_json, gb, quiet_libraries, say
 
+EPILOG = """\b
+Examples:
+  flashpack pull ORG/NAME
+  flashpack pull ORG/NAME@REVISION OUT --expect IDENTITY"""
+
 
 def pull(
     source: str = typer.Argument(..., help="Repository on the hub: ORG/NAME or ORG/NAME@REVISION."),

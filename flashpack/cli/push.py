@@ -11,6 +11,11 @@ from flashpack.cli.card import Base, Evaluations, License, Source, quiet_hub, su
 from flashpack.cli.console import answer_json, gb, note, quiet_libraries, say
 from flashpack.errors import UsageError
 
+EPILOG = """\b
+Examples:
+  flashpack push PACK ORG/NAME --dry-run
+  flashpack push PACK ORG/NAME --base-model Qwen/Qwen3-30B-A3B --license apache-2.0"""
+
 
 def push(
     pack: Path = typer.Argument(..., help="Folder of the pack."),
@@ -31,7 +36,7 @@ def push(
     The pack is verified before, every byte; the repository gets it whole with one commit, or not at all. Who you are
     is huggingface_hub's affair: 'hf auth login', or HF_TOKEN.
     """
-    quiet_libraries("" if dry_run else "hf://")
+    quiet_libraries(source or "" if dry_run else "hf://")
     from flashpack.formats import Pack
     from flashpack.formats.verify import verify
     from flashpack.hub.push import check_name
