@@ -237,7 +237,8 @@ def test_a_damaged_expert_is_never_exported(pack_copy: Callable[..., Path], tmp_
 def test_what_was_quantized_is_found_again(bits: int) -> None:
     """By the formulas of MLX's quantizer (mlx/ops.cpp): the extreme of the larger magnitude is the bias, the scale is
     such that 0 is a whole number of steps away from it."""
-    values = np.random.default_rng(1).normal(size=(4, 256)).astype(np.float32).reshape(-1, 64)
+    torch.manual_seed(1)
+    values = torch.randn(2048, 64).bfloat16().float().numpy()
     values[0] = np.where(values[0] > 0, 1.5, -2)  # which any number of steps apart would explain
     low, high = values.min(axis=-1), values.max(axis=-1)
     below = np.abs(low) > np.abs(high)
@@ -246,7 +247,7 @@ def test_what_was_quantized_is_found_again(bits: int) -> None:
     scale = edge / np.rint(edge / scale)
     scales, biases = (torch.from_numpy(a.astype(np.float32)).bfloat16().float().numpy()[:, None] for a in (scale, edge))
     codes = np.rint((values - biases) / scales).clip(0, 2**bits - 1).astype(np.float32)
-    decoded = (codes * scales + biases).reshape(4, 256)
+    decoded = (codes * scales + biases).reshape(64, 2048)
     parts = regain(decoded, Encoding("affine", "BF16", bits, 64))
     assert parts is not None
     for found, expected in ((parts["scales"], scales), (parts["biases"], biases)):
