@@ -20,8 +20,12 @@ RUNNABLE = [
     if any(b.language in RUN and not b.reason for b in blocks(page))
 ]
 
-_OTHERS = {"--only", "--repack", "--llama", "--llama-bin", "--turns", "--no-mtp"}
-"""Options of bench, llama.cpp and mlx-lm."""
+_OTHERS = {
+    *("--llama", "--llama-bin", "--only", "--turns"),  # bench
+    *("--no-mtp", "--repack"),  # llama.cpp
+    *("--apply_chat_template", "--include_path", "--limit", "--num_fewshot", "--output_path", "--tasks"),  # lm_eval
+}
+"""Options of other programs."""
 
 _INSTALLS = re.compile(r"(sudo|apt|apt-get|brew|make|pip|git)\b|python3? -m (pip|venv)")
 
