@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import queue
+import threading
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -131,19 +134,40 @@ def _look(folder: HubFolder, expect: str | None) -> _Wanted:
 
 def _download(wanted: _Wanted, staging: Path, progress: Callable[[int], object]) -> None:
     """Every file that is not there yet, or the rest of it."""
-    pool = ThreadPoolExecutor(CONNECTIONS)
+    todo: queue.SimpleQueue[str] = queue.SimpleQueue()
+    done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def work() -> None:
+        with suppress(queue.Empty):
+            while not stop.is_set():
+                path = todo.get_nowait()
+                try:
+                    _fetch(wanted, path, staging, progress, stop)
+                    done.put(None)
+                except BaseException as e:
+                    done.put(e)
+
+    for path in wanted.sizes:
+        todo.put(path)
+    # No pool of the library: its threads would keep an interrupted process until the last answer.
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(CONNECTIONS)]
     try:
-        files = [pool.submit(_fetch, wanted, path, staging, progress) for path in wanted.sizes]
-        for done in as_completed(files):
-            done.result()
-    except BaseException:
-        wanted.folder.close()  # which stops the others where they are
-        raise
+        for thread in threads:
+            thread.start()
+        for _ in wanted.sizes:
+            failure = done.get()
+            if failure is not None:
+                raise failure
     finally:
-        pool.shutdown(cancel_futures=True)
+        stop.set()
+        wanted.folder.close()
+        until = time.monotonic() + 1
+        for thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
 
 
-def _fetch(wanted: _Wanted, path: str, staging: Path, progress: Callable[[int], object]) -> None:
+def _fetch(wanted: _Wanted, path: str, staging: Path, progress: Callable[[int], object], stop: threading.Event) -> None:
     size, final = wanted.sizes[path], staging / path
     if final.exists():
         progress(size)
@@ -159,6 +183,8 @@ def _fetch(wanted: _Wanted, path: str, staging: Path, progress: Callable[[int], 
             for at in range(there, size, PIECE):
                 piece = buffer[: min(PIECE, size - at)]
                 wanted.folder.read_into(path, at, piece)
+                if stop.is_set():
+                    return  # another run may be at it by now
                 pwrite(fd, piece, at)
                 write_behind(fd, at, len(piece))
                 progress(len(piece))
