@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import Cache, PretrainedConfig, PreTrainedModel
 
+    from flashpack.kernels.cpu.arena import EarlyMemory
     from flashpack.runtime.budget import Budget
     from flashpack.runtime.lean import LeanDecoder
     from flashpack.runtime.profile import Profile
@@ -31,6 +32,9 @@ DEFAULT_CONTEXT = 8192
 
 _BUFFER_BYTES = 64 * 2**20
 """What computed buffers (rotary frequencies) may take beside as much as the dense part."""
+
+_EARLY_LEAST, _EARLY = 2**26, 2**30
+"""Bytes of an arena that may be taken before experts are asked for, and of one that is too small for that."""
 
 CHECKS = ("first", "always", "never")
 """When an expert's record is compared with its digest: when it is first read, at every read, or not at all."""
@@ -129,6 +133,7 @@ def load(
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UsageError(f"dtype {dtype} is not float32, bfloat16 or float16")
     kernels = get_kernels(device or best_device(), torch.get_num_threads(), reference)
+    early = None if kernels.asynchronous else _early(opened, memory)
     experts.register()
     parameters = len(opened.manifest.tensors) + 2 * len(opened.manifest.layers)
     try:
@@ -166,8 +171,10 @@ def load(
         _fill_buffers(model, opened.dense_bytes)
     base = usage().anonymous
     dense.fill(model, opened, sites, kernels, dtype)
+    if early is not None:
+        early.stop()
     if not kernels.asynchronous:  # else the dense part is memory of the process, which the budget counts as such
-        base = usage().anonymous
+        base = usage().anonymous - (early.taken if early else 0)
     total = parse_size(memory) if memory not in (None, "smallest") else memory
     # Memory that a GPU uses is wired; what is left to the page cache caches experts, too (docs/metal.md).
     unasked = spare() // 2 if kernels.asynchronous else spare()
@@ -175,7 +182,9 @@ def load(
     ahead = (
         prefetch and profile.prefetch and prefer_cached is None and not kernels.asynchronous
     )  # guesses cost a wait for the device
-    store = ExpertStore(opened, kernels, budget.slots, check, ahead, profile)
+    store = ExpertStore(opened, kernels, budget.slots, check, ahead, profile, early)
+    if early is not None:
+        early.take(min(budget.arena, _EARLY))
     remembered = opened if history.wanted(warm) else None
     if remembered:
         store.warm(history.read(opened))
@@ -198,6 +207,23 @@ def load(
     model.flashpack = runtime
     weakref.finalize(model, _finish, store, remembered)
     return model
+
+
+def _early(pack: Pack, memory: int | str | None) -> EarlyMemory | None:
+    """Memory for experts, taken while the model is made: a share of what the arena will probably get."""
+    from flashpack.kernels.cpu.arena import EarlyMemory
+    from flashpack.runtime.budget import stride_counts
+
+    if memory == "smallest":
+        return None
+    total = spare() if memory is None else parse_size(memory)
+    counts = stride_counts(pack.manifest)
+    size = min(total, sum(stride * count for stride, count in counts.items()))
+    if size < _EARLY_LEAST:
+        return None
+    early = EarlyMemory(size)
+    early.take(min(total // 4, _EARLY))
+    return early
 
 
 def _finish(store: ExpertStore, remembered: Pack | None) -> None:

@@ -1,0 +1,112 @@
+"""Memory of records, taken early or when it is written to."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import pytest
+
+from flashpack.kernels.cpu.arena import EarlyMemory, HostArena
+from flashpack.runtime import load
+from flashpack.runtime.memory import usage
+from tests.conftest import PackOf
+
+MIB = 2**20
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can take memory without writing to it")
+
+
+def wait_for(early: EarlyMemory, size: int) -> None:
+    end = time.monotonic() + 30
+    while early.taken < size and time.monotonic() < end:
+        time.sleep(0.005)
+    early.stop()
+
+
+@linux
+def test_early_memory_is_taken_as_far_as_asked_and_is_the_arena() -> None:
+    before = usage().anonymous
+    early = EarlyMemory(64 * MIB)
+    early.mapping[MIB] = 7
+    early.take(30 * MIB)
+    wait_for(early, 30 * MIB)
+    if not early.taken:
+        pytest.skip("this kernel cannot take memory without writing to it")
+    assert early.taken == 30 * MIB
+    assert 25 * MIB < usage().anonymous - before < 40 * MIB
+    arena = HostArena(20 * MIB, early)
+    assert arena.tensor.shape == (20 * MIB,)
+    assert arena.tensor[MIB] == 7
+    assert early.taken == 20 * MIB  # the rest was given back
+    assert usage().anonymous - before < 26 * MIB
+    arena.room(0, 4096)[:3] = b"abc"
+    assert arena.tensor[:3].tolist() == [97, 98, 99]
+    early.take(2**40)
+    wait_for(early, 64 * MIB)
+    assert early.taken == 64 * MIB  # no more than there is
+    assert arena.tensor[MIB] == 7
+
+
+def test_an_arena_that_early_memory_is_too_small_for_is_its_own() -> None:
+    early = EarlyMemory(MIB)
+    arena = HostArena(2 * MIB, early)
+    arena.tensor.fill_(1)
+    assert early.mapping[0] == 0
+    early.stop()
+    early.stop()
+
+
+@linux
+def test_taking_stops() -> None:
+    early = EarlyMemory(2**33)
+    early.take(2**33)
+    early.stop()
+    taken = early.taken
+    time.sleep(0.05)
+    assert early.taken == taken < 2**33
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux's memory")
+def test_what_is_taken_early_is_not_counted_twice(pack_of: PackOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = pack_of("trained", experts="source", dense="source")
+    monkeypatch.setattr(sys.modules[load.__module__], "_EARLY_LEAST", 1)
+    seen: list[Any] = []
+
+    class Seen(EarlyMemory):
+        def __init__(self, size: int) -> None:
+            super().__init__(size)
+            seen.append(self)
+
+        def stop(self) -> None:
+            if self._thread is not None and not self.taken:
+                wait = time.monotonic() + 5
+                while not self.taken and self._thread.is_alive() and time.monotonic() < wait:
+                    time.sleep(0.005)
+            super().stop()
+
+    def base(early: bool) -> int:
+        monkeypatch.setattr("flashpack.kernels.cpu.arena.EarlyMemory", Seen)
+        model: Any = load(folder, memory="4GB" if early else "smallest", context=64)
+        return int(model.flashpack.budget.base)
+
+    base(False)
+    assert not seen  # the smallest takes nothing early
+    without = base(False)
+    with_it = base(True)
+    assert seen
+    assert abs(with_it - without) < 8 * MIB
+    (arena,) = {len(one.mapping) for one in seen}
+    assert arena <= 4 * 10**9
+
+
+def test_requests_end_the_taking(pack_of: PackOf) -> None:
+    model: Any = load(pack_of("trained"), memory="4GB", context=64)
+    store = model.flashpack.store
+    store._early = early = EarlyMemory(2**33)
+    early.take(2**33)
+    list(store.batches(0, [0]))
+    assert store._early is None
+    assert early._thread is None
+    assert early.taken < 2**33
