@@ -125,17 +125,18 @@ def test_zero_points_of_the_dense_part_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "bias", "fit"),
+    ("dtype", "scale", "bias", "fit"),
     [
-        ("F32", -2.5, True), ("F32", -37.5, True), ("F32", -40.0, False), ("F32", 2.5, False), ("F32", -3.75, False),
-        ("BF16", -20.0, True), ("BF16", -17.5, False),
+        ("F32", 2.5, -2.5, True), ("F32", 2.5, -37.5, True), ("F32", 2.5, -40.0, False), ("F32", 2.5, 2.5, False),
+        ("F32", 2.5, -3.75, False), ("F32", 1 + 2.0**-12, -1 - 2.0**-12, False), ("BF16", 2.5, -20.0, True),
+        ("BF16", 2.5, -17.5, False),
     ],
 )  # fmt: skip
-def test_zero_points_are_codes(dtype: str, bias: float, fit: bool) -> None:
-    """With a scale of 2.5 and 4 bits: from 0 to 15, and the middle where there is no place for them."""
+def test_zero_points_are_codes(dtype: str, scale: float, bias: float, fit: bool) -> None:
+    """Of 4 bits: from 0 to 15, and the middle where there is no place for them. Scales have the bits of a half."""
     parts = {
         "weight": np.zeros((1, 4), dtype="<u4"),
-        "scales": from_float32(np.full((1, 1), 2.5, dtype="<f4"), dtype),
+        "scales": from_float32(np.full((1, 1), scale, dtype="<f4"), dtype),
         "biases": from_float32(np.full((1, 1), bias, dtype="<f4"), dtype),
     }
     assert fits(StoredMatrix("a", (1, 32), Encoding("affine", dtype, 4, 32), parts)) == fit
