@@ -11,7 +11,6 @@ import hashlib
 import os
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -151,20 +150,15 @@ def _download(wanted: _Wanted, staging: Path, progress: Callable[[int], object])
     for path in wanted.sizes:
         todo.put(path)
     # No pool of the library: its threads would keep an interrupted process until the last answer.
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(CONNECTIONS)]
+    for _ in range(CONNECTIONS):
+        threading.Thread(target=work, daemon=True).start()
     try:
-        for thread in threads:
-            thread.start()
         for _ in wanted.sizes:
             failure = done.get()
             if failure is not None:
                 raise failure
     finally:
         stop.set()
-        wanted.folder.close()
-        until = time.monotonic() + 1
-        for thread in threads:
-            thread.join(max(0.0, until - time.monotonic()))
 
 
 def _fetch(wanted: _Wanted, path: str, staging: Path, progress: Callable[[int], object], stop: threading.Event) -> None:
@@ -184,7 +178,7 @@ def _fetch(wanted: _Wanted, path: str, staging: Path, progress: Callable[[int], 
                 piece = buffer[: min(PIECE, size - at)]
                 wanted.folder.read_into(path, at, piece)
                 if stop.is_set():
-                    return  # another run may be at it by now
+                    return
                 pwrite(fd, piece, at)
                 write_behind(fd, at, len(piece))
                 progress(len(piece))

@@ -120,6 +120,7 @@ def test_an_upload_goes_on_where_it_stopped(hub: Hub, command: Command, pack: Pa
     assert done.stderr.count("\n") == 1
     assert "secret" not in done.stderr
     assert set(hub.tree("org/model")) == {".gitattributes"}  # nothing half
+    assert uploads(hub) == 4  # one by one
     hub.uploads = 100
     hub.log.clear()
     done = command("push", pack, "org/model")
