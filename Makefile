@@ -17,7 +17,7 @@ demo: venv
 
 test: check
 	@echo "== tests"
-	@$(BIN)/python -m pytest -q -n auto
+	@$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 check: venv
 	@echo "== lint, types, layers"

@@ -57,17 +57,28 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def pack_of(tmp_path_factory: pytest.TempPathFactory) -> PackOf:
-    """``pack_of(name, experts=, dense=, group_size=, quality=)``: a pack, made once. Do not change it."""
+    """``pack_of(name, experts=, dense=, group_size=, quality=)``: a pack, made once for all workers. Do not change
+    it."""
+    from filelock import FileLock
+
     import flashpack
 
-    folder = tmp_path_factory.mktemp("packs")
+    made: set[Path] = set()
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # all workers'
+    folder /= "packs"
+    folder.mkdir(exist_ok=True)
 
     def make(
         name: str, experts: str = "auto", dense: str = "auto", group_size: int = 64, quality: str = "default"
     ) -> Path:
         out = folder / f"{name}-{experts}-{dense}-{group_size}-{quality}"
-        if not out.exists():
-            flashpack.convert(source_of(name), out, experts, dense, group_size, quality=quality)
+        if out not in made:
+            with FileLock(f"{out}.lock"):
+                if not out.exists():
+                    flashpack.convert(source_of(name), out, experts, dense, group_size, quality=quality)
+            made.add(out)
         return out
 
     return make
