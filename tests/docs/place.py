@@ -21,7 +21,7 @@ Put = Callable[[Path, Path], object]
 """Puts a thing of the shelf (its folder) where it is wanted."""
 
 _TEXT = (ROOT / "tests/data/docs.txt").read_bytes()
-_CALLS = b"".join((ROOT / "tests/data/toolcalls.jsonl").read_bytes().splitlines(keepends=True)[:3])
+_CALLS = b"".join((ROOT / "tests/data/toolcalls.jsonl").read_bytes().splitlines(keepends=True)[:1])
 _TOOLS = b'''
 def add(a: int, b: int) -> int:
     """Add two numbers.

@@ -47,11 +47,12 @@ class Outcome:
 
 def run(blocks: list[Block], shelf: Shelf, place: Path) -> list[Outcome]:
     """Run ``blocks`` of a page in the empty folder ``place``."""
-    shelf.furnish(place, "\n".join(block.text for block in blocks))
+    text = "\n".join(block.text for block in blocks)
+    shelf.furnish(place, text)
     done = place / "done"
     done.mkdir()
     port = _free_port()
-    replaced = {"8080": port, "IDENTITY": shelf.identity}
+    replaced = {"8080": port} | ({"IDENTITY": shelf.identity} if "IDENTITY" in text else {})
     commands: list[Command] = []
     script = ["set -uo pipefail", f"exec 9>{done}/codes", "serving="]
     for number, block in enumerate(blocks):
