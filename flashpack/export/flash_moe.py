@@ -24,7 +24,7 @@ from flashpack.errors import UnsupportedError
 from flashpack.export.content import Content
 from flashpack.export.mlx import only_kind, shifted_losses
 from flashpack.export.mlx_dense import DenseTensor, dense_tensors, part_specs
-from flashpack.export.mlx_names import FAMILIES, full_attention_interval
+from flashpack.export.mlx_names import family_of, full_attention_interval
 from flashpack.export.options import Options, Prepared
 from flashpack.formats import constants as C
 from flashpack.formats.affine import quantize_starts
@@ -83,9 +83,9 @@ def prepare(content: Content, options: Options) -> Prepared:
     """See ``export``. Raises ``UnsupportedError`` for other models and encodings than Flash-MoE's."""
     options.choose("flash-moe", "stored")
     where, kind = content.pack.folder, content.pack.manifest.model["model_type"]
-    family = FAMILIES.get(kind)
-    if family is None or family.model_type != "qwen3_5_moe":
+    if not kind.startswith("qwen3_5_moe"):
         raise UnsupportedError(f"{where}: Flash-MoE runs Qwen3.5-MoE only, not model_type {kind!r}")
+    family = family_of(content)
     if content.config.tie_word_embeddings:
         raise UnsupportedError(f"{where}: Flash-MoE needs an lm_head of its own; this model's is its embedding")
     record, folder = _record(content)

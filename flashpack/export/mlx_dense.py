@@ -14,6 +14,7 @@ from flashpack.errors import UnsupportedError
 from flashpack.export.content import Content
 from flashpack.export.mlx_names import SHIFTED_NORMS, Family, source_config
 from flashpack.export.regain import Parts, regain
+from flashpack.formats import constants as C
 from flashpack.formats.dtypes import from_float32, to_float32
 from flashpack.formats.header import TensorSpec
 from flashpack.formats.records import Encoding
@@ -50,8 +51,9 @@ def mode_of(encoding: Encoding, what: str) -> Mode | None:
             return "nvfp4", 4, 16
         case Encoding("fp8_e4m3", "E8M0", block=(1, 32)):
             return "mxfp8", 8, 32
+    more = " with a scale for the whole matrix" if "global" in encoding.part_names else ""
     raise UnsupportedError(
-        f"{what} is stored as {encoding}, which MLX has not; make a pack of the checkpoint with "
+        f"{what} is stored as {encoding}{more}, for which MLX has no mode; make a pack of the checkpoint with "
         f"--experts q4 --dense q8 for it, or use --to hf"
     )
 
@@ -123,7 +125,10 @@ def _regained(
     own = declared.get(stem, declared) if isinstance(declared, dict) else None
     if encoding.dtype != "F32" or len(shape) != 2 or not isinstance(own, dict) or own.get("mode", "affine") != "affine":
         return None
-    quantized = Encoding("affine", float_dtype, own["bits"], own["group_size"])
+    bits, group_size = own.get("bits"), own.get("group_size")
+    if bits not in C.AFFINE_BITS or group_size not in C.GROUP_SIZES:
+        return None
+    quantized = Encoding("affine", float_dtype, bits, group_size)
     parts: Parts | None = regain(content.pack.map_tensor(name).astype(np.float32), quantized)
     if parts is None:
         return None

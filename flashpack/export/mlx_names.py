@@ -79,9 +79,10 @@ SHIFTED_NORMS = (
 
 
 def family_of(content: Content) -> Family:
-    """The family of a pack. Raises ``UnsupportedError`` for one whose names are not known here."""
+    """The family of a pack. Raises ``UnsupportedError`` for one whose names are not known here, ``FormatError`` for a
+    pack whose parts do not belong together."""
     kind = content.pack.manifest.model["model_type"]
-    if kind not in FAMILIES:
+    if kind not in FAMILIES or not all(site.name.startswith("model.layers.") for site in content.sites.values()):
         raise UnsupportedError(
             f"{content.pack.folder}: no MLX names are known for model_type {kind!r}, only for "
             f"{', '.join(FAMILIES)}; use --to hf, and mlx_lm.convert if mlx-lm has it"
@@ -103,14 +104,14 @@ def mlx_config(content: Content, family: Family, quantization: dict[str, Any]) -
     also under the name that the Hugging Face hub looks for, as mlx-lm does it.
     """
     config = {key: value for key, value in source_config(content).items() if key not in _NOT_CARRIED}
-    text = config.get(_TEXT, config)
+    text = config.get(_TEXT) or config
     text = {key: value for key, value in text.items() if key not in _NOT_CARRIED}
     for key, value in content.config.to_dict().items():
         if value is not None and key not in _CALLED_OTHERWISE and not key.startswith("_"):
             text.setdefault(key, value)
     for key, value in (_rope(content) | family.config).items():
         text.setdefault(key, value)
-    if "linear_attention" in text.get("layer_types", ()):
+    if "linear_attention" in (text.get("layer_types") or ()):
         text["full_attention_interval"] = full_attention_interval(content, text["layer_types"])
     if family.model_type:
         if _TEXT not in config:

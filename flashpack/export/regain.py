@@ -21,7 +21,7 @@ def regain(values: NDArray[np.float32], encoding: Encoding) -> Parts | None:
 
     The bias must be an extreme of its group, as that of MLX's quantizer is (``mlx/backend/cpu/quantized.cpp``). Where
     several parts would do, those are preferred that it more likely made: the bias is the extreme of the larger
-    magnitude, the other extreme has the largest code. In one of 16,000 groups of 4 bits that is wrong.
+    magnitude, the other extreme has the largest code. In one of 16,000 groups of 4 bits it made others.
     """
     if values.shape[-1] % encoding.group_size:
         return None

@@ -202,9 +202,11 @@ def _refused(pack: Path, out: Path) -> str:
 def test_what_mlx_has_not_is_refused_by_name(pack_of: PackOf, tmp_path: Path) -> None:
     assert "no MLX names are known for model_type 'llama4_text'" in _refused(pack_of("llama4_text"), tmp_path / "a")
     message = _refused(pack_of("qwen3_moe", "dq3"), tmp_path / "b")
-    assert "layer 0: gate of the experts is stored as 3-bit dq, which MLX has not" in message
+    assert "layer 0: gate of the experts is stored as 3-bit dq, for which MLX has no mode" in message
     message = _refused(pack_of("qwen3_moe-fp8block"), tmp_path / "c")
     assert "is stored as fp8 32x32" in message
+    message = _refused(pack_of("qwen3_moe-nvfp4"), tmp_path / "d")
+    assert "is stored as nvfp4 with a scale for the whole matrix" in message
 
 
 def test_experts_of_several_widths_in_a_layer_are_refused(tmp_path: Path) -> None:
