@@ -141,7 +141,7 @@ def dense_job(content: Content, group: Group, dtype: str, rounding: Rounding) ->
             stored = content.tensor(name)
             whole = np.concatenate([piece.reshape(-1) for piece in _pieces(stored, common, rounding)])
             arrays[name] = to_torch(whole.reshape(stored.shape), common)
-        for name, tensor in group.publish(arrays).items():
+        for name, tensor in group.converter.run(arrays).items():
             tensors.write(name, to_numpy(tensor))
 
     return Job(specs, run)

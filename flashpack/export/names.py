@@ -23,19 +23,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Group:
-    """Dense parameters that are published together. ``outputs``: published name -> shape. Without a ``converter`` it
-    is one parameter, which only has another name."""
+    """Dense parameters that are published together. ``outputs``: published name -> shape; ``converter`` makes these.
+    Without one it is a single parameter, which only has another name."""
 
     names: tuple[str, ...]
     outputs: dict[str, Shape]
     converter: _Converter | None
-
-    def publish(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The published tensors made of the parameters ``tensors``, by name."""
-        if self.converter is None:
-            (tensor,) = tensors.values()
-            return {next(iter(self.outputs)): tensor}
-        return self.converter.run(tensors)
 
 
 @dataclass(frozen=True)
@@ -105,7 +98,7 @@ class Names:
 
         from flashpack.adapters import loader_map
 
-        self._model = model
+        self.model = model
         self.shapes = {n: tuple(t.shape) for n, t in model.state_dict().items()}
         # A prefix is for checkpoints of another class than this one, as transformers says where it saves.
         maps: list[Any] = [
@@ -139,7 +132,10 @@ class Names:
         for name in sorted(names, key=dot_natural_key):
             renamed, pattern = apply_converters(name, self._converters)
             if pattern is None:
-                groups[apply_renamings(name, self._renamings)] = [(name, name)]
+                renamed = apply_renamings(name, self._renamings)
+                if renamed in groups:
+                    raise UnsupportedError(f"{name}: another parameter would be published as {renamed}, too")
+                groups[renamed] = [(name, name)]
             else:
                 groups.setdefault(renamed, []).append((name, pattern))
                 converters[renamed] = next(c for c in self._converters if pattern in c.source_patterns)
@@ -147,10 +143,6 @@ class Names:
             (tuple(n for n, _ in members), _Converter(self, target, dict(members), converters.get(target)))
             for target, members in groups.items()
         ]
-
-    @property
-    def model(self) -> PreTrainedModel:
-        return self._model
 
     def rename(self, name: str) -> str:
         """The renamings alone."""
