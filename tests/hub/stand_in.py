@@ -113,8 +113,10 @@ class HubHandler(Handler):
             self.create(json.loads(self.body))
         elif found := re.fullmatch(r"/(org/[^/]+)\.git/info/lfs/objects/batch", path):
             self.batch(json.loads(self.body)["objects"])
-        elif found := re.fullmatch(r"/api/models/(org/[^/]+)/(\w+)/([^/]+)", path):
-            self.api(found[1], found[2], unquote(found[3]))
+        elif found := re.fullmatch(r"/api/models/(org/[^/]+)/tree/([^/]+)(?:/(.+))?", path):
+            self.listing(found[1], unquote(found[2]), unquote(found[3] or ""))
+        elif found := re.fullmatch(r"/api/models/(org/[^/]+)(?:/([\w-]+)/([^/]+))?", path):
+            self.api(found[1], found[2] or "revision", unquote(found[3] or "main"))
         elif found := re.fullmatch(r"/(org/[^/]+)/resolve/([^/]+)/(.+)", path):
             self.resolve(request, found[1], unquote(found[2]), unquote(found[3]))
         else:
@@ -154,6 +156,15 @@ class HubHandler(Handler):
             self.committed(repo, revision, dict(tree), lines)
         else:
             self.answer(404)
+
+    def listing(self, repo: str, revision: str, folder: str) -> None:
+        """Files and folders of one folder."""
+        tree = self.site.commits.get(self.site.refs.get((repo, revision), revision), {})
+        inside = {p: c for p, c in tree.items() if p.startswith(f"{folder}/" if folder else "")}
+        depth = folder.count("/") + 1 if folder else 0
+        folders = sorted({"/".join(p.split("/")[: depth + 1]) for p in inside if p.count("/") > depth})
+        found = [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in folders]
+        self.json([*found, *(described(p, c) for p, c in inside.items() if p.count("/") == depth)])
 
     def mode(self, asked: dict[str, Any], tree: dict[str, bytes]) -> dict[str, Any]:
         path = asked["path"]
@@ -244,6 +255,14 @@ def entry(item: tuple[str, bytes]) -> dict[str, Any]:
     found: dict[str, Any] = {"rfilename": path, "size": len(content), "blobId": git_name(content)}
     if is_large(path, content):
         found["lfs"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "pointerSize": 134}
+    return found
+
+
+def described(path: str, content: bytes) -> dict[str, Any]:
+    """The same where single paths are asked for."""
+    found: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": git_name(content)}
+    if is_large(path, content):
+        found["lfs"] = {"size": len(content), "oid": hashlib.sha256(content).hexdigest(), "pointerSize": 134}
     return found
 
 

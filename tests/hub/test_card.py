@@ -84,6 +84,7 @@ def test_what_is_not_known_is_not_claimed(command: Command, pack_of: PackOf) -> 
     assert "nothing was rounded" in done.stdout
     assert "KLD" not in done.stdout
     assert "What is not in it" not in done.stdout
+    assert "All tensors" not in done.stdout
 
 
 def test_a_source_tells_license_and_what_was_left_out(command: Command, pack: Path, tmp_path: Path) -> None:

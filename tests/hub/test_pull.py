@@ -16,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import HfFileSystem, constants
 
+import flashpack
 from flashpack.formats import Pack
 from flashpack.formats import constants as C
 from flashpack.formats.checksums import hexdigest
@@ -282,3 +283,18 @@ def test_an_interruption_leaves_what_came_and_is_quick(
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert command("pull", "org/model", tmp_path / "out").returncode == 0
     assert contents(tmp_path / "out") == contents(pack)
+
+
+@pytest.mark.parametrize("source", ["hf://org/model", "{url}/org/model/resolve/main"])
+def test_a_pack_is_mended_from_the_hub(there: Hub, pack_copy: Callable[..., Path], pack: Path, source: str) -> None:
+    """Only what is damaged comes."""
+    HfFileSystem.clear_instance_cache()  # it remembers another test's hub
+    damaged = pack_copy("qwen3_moe")
+    data = bytearray((damaged / LAYER).read_bytes())
+    data[16384 * 3] ^= 4
+    (damaged / LAYER).write_bytes(data)
+    done = flashpack.repair(damaged, source.format(url=there.url))
+    assert (done.files, done.pieces, done.findings) == ([LAYER], 1, [])
+    assert contents(damaged) == contents(pack)
+    layer = hashlib.sha256(there.tree("org/model")[LAYER]).hexdigest()
+    assert sum(count for name, _, count in there.sent if name == layer) < len(data) / 4
