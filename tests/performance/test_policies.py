@@ -134,6 +134,14 @@ def test_a_missing_expert_does_not_evict_one_of_its_own_request() -> None:
         assert replay(make(3, WIDTH, requests), requests) == [0, 1, 3], name
 
 
+@pytest.mark.parametrize("slots", [5, 10, 12])
+def test_all_of_a_request_is_in_memory_when_it_has_been_served(slots: int) -> None:
+    """So the same request again finds all of it."""
+    twice = [(2 * step + again, keys) for step, keys in text(6, 60, top_k=5) for again in (0, 1)]
+    for name, make in POLICIES.items():
+        assert replay(make(slots, WIDTH, twice), twice)[1::2] == [5] * 180, name
+
+
 def test_the_runtime_s_policy_is_its_cache() -> None:
     """Its decisions are ``ExpertCache``'s, which is tested against its own definition; here: what it evicts."""
     requests = text(4, 120)
