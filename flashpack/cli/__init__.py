@@ -18,6 +18,7 @@ from flashpack.cli.convert import convert
 from flashpack.cli.doctor import doctor
 from flashpack.cli.eval import eval
 from flashpack.cli.examples import epilog
+from flashpack.cli.export import export
 from flashpack.cli.inspect import inspect
 from flashpack.cli.plan import plan
 from flashpack.cli.recode import recode
@@ -60,7 +61,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-for _command in (plan, convert, verify, repair, recode, inspect, run, calibrate, eval, selftest, doctor):
+for _command in (plan, convert, verify, repair, recode, export, inspect, run, calibrate, eval, selftest, doctor):
     app.command(epilog=epilog(_command.__name__))(_guarded(_command))
 
 app.command(epilog=BENCH_EXAMPLES)(_guarded(bench))

@@ -8,6 +8,7 @@ _EXAMPLES = {
     "verify": ["flashpack verify PACK", "flashpack verify PACK --quick"],
     "repair": ["flashpack repair PACK --from OTHER_COPY"],
     "recode": ["flashpack recode PACK OUT --codec zstd"],
+    "export": ["flashpack export PACK OUT --to hf", "flashpack export PACK OUT --to mlx"],
     "inspect": ["flashpack inspect PACK", "flashpack inspect PACK --json"],
     "run": ['flashpack run PACK --prompt "Why is the sky blue?" --memory 6GB', "flashpack run PACK --prompt - < text"],
     "calibrate": ["flashpack calibrate EXACT_PACK --text own.txt"],
