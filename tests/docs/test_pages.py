@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,10 @@ def test_commands_and_options_that_are_mentioned_exist(name: str) -> None:
     options = {word.split("=")[0] for text in mentions if text.startswith("--") for word in text.split()}
     unknown = {option for option in options if option.startswith("--")} - all_options() - _OTHERS
     assert [*filter(None, complaints), *sorted(unknown)] == []
+
+
+def test_extras_that_are_mentioned_exist() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    mentioned = {extra for page in PAGES for extra in re.findall(r"flashpack-moe\[(\w+)\]", page.read_text())}
+    assert mentioned
+    assert mentioned - project["optional-dependencies"].keys() == set()
