@@ -63,7 +63,10 @@ def test_an_mlx_checkpoint_comes_back_to_the_byte(pack_of: PackOf, tmp_path: Pat
     assert not any("norm" in line for line in report.losses)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "glm4_moe", "trained"])
+@pytest.mark.parametrize(
+    "name",
+    ["qwen3_moe", "qwen2_moe", "glm4_moe", "trained", "mixtral", "gpt_oss-mxfp4", "granitemoe", "minimax_m2"],
+)
 def test_a_pack_of_the_export_is_the_pack(pack_of: PackOf, tmp_path: Path, name: str) -> None:
     """But for norms of which mlx-lm has 1 more, rounded: that is said."""
     pack = pack_of(name)

@@ -27,6 +27,15 @@ _FOLDED_NORMS = (
     ".k_norm.weight",
 )
 
+_STACKS = {
+    "gpt_oss": (".mlp.experts.", ".mlp.experts."),
+    "granitemoe": (".block_sparse_moe.switch_mlp.", ".block_sparse_moe.experts."),
+    "minimax_m2": (".block_sparse_moe.switch_mlp.", ".mlp.experts."),
+    "mixtral": (".block_sparse_moe.switch_mlp.", ".mlp.experts."),
+}
+"""Families of which transformers' loader knows no names of stacked experts with gate and up apart: mlx-lm's module with
+them, and the model's."""
+
 _FLOATS = {"mxfp4": (MXFP4, 4, 32), "mxfp8": (fp8("E8M0", (1, 32)), 8, 32), "nvfp4": (nvfp4("none"), 4, 16)}
 """Modes without biases: encoding, bits, group size."""
 
@@ -54,14 +63,17 @@ def read_mlx(checkpoint: Checkpoint) -> dict[str, SourceTensor]:
             tensor = plain_tensor(name, extent.reshape(shape[0], 1, shape[1]))
         if folded and name.endswith(_FOLDED_NORMS):
             tensor = replace(tensor, add=-1.0)
-        renamed = _rename(name)
+        renamed = _rename(name, *_STACKS.get(str(checkpoint.config.get("model_type")), ("", "")))
         tensors[renamed] = replace(tensor, name=renamed)
     return tensors
 
 
-def _rename(name: str) -> str:
-    if name.startswith("language_model."):
-        name = name.removeprefix("language_model.")
+def _rename(name: str, stacks: str, experts: str) -> str:
+    """The name in Hugging Face checkpoints; of ``stacks`` that of ``converter.apart``."""
+    name = name.removeprefix("language_model.")
+    if stacks and stacks in name:
+        role, _, leaf = name.rpartition("_proj.")
+        return role.replace(stacks, f"{experts}*.") + (".bias" if leaf == "bias" else "")
     return name.replace(".switch_mlp.", ".experts.*.")
 
 
