@@ -301,7 +301,7 @@ def _read_archive(path: str | os.PathLike[str], what: str) -> Routing:
 
 
 def _archived(archive: zipfile.ZipFile, name: str) -> NDArray[Any] | None:
-    """An array of an .npz file, None if there is none of this name; nothing in it is executed.
+    """An array of an .npz file, None if there is none of this name; numpy makes no objects of bytes.
 
     Raises ``ValueError`` before memory is taken for more than the archive has.
     """
@@ -314,11 +314,10 @@ def _archived(archive: zipfile.ZipFile, name: str) -> NDArray[Any] | None:
         version = np.lib.format.read_magic(member)
         if version not in ((1, 0), (2, 0)):
             raise ValueError(f"{name} is of version {version}")
-        old = version == (1, 0)
-        shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0)(
-            member
-        )
-        if dtype.kind not in "iuf" or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > size:
+        formats = np.lib.format
+        read = formats.read_array_header_1_0 if version == (1, 0) else formats.read_array_header_2_0
+        shape, fortran, dtype = read(member)
+        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > size:
             raise ValueError(f"{name} is {dtype} {list(shape)} in {size} bytes")
         data = member.read()
     return np.frombuffer(data, dtype, math.prod(shape)).reshape(shape, order="F" if fortran else "C")

@@ -237,7 +237,7 @@ def test_nothing_but_our_errors_comes_out_of_broken_bytes(tmp_path: Path) -> Non
     rng = np.random.default_rng(3)
     messages = []
     for good, most in ((native, 900), (packed.getvalue(), len(packed.getvalue()))):
-        for _ in range(300):
+        for _ in range(150):
             broken = bytearray(good)
             for at in rng.integers(0, most, rng.integers(1, 4)):
                 broken[at] = rng.integers(256)
@@ -246,5 +246,5 @@ def test_nothing_but_our_errors_comes_out_of_broken_bytes(tmp_path: Path) -> Non
                 read_routing(path)
             except FlashpackError as e:
                 messages.append(str(e))
-    assert len(messages) > 400
+    assert len(messages) > 200
     assert not any("\n" in message for message in messages)

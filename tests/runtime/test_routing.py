@@ -121,6 +121,7 @@ def test_the_model_is_as_it_was_after_recording(pack_of: PackOf) -> None:
 def test_experts_that_are_none_come_last(pack_of: PackOf) -> None:
     """Routers say with an index behind the last expert that a token has none."""
     model: Any = flashpack.load(pack_of("trained"), context=64)
+    list(model.flashpack.store.batches(0, [1]))  # before recording began
     recorder = RoutingRecorder(model)
     index = torch.tensor([[32, 3, 40, 7]])
     for layer in range(6):
@@ -130,6 +131,8 @@ def test_experts_that_are_none_come_last(pack_of: PackOf) -> None:
     recorder.took([5], 0, 0)
     routing = recorder.routing({})
     assert routing.experts[0, 0].tolist() == [7, 3, 255, 255]
+    assert routing.run is not None
+    assert routing.run.hits == routing.run.misses == 0
     assert routing.weights[0, 0].tolist() == [np.float16(0.4), np.float16(0.1), 0, 0]
     with pytest.raises(UsageError, match="513 tokens at once cannot be recorded; give 512"):
         recorder._note(0, torch.zeros(513, 4, dtype=torch.int64), torch.zeros(513, 4))
