@@ -11,6 +11,8 @@ import typer
 from flashpack.cli.bench import EPILOG as BENCH_EXAMPLES
 from flashpack.cli.bench import bench
 from flashpack.cli.calibrate import calibrate
+from flashpack.cli.card import EPILOG as CARD_EXAMPLES
+from flashpack.cli.card import card
 from flashpack.cli.chat import EPILOG as CHAT_EXAMPLES
 from flashpack.cli.chat import chat
 from flashpack.cli.console import note
@@ -21,6 +23,10 @@ from flashpack.cli.examples import epilog
 from flashpack.cli.export import export
 from flashpack.cli.inspect import inspect
 from flashpack.cli.plan import plan
+from flashpack.cli.pull import EPILOG as PULL_EXAMPLES
+from flashpack.cli.pull import pull
+from flashpack.cli.push import EPILOG as PUSH_EXAMPLES
+from flashpack.cli.push import push
 from flashpack.cli.recode import recode
 from flashpack.cli.repair import repair
 from flashpack.cli.run import run
@@ -54,7 +60,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
             note(f"flashpack: {e}")
             raise typer.Exit(e.exit_code) from e
         except KeyboardInterrupt as e:
-            hint = "; run the same command again to continue" if command in (convert, recode) else ""
+            hint = "; run the same command again to continue" if command in (convert, recode, push, pull) else ""
             print(f"\nflashpack: interrupted{hint}", file=sys.stderr)
             raise typer.Exit(130) from e
 
@@ -65,6 +71,9 @@ for _command in (plan, convert, verify, repair, recode, export, inspect, run, ca
     app.command(epilog=epilog(_command.__name__))(_guarded(_command))
 
 app.command(epilog=BENCH_EXAMPLES)(_guarded(bench))
+app.command(epilog=CARD_EXAMPLES)(_guarded(card))
+app.command(epilog=PUSH_EXAMPLES)(_guarded(push))
+app.command(epilog=PULL_EXAMPLES)(_guarded(pull))
 app.command(epilog=TUNE_EXAMPLES)(_guarded(tune))
 app.command(epilog=TRACE_EXAMPLES)(_guarded(trace))
 app.command(epilog=CHAT_EXAMPLES)(_guarded(chat))

@@ -163,8 +163,8 @@ def _look(
     except FlashpackError as e:
         reason = str(e)
     if run is not None and not told.remote:
-        files = sorted({extent.path for extent in source.checkpoint.stored.values()})
-        fast = at_best(_weights(source, told), Path(src), files, run, run.base + spare(), memory)
+        files = sorted({Path(src) / extent.path for extent in source.checkpoint.stored.values()})
+        fast = at_best(_weights(source, told), files, run, run.base + spare(), memory)
     return _Here(told, used.anonymous + used.file, available(), run, tokens, reason, fast)
 
 

@@ -21,7 +21,8 @@ from flashpack.sizes import gb
 if TYPE_CHECKING:
     from flashpack.formats.routing import Routing
 
-_STEP = 2**24  # more memory, where it did not suffice
+_GROWTH = 2**26
+"""Bytes by which the process may have grown when the pack is loaded, since its memory was looked at."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def forecast(
         torch.set_num_threads(threads)
     least, context, top_k = smallest_of(pack, context)
     most = least.base + spare()
-    needed = least.total + speed.token_arena(pack, top_k)
+    needed = least.total + speed.token_arena(pack, top_k) + _GROWTH
     if needed > most:
         raise MemoryBudgetError(
             f"{folder}: measuring takes {gb(needed)} of memory, {gb(most)} can be taken; close other programs or lower "
@@ -85,9 +86,8 @@ def forecast(
     while short:
         model: Any = load(folder, device=device, memory=needed, context=context, warm=False, prefetch=False)
         found = model.flashpack.budget
-        # The process has grown since its memory was looked at.
         short = any(found.slots[stride] < count for stride, count in slots.items())
-        needed += 2 * max(0, found.base - least.base) + _STEP
+        needed += _GROWTH
     measured = speed.computing(model)
     del model
     gc.collect()

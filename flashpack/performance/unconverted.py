@@ -7,6 +7,7 @@ in bytes and bytes per second. No kernel runs, and routing is taken as even: ``f
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,13 +54,16 @@ class AtBest:
         return asdict(self)
 
 
-def at_best(
-    weights: Weights, folder: Path, files: Sequence[str], least: Budget, most: int, wanted: list[int]
-) -> AtBest | None:
-    """Speeds for totals of ``wanted``, or some up to ``most``. ``files`` of ``folder``: what is read to measure the
-    drive; None if they are too small for that."""
+def at_best(weights: Weights, files: Sequence[Path], least: Budget, most: int, wanted: list[int]) -> AtBest | None:
+    """Speeds for totals of ``wanted``, or some up to ``most``. ``files``: what is read to measure the drive; None if
+    they are too small for that, or cannot be read."""
     size = -(-weights.record // PAGE) * PAGE
-    rates = measure(folder, files, [size], SECONDS)
+    real = [file.resolve() for file in files]  # caches of hubs have links
+    folder = Path(os.path.commonpath([file.parent for file in real]))
+    try:
+        rates = measure(folder, [str(file.relative_to(folder)) for file in real], [size], SECONDS)
+    except OSError:
+        return None  # whoever needs the file will say which
     if not rates:
         return None
     drive = rates[0].drive or max(rates[0].direct or 0.0, rates[0].buffered)

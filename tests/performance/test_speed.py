@@ -152,24 +152,34 @@ def test_a_forecast_that_memory_is_too_small_for(pack_of: PackOf, monkeypatch: p
         forecast(pack_of("trained"), [], context=64)
 
 
-def test_a_pack_that_does_not_exist_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pack_that_does_not_exist_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "memory_rate", lambda threads: 1e10)
     asked: list[Any] = []
 
     def measured(folder: Path, files: Any, sizes: Any, seconds: float) -> list[Rate]:
-        asked.append((files, sizes))
+        asked.append((folder, files, sizes))
         return [Rate(sizes[0], 1e9, 2e9, 0.5)]
 
     monkeypatch.setattr(unconverted, "measure", measured)
     weights = unconverted.Weights(dense=10**8, used=10**8, experts=10**10, record=20000)
     least = Budget(10**8, 10**8, 10**8, 10**8, {32768: 2})
-    found = unconverted.at_best(weights, Path(), ["a"], least, 2 * 10**10, [5_400_000_000, 2 * 10**10])
+    (tmp_path / "blobs").mkdir()
+    files = [tmp_path / "a", tmp_path / "b"]
+    for file in files:
+        (tmp_path / "blobs" / file.name).write_bytes(b"")
+        file.symlink_to(tmp_path / "blobs" / file.name)
+    found = unconverted.at_best(weights, files, least, 2 * 10**10, [5_400_000_000, 2 * 10**10])
     assert found is not None
-    assert asked == [(["a"], [32768])]
+    assert asked == [(tmp_path / "blobs", ["a", "b"], [32768])]
     assert found.drive == 1e9  # buffered reads came from the page cache
     half, whole = found.rows
     assert half.share == pytest.approx(0.5)
     assert half.tokens_per_second == pytest.approx(1 / (0.01 + 0.05))
     assert (whole.share, whole.tokens_per_second) == (1.0, pytest.approx(1 / 0.02))
     monkeypatch.setattr(unconverted, "measure", lambda *args: [])
-    assert unconverted.at_best(weights, Path(), ["a"], least, 10**10, []) is None
+    assert unconverted.at_best(weights, files, least, 10**10, []) is None
+
+
+def test_a_source_that_cannot_be_read_has_no_speed(tmp_path: Path) -> None:
+    weights = unconverted.Weights(dense=1, used=1, experts=10, record=1)
+    assert unconverted.at_best(weights, [tmp_path / "none"], Budget(1, 1, 1, 1, {1: 2}), 10, []) is None
