@@ -111,7 +111,7 @@ def _simulate(path: Path, memory: str | None, plot: Path | None, json: bool) -> 
         rows = compare(routing, sizes, bar.update)
     checked = check(routing)
     if plot is not None:
-        draw(plot, chart(routing, rows, f"{path.name}: hit rates of decoding"))
+        draw(plot, chart(routing, rows, path.name))
         note(f"drawn: {plot}")
     if json:
         found = {"sizes": [row.to_json() for row in rows], "run": checked.to_json() if checked else None}
@@ -155,11 +155,10 @@ def _say_about(routing: Routing) -> None:
 
 
 def _show(routing: Routing, rows: list[Row]) -> None:
-    from flashpack.performance.compare import rate
+    from flashpack.performance.compare import compared, rate
     from flashpack.performance.policies import POLICIES
 
-    what = "prompts" if routing.prompt.all() else "decoded tokens"
-    say(f"hit rates of {what} in %, from an empty cache; behind them, flashpack's share of Belady's")
+    say(f"hit rates of {compared(routing)} in %, from an empty cache; behind them, flashpack's share of Belady's")
     process = "" if rows[0].memory is None else "process"
     say(f"{'experts in memory':>24}{process:>10}{''.join(f'{name:>10}' for name in POLICIES)}")
     for row in rows:

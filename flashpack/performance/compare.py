@@ -105,18 +105,25 @@ def check(routing: Routing) -> Checked | None:
     return Checked(sum(run.slots.values()), run.hits + run.misses, run.hits, found, requests.fit(run.slots))
 
 
+def compared(routing: Routing) -> str:
+    """Whose hit rates are compared: those of decoded tokens, or of prompts where nothing was decoded."""
+    return "prompts" if routing.prompt.all() else "decoded tokens"
+
+
 def rate(routing: Routing, found: Simulated) -> float:
-    """What is compared: the hit rate of decoded tokens, or that of prompts where nothing was decoded."""
+    """The hit rate that is compared."""
     return (found.prompt if routing.prompt.all() else found.decoded).rate
 
 
-def chart(routing: Routing, rows: list[Row], title: str) -> Chart:
-    """Hit rates over memory."""
+def chart(routing: Routing, rows: list[Row], name: str) -> Chart:
+    """Hit rates over memory of the file ``name``."""
     lines = {}
-    for name in POLICIES:
-        points = [(100 * row.share, 100 * rate(routing, row.found[name])) for row in rows]
-        lines[name] = Line(points, dashed=name == "Belady", bold=name == "flashpack")
+    for policy in POLICIES:
+        points = [(100 * row.share, 100 * rate(routing, row.found[policy])) for row in rows]
+        lines[policy] = Line(points, dashed=policy == "Belady", bold=policy == "flashpack")
     whole = sum(stride * count for stride, count in routing.stride_counts().items())
-    unit, name = (1e9, "GB") if whole >= 1e9 else (1e6, "MB")
-    above = (f"memory for experts, {name}", whole / unit / 100) if routing.sized else None
-    return Chart(title, "experts in memory, %", "hit rate, %", lines, 100, 100, above)
+    unit, unit_name = (1e9, "GB") if whole >= 1e9 else (1e6, "MB")
+    above = (f"memory for experts, {unit_name}", whole / unit / 100) if routing.sized else None
+    return Chart(
+        f"{name}: hit rates of {compared(routing)}", "experts in memory, %", "hit rate, %", lines, 100, 100, above
+    )

@@ -38,8 +38,9 @@ def test_labels_and_names_are_text_and_the_same_numbers_give_the_same_bytes(tmp_
 def test_hit_rates_are_drawn_where_they_are() -> None:
     routing = made_up(1, (4, *[1] * 30))
     rows = compare(routing, sizes_of(routing, "25%,50%"))
-    drawn = chart(routing, rows, "title")
+    drawn = chart(routing, rows, "a.routing")
     assert set(drawn.lines) == set(POLICIES)
+    assert drawn.title == "a.routing: hit rates of decoded tokens"
     assert drawn.lines["LRU"].points == [
         (25.0, 100 * rows[0].found["LRU"].decoded.rate),
         (50.0, 100 * rows[1].found["LRU"].decoded.rate),
