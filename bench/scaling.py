@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from common import drop_cache, gb, head, machine, median, memory_cgroup, ms, part, run, show
-from plot import Points, chart
 
+from flashpack.performance.plots import Chart, Line, draw
 from flashpack.runtime.memory import parse_size
 
 BUDGETS = ("1GB", "1.5GB", "2GB", "2.5GB", "3GB", "3.5GB", "4GB", "5GB")
@@ -45,7 +45,7 @@ def speed(pack: Path, limit: str | None = None, **arguments: Any) -> dict[str, A
 def over_memory(args: argparse.Namespace) -> None:
     """Decoding and prompts from little memory to enough for everything."""
     routings = {"even routing": "even"} | {f"routing of {path.stem}": str(path) for path in args.trace}
-    lines: dict[str, Points] = {}
+    lines: dict[str, list[tuple[float, float]]] = {}
     head("memory", "routing", "experts in memory", "hits", "decode", "prompt of 256", "read per token", "peak memory")
     for name, trace in routings.items():
         for limit in BUDGETS:
@@ -66,7 +66,8 @@ def over_memory(args: argparse.Namespace) -> None:
                 ]
             )
     if args.svg:
-        chart(args.svg, "Decoding under a memory limit", "memory, GB", "tokens per second", lines)
+        drawn = {name: Line(points) for name, points in lines.items()}
+        draw(args.svg, Chart("Decoding under a memory limit", "memory, GB", "tokens per second", drawn))
 
 
 def over_context(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from flashpack.cli.console import progress_bar
 
 
 class Bars:
-    """One bar at a time, of bytes; the last one is closed at the end of the ``with``."""
+    """One bar at a time; the last one is closed at the end of the ``with``."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -20,9 +20,9 @@ class Bars:
         if self._bar is not None:
             self._bar.close()
 
-    def begin(self, text: str, total: int) -> None:
+    def begin(self, text: str, total: int, unit: str = "B") -> None:
         self.__exit__()
-        self._bar = progress_bar(total, text)
+        self._bar = progress_bar(total, text, unit=unit)
 
     def advance(self, count: int) -> None:
         self._bar.update(count)

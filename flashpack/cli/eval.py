@@ -6,11 +6,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
-from flashpack.cli.console import answer_json, gb, note, progress_bar, quiet_libraries, say
+from flashpack.cli.bars import Bars
+from flashpack.cli.console import answer_json, gb, note, quiet_libraries, say
 from flashpack.errors import UsageError
 
 if TYPE_CHECKING:
@@ -53,22 +54,22 @@ def eval(
     pieces = read_windows(pack, text, windows, length, part)
     cases = read_cases(tools) if tools else []
     counts = None
-    with _Progress() as progress:
-        with _as_pack(against, scratch, progress) as reference:
+    with Bars() as bars:
+        with _as_pack(against, scratch, bars) as reference:
             found = divergence(
                 pack, reference, pieces, scratch, memory, experts_per_token, prefer_cached, plain,
-                lambda name, total: progress.begin(total, name, "tokens"), progress.advance,
+                lambda name, total: bars.begin(name, total, "tokens"), bars.advance,
             )  # fmt: skip
         if cases:
             from flashpack.runtime.tokenizer import load_tokenizer
 
-            progress.begin(len(cases), "tool calls", "calls")
+            bars.begin("tool calls", len(cases), "calls")
             model = load(
                 pack, memory=memory, reference=plain, warm=False, experts_per_token=experts_per_token,
                 prefer_cached=prefer_cached,
             )  # fmt: skip
             prompt = SYSTEM if system is None else system
-            counts = tool_calls(model, load_tokenizer(pack), cases, prompt, ignored, progress.advance)
+            counts = tool_calls(model, load_tokenizer(pack), cases, prompt, ignored, bars.advance)
     if json:
         answer_json({"divergence": found.to_json(), "tools": counts.to_json() if counts else None})
     else:
@@ -78,29 +79,8 @@ def eval(
         raise typer.Exit(1)
 
 
-class _Progress:
-    """One bar after another."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def begin(self, total: int, text: str, unit: str) -> None:
-        self.__exit__()
-        self._bar = progress_bar(total, text, unit=unit)
-
-    def advance(self, count: int) -> None:
-        self._bar.update(count)
-
-
 @contextmanager
-def _as_pack(source: str, scratch: Path | None, progress: _Progress) -> Iterator[Path]:
+def _as_pack(source: str, scratch: Path | None, bars: Bars) -> Iterator[Path]:
     """The folder of a pack; one that is made of a checkpoint is there only meanwhile."""
     from flashpack.formats import constants as C
 
@@ -113,11 +93,11 @@ def _as_pack(source: str, scratch: Path | None, progress: _Progress) -> Iterator
         note(f"reference: {gb(sum(plan.file_sizes().values()))} to write for the time of this comparison")
         for text in plan.notices:
             note(f"note: {text}")
-        progress.begin(sum(plan.source_bytes().values()), "converting", "B")
+        bars.begin("converting", sum(plan.source_bytes().values()))
 
     with tempfile.TemporaryDirectory(prefix="flashpack-eval-", dir=scratch) as folder:
         out = Path(folder) / "reference"
-        convert(source, out, experts="source", dense="source", on_plan=begin, progress=progress.advance)
+        convert(source, out, experts="source", dense="source", on_plan=begin, progress=bars.advance)
         yield out
 
 

@@ -129,7 +129,7 @@ def slots_of_memory(routing: Routing, memory: int) -> dict[int, int]:
         raise MemoryBudgetError(
             f"--memory {memory / 1e9:.2f} GB is too small: the recorded process needs {least.total / 1e9:.2f} GB"
         )
-    return budgets._slots(counts, least.slots, memory - least.total)
+    return budgets.spread(counts, least.slots, memory - least.total)
 
 
 def overlap(routing: Routing) -> float:

@@ -81,7 +81,7 @@ def divide(pack: Pack, base: int, kv: int, work: int, total: int | str | None, s
             f"(process {base / 1e9:.2f}, dense part {pack.dense_bytes / 1e9:.2f}, KV cache {kv / 1e9:.2f}, working "
             f"space {work / 1e9:.2f}, experts {minimum.arena / 1e9:.3f}); a smaller --context needs less"
         )
-    return Budget(base, pack.dense_bytes, kv, work, _slots(counts, minimum.slots, total - minimum.total))
+    return Budget(base, pack.dense_bytes, kv, work, spread(counts, minimum.slots, total - minimum.total))
 
 
 def smallest(base: int, dense: int, kv: int, work: int, counts: dict[int, int]) -> Budget:
@@ -99,7 +99,7 @@ def stride_counts(manifest: Manifest) -> dict[int, int]:
     return counts
 
 
-def _slots(counts: dict[int, int], smallest: dict[int, int], spare: int) -> dict[int, int]:
-    """Spread ``spare`` bytes over the record sizes in proportion to the bytes of their experts."""
+def spread(counts: dict[int, int], smallest: dict[int, int], spare: int) -> dict[int, int]:
+    """Slots: spread ``spare`` bytes over the record sizes in proportion to the bytes of their experts."""
     whole = sum(stride * count for stride, count in counts.items())
     return {stride: min(count, smallest[stride] + spare * count // whole) for stride, count in counts.items()}
