@@ -6,7 +6,7 @@ A message is one line: what is wrong, where, and what to do. The command line pr
 | exit code | meaning |
 |---|---|
 | 0 | done; for ``verify``: the pack is whole |
-| 1 | found: ``verify``, ``push`` damage, ``selftest`` a failing kernel, ``doctor`` a problem, ``eval`` > ``--max-kld`` |
+| 1 | found: ``verify``, ``push`` damage, ``selftest`` failing kernels, ``doctor`` problems, ``eval`` > ``--max-kld`` |
 | 2 | the command line is wrong |
 | 3 | the source checkpoint cannot be converted |
 | 4 | not a pack, or a pack this version cannot read |
