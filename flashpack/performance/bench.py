@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashpack.errors import UsageError
 from flashpack.formats import Pack
 from flashpack.performance.forecast import Forecast, forecast
-from flashpack.performance.measure import Run, Setting, apart, length, measure
+from flashpack.performance.measure import Run, Setting, apart, check_context, length, measure, tokens_for
 from flashpack.performance.speed import Estimate
-from flashpack.runtime.tokenizer import encode, load_tokenizer
 
 if TYPE_CHECKING:
     from flashpack.formats.routing import Routing
@@ -84,12 +82,13 @@ def bench(
     """Estimate and measure, each in a process of its own, for each total of ``memory`` (empty: ``speed.SHARES``).
 
     ``text``: what is read and decoded, token by token. ``routing``: recorded, for the estimate. ``begin`` is told what
-    is done next. Raises ``UsageError`` if the context is too small, and the errors of ``flashpack.load``.
+    is done next. Raises ``UsageError`` if the context is too small or the text empty, and the errors of
+    ``flashpack.load``.
     """
     pack = Pack(folder)
-    if context is not None and context < length(prompt, tokens, tokens):
-        raise UsageError(f"--context {context}: measuring needs {length(prompt, tokens, tokens)} tokens")
-    ids = encode(load_tokenizer(pack.folder), text, special=False)
+    needed = length(prompt, tokens, tokens)
+    check_context(pack, needed, context)
+    ids = tokens_for(pack, text, needed, begin)
     begin("estimating")
     expected = apart(forecast, folder, memory, context, device, routing, threads)
     rows = []

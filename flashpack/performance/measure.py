@@ -7,16 +7,17 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from flashpack.errors import FlashpackError, MemoryBudgetError
+from flashpack.errors import FlashpackError, MemoryBudgetError, UsageError
 from flashpack.formats import Pack
 from flashpack.performance.replay import Replay, bursts_like
 from flashpack.runtime.cache import Key
 from flashpack.runtime.profile import Profile, profile_of
+from flashpack.runtime.tokenizer import encode, load_tokenizer
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -81,7 +82,13 @@ def apart(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     context = get_context("spawn")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(there, work, args, kwargs))
-    process.start()
+    # Whoever waits for the answer hears of Ctrl-C, and kills; from its first moment on the process does not.
+    resource_tracker.ensure_running()  # in start() it would unblock
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     there.close()
     try:
         answer = here.recv()
@@ -104,7 +111,6 @@ def apart(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
 
 def _answer(there: Connection, work: Callable[..., Any], args: Any, kwargs: Any) -> None:
     os.environ["FLASHPACK_WARM"] = "0"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever waits for the answer hears of Ctrl-C, and kills
     try:
         there.send(work(*args, **kwargs))
     except FlashpackError as e:
@@ -188,6 +194,36 @@ def _replayed(pack: Pack, direct: bool, readers: int, bursts: list[list[Key]]) -
         replay.close()
 
 
-def length(prompt: int, tokens: int, warm: int) -> int:
+def length(prompt: int, tokens: int, warm: int, split: bool = True) -> int:
     """Tokens of context that a measurement needs."""
-    return prompt + warm + tokens + 1 + SPLIT_TOKENS
+    return prompt + warm + tokens + (1 + SPLIT_TOKENS if split else 0)
+
+
+def check_context(pack: Pack, needed: int, context: int | None) -> None:
+    """Raises ``UsageError`` if a measurement needs more tokens of context than ``context`` (None: the default)."""
+    from flashpack.runtime.load import context_length
+    from flashpack.skeleton import read_config
+
+    config = read_config(pack.folder, pack.manifest.model["architecture"])
+    room = context_length(config.get_text_config(decoder=True), context)
+    if room < needed:
+        raise UsageError(
+            f"--context {room}: measuring needs {needed} tokens; take fewer --tokens, or more context where the model "
+            f"has it"
+        )
+
+
+def tokens_for(pack: Pack, text: str, needed: int, note: Callable[[str], object]) -> list[int]:
+    """The token ids of ``text``. Raises ``UsageError`` if it has none.
+
+    ``note`` is told if they are fewer than the ``needed`` ones: they are fed again from the start then.
+    """
+    ids = encode(load_tokenizer(pack.folder), text, special=False)
+    if not ids:
+        raise UsageError("the text has no tokens; --text takes another")
+    if len(ids) < needed:
+        note(
+            f"note: the text has {len(ids)} tokens of the {needed} that are measured; it is repeated, and its experts "
+            f"are found in memory more often than those of a longer text"
+        )
+    return ids

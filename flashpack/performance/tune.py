@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from flashpack.formats import Pack
-from flashpack.performance.measure import Setting, apart, measure
+from flashpack.performance.measure import Setting, apart, length, measure, tokens_for
 from flashpack.performance.speed import processors
 from flashpack.runtime.profile import Profile
-from flashpack.runtime.tokenizer import encode, load_tokenizer
 
 TURNS = 3
 GAIN = 1.03
@@ -85,9 +84,9 @@ def tune(
 ) -> Tuned:
     """Try for about ``seconds``; no trial is begun that would not end by then. ``begin`` is told what is done next.
 
-    Raises the errors of ``flashpack.load``.
+    Raises ``UsageError`` if the text is empty, and the errors of ``flashpack.load``.
     """
-    ids = encode(load_tokenizer(Pack(folder).folder), text, special=False)
+    ids = tokens_for(Pack(folder), text, length(prompt, tokens, tokens, split=False), begin)
     end = time.monotonic() + seconds
     best, trials, left, took = Profile(), [], [], 0.0
     setting = Setting(folder, memory, ids, prompt, tokens, tokens, context, None, device, best, split=False)

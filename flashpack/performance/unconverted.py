@@ -70,7 +70,7 @@ def at_best(weights: Weights, files: Sequence[Path], least: Budget, most: int, w
     memory_rate = speed.memory_rate(speed.processors())
     fixed = least.total - least.arena
     rows = []
-    for total in speed.totals(fixed, weights.experts, least.total, most, wanted):
+    for total in dict.fromkeys(speed.totals(fixed, weights.experts, least.total, most, wanted)):  # small ones are one
         share = min(1.0, max(0, total - fixed) / weights.experts)
         reading = (1 - share) * weights.used / drive
         seconds = weights.dense / memory_rate + max(weights.used / memory_rate, reading)
