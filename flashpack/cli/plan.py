@@ -56,8 +56,7 @@ def plan(
     if (Path(src) / constants.MANIFEST).is_file():
         odd = sorted(name for name, value in ctx.params.items() if name not in _OF_PACKS and _given(ctx, name))
         if odd:
-            name = "OUT" if odd[0] == "out" else f"--{odd[0].replace('_', '-')}"
-            raise UsageError(f"{src} is a pack: {name} is for checkpoints")
+            raise UsageError(f"{src} is a pack: --{odd[0].replace('_', '-')} is for checkpoints")
         plan_pack.show(Path(src), memory, context, trace, json)
         return
     if trace is not None:
