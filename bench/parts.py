@@ -37,7 +37,7 @@ class Again(Replay):
         super().__init__(Pack(folder), direct)
         self._dropped = None if direct else folder
 
-    def run(self, bursts: Iterable[Burst]) -> float:
+    def run(self, bursts: Iterable[Burst]) -> list[float]:
         if self._dropped:
             drop_cache(self._dropped)
         return super().run(bursts)
@@ -133,7 +133,7 @@ def speed(
         "seconds": seconds,
         "records": len(keys),
         "most_reads": max(map(keys.count, set(keys)), default=0),
-        "replay": again.run(bursts) if again and bursts else None,
+        "replay": sum(again.run(bursts)) if again and bursts else None,
     }
     session.restart()
     session.feed(at)
@@ -157,7 +157,7 @@ def speed(
                 "misses": total.misses / tokens,
                 "wait": total.wait_seconds / tokens,
                 "own": total.own_seconds / tokens,
-                "replay": again.run(bursts) / tokens if again and bursts else None,
+                "replay": sum(again.run(bursts)) / tokens if again and bursts else None,
             }
         )
     return answer
@@ -189,7 +189,7 @@ def start(pack: str, memory: int | None = None, prompt: int = 8) -> dict[str, An
         "load": loaded - begun,
         "dense": model.flashpack.pack.dense_bytes,
         "first": again.size(bursts),
-        "replay": again.run(bursts),
+        "replay": sum(again.run(bursts)),
     }
 
 

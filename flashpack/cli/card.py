@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashpack.cli.bars import Bars
-from flashpack.cli.console import quiet_libraries
+from flashpack.cli.console import note, quiet_libraries
 
 if TYPE_CHECKING:
     from flashpack.formats import Pack
@@ -42,7 +42,8 @@ def card(
 ) -> None:
     """Print a model card for a pack. Base model, recipe, sizes, quality, checksums, and how to run it.
 
-    Reads the whole pack for the checksums. The card is no part of a pack: keep it elsewhere, or let push send it.
+    Reads the whole pack, to verify it and for the checksums. The card is no part of a pack: keep it elsewhere, or let
+    push send it.
     """
     quiet_libraries(source or "")
     from flashpack.formats import Pack
@@ -50,7 +51,21 @@ def card(
 
     name = None if repo is None else check_name(repo)
     opened = Pack(pack)
+    require_whole(pack, "there is no card for it")
     print(written(opened, sums_of(opened), name, base_model, license, source, evaluations), end="")
+
+
+def require_whole(pack: Path, otherwise: str) -> None:
+    """Verify every byte; with findings, list them and say what becomes of it: exit code 1."""
+    from flashpack.formats.verify import verify
+
+    with Bars() as bars:
+        findings = verify(pack, on_start=lambda total: bars.begin("verifying", total), progress=bars.advance)
+    for finding in findings:
+        note(f"[{finding.code}] {finding}")
+    if findings:
+        note(f"flashpack: {pack}: {len(findings)} findings, {otherwise}; see flashpack repair")
+        raise typer.Exit(1)
 
 
 def quiet_hub() -> None:

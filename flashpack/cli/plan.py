@@ -14,9 +14,8 @@ from flashpack.errors import FlashpackError, LimitError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from flashpack.converter import Plan
-    from flashpack.converter.convert import Bound as Source
     from flashpack.converter.forecast import Forecast
-    from flashpack.performance.unconverted import AtBest, Weights
+    from flashpack.performance.unconverted import AtBest
     from flashpack.runtime.budget import Budget
 
 _Choices = tuple[str, str, int, str, str, str, str, int]
@@ -56,7 +55,8 @@ def plan(
     if (Path(src) / constants.MANIFEST).is_file():
         odd = sorted(name for name, value in ctx.params.items() if name not in _OF_PACKS and _given(ctx, name))
         if odd:
-            raise UsageError(f"{src} is a pack: --{odd[0].replace('_', '-')} is for checkpoints")
+            name = "OUT" if odd[0] == "out" else f"--{odd[0].replace('_', '-')}"
+            raise UsageError(f"{src} is a pack: {name} is for checkpoints")
         plan_pack.show(Path(src), memory, context, trace, json)
         return
     if trace is not None:
@@ -135,7 +135,7 @@ def _look(
     from flashpack.converter.execute import default_workers
     from flashpack.converter.folder import is_remote
     from flashpack.converter.forecast import forecast
-    from flashpack.performance.unconverted import at_best
+    from flashpack.performance.unconverted import at_best, weights_of
     from flashpack.runtime.forecast import smallest_budget
     from flashpack.runtime.memory import available, spare, usage
 
@@ -164,24 +164,8 @@ def _look(
         reason = str(e)
     if run is not None and not told.remote:
         files = sorted({Path(src) / extent.path for extent in source.checkpoint.stored.values()})
-        fast = at_best(_weights(source, told), files, run, run.base + spare(), memory)
+        fast = at_best(weights_of(told.plan, source.model), files, run, run.base + spare(), memory)
     return _Here(told, used.anonymous + used.file, available(), run, tokens, reason, fast)
-
-
-def _weights(source: Source, told: Forecast) -> Weights:
-    """What a token needs of the pack that will be made."""
-    from flashpack.performance.unconverted import Weights
-    from flashpack.runtime.topk import experts_per_token
-
-    top_k, plan = experts_per_token(source.model.config), told.plan
-    embedding = source.model.get_input_embeddings()
-    name = next((f"{n}.weight" for n, m in source.model.named_modules() if m is embedding), "")
-    tied = source.model.config.get_text_config(decoder=True).tie_word_embeddings
-    looked_up = 0 if tied else sum(s.nbytes for t in plan.dense() if t.name == name for s in t.specs())
-    experts = [sum(kind.stride for kind in p.kinds) for p in plan.layers]
-    used = sum(top_k * size / len(p.kinds) for size, p in zip(experts, plan.layers, strict=True))
-    largest = max(kind.stride for p in plan.layers for kind in p.kinds)
-    return Weights(told.chosen.dense_bytes - looked_up, int(used), sum(experts), largest)
 
 
 def _to_json(here: _Here) -> dict[str, Any]:

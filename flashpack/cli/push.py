@@ -7,8 +7,8 @@ from pathlib import Path
 import typer
 
 from flashpack.cli.bars import Bars
-from flashpack.cli.card import Base, Evaluations, License, Source, quiet_hub, sums_of, written
-from flashpack.cli.console import answer_json, gb, note, quiet_libraries, say
+from flashpack.cli.card import Base, Evaluations, License, Source, quiet_hub, require_whole, sums_of, written
+from flashpack.cli.console import answer_json, gb, quiet_libraries, say
 from flashpack.errors import UsageError
 
 EPILOG = """\b
@@ -38,20 +38,13 @@ def push(
     """
     quiet_libraries(source or "" if dry_run else "hf://")
     from flashpack.formats import Pack
-    from flashpack.formats.verify import verify
     from flashpack.hub.push import check_name
     from flashpack.hub.push import push as run_push
 
     name = check_name(repo)
     text = None if card is None else _text(card)
     opened = Pack(pack)
-    with Bars() as bars:
-        findings = verify(pack, on_start=lambda total: bars.begin("verifying", total), progress=bars.advance)
-    for finding in findings:
-        note(f"[{finding.code}] {finding}")
-    if findings:
-        note(f"flashpack: {pack}: {len(findings)} findings, nothing was sent; see flashpack repair")
-        raise typer.Exit(1)
+    require_whole(pack, "nothing was sent")
     sums = sums_of(opened)
     if text is None:
         text = written(opened, sums, name, base_model, license, source, evaluations)
@@ -79,4 +72,4 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"--card {path}: cannot be read as text: {e}") from e
+        raise UsageError(f"--card {path}: cannot be read as text: {getattr(e, 'strerror', None) or e}") from e

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from flashpack.performance.bench import Report
     from flashpack.performance.forecast import Forecast
     from flashpack.performance.unconverted import AtBest
+
+
+TOO_MUCH = " (more than can be taken now)"
 
 
 def sizes(memory: list[str]) -> list[int]:
@@ -28,12 +32,15 @@ def recorded(trace: Path | None, pack: Path) -> Routing | None:
         return None
     from flashpack.formats import Pack
     from flashpack.formats.routing import read_routing
+    from flashpack.runtime.routing import record_sizes
 
-    found = read_routing(trace)
-    layers = {layer.index: layer.experts for layer in Pack(pack).manifest.layers}
-    if dict.fromkeys(found.layers, found.record_bytes.shape[1]) != layers:
+    found, opened = read_routing(trace), Pack(pack)
+    layers = {layer.index: layer.experts for layer in opened.manifest.layers}
+    counts = (found.record_bytes > 0).sum(1).tolist()
+    if dict(zip(found.layers, counts, strict=True)) != layers:
         raise UsageError(f"--trace {trace}: of another model: it has other layers or numbers of experts than {pack}")
-    return found
+    # Which experts a token uses does not depend on how they are stored: another pack of the model may have recorded it.
+    return replace(found, record_bytes=record_sizes(opened), run=None)
 
 
 def row(cells: list[str]) -> None:
@@ -51,15 +58,14 @@ def say_forecast(found: Forecast) -> None:
     row(["memory", "experts in memory", "found there", "read per token", "drive", "reading", "tokens per second"])
     row(["---"] * 7)
     for e in found.estimates:
+        memory = gb(e.memory) + (TOO_MUCH if e.memory > found.most else "")
         drive = f"{gb(e.rate)}/s" if e.reading else "-"
-        row([
-            gb(e.memory), f"{e.share:.0%}", f"{e.hit_rate:.0%}", gb(e.read_bytes), drive, f"{1e3 * e.reading:.1f} ms",
-            f"{1 / e.seconds:.3g}",
-        ])  # fmt: skip
+        reading = f"{1e3 * e.reading:.1f} ms"
+        row([memory, f"{e.share:.0%}", f"{e.hit_rate:.0%}", gb(e.read_bytes), drive, reading, f"{1 / e.seconds:.3g}"])
     say("")
     say(
-        f"seconds per token = {1e3 * (c.token - c.experts):.1f} ms + max(experts {1e3 * c.experts:.1f} ms, reading): "
-        f"measured here ({c.kernels}; {c.io} reads)"
+        f"seconds per token = {1e3 * (c.token - c.experts):.1f} ms + sum over the layers of max(experts, reading); the "
+        f"experts of all layers take {1e3 * c.experts:.1f} ms: measured here ({c.kernels}; {c.io} reads)"
     )
     say(
         f"no memory makes it faster than {found.memory_rate / c.weights:.3g} tokens per second: a token needs "
@@ -74,7 +80,8 @@ def say_at_best(found: AtBest) -> None:
         f"{gb(found.memory_rate)}/s, the source's drive {gb(found.drive)}/s; even routing (plan PACK measures more)"
     )
     for one in found.rows:
-        say(f"  with {gb(one.memory):>8}: {one.share:4.0%} of the experts in memory, {one.tokens_per_second:.3g} tok/s")
+        speed = f"{one.tokens_per_second:.3g} tok/s" + (TOO_MUCH if one.memory > found.most else "")
+        say(f"  with {gb(one.memory):>8}: {one.share:4.0%} of the experts in memory, {speed}")
 
 
 def say_report(report: Report) -> None:
@@ -83,7 +90,7 @@ def say_report(report: Report) -> None:
 
     rows = report.rows
     row(["memory", "experts in memory", "found there", "decoding", "estimated", "measured / estimated",
-         "share of the drive's limit", f"prompt of {report.prompt}", "peak memory"])  # fmt: skip
+         "share of the drive's limit", f"prompt of {report.prompt}", "memory taken"])  # fmt: skip
     row(["---"] * 9)
     for r in rows:
         run, share = r.run, r.drive_share

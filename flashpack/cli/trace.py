@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,7 @@ def trace(
     if json:
         answer_json({"file": str(target), "bytes": target.stat().st_size, "digest": digest} | _about(routing))
         return
-    say(f"{target}: {gb(target.stat().st_size)}; flashpack trace --simulate {target}")
+    say(f"{target}: {gb(target.stat().st_size)}; flashpack trace --simulate {shlex.quote(str(target))}")
     _say_about(routing)
     assert routing.run is not None
     slots, hits, asked = sum(routing.run.slots.values()), routing.run.hits, routing.run.hits + routing.run.misses

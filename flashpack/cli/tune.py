@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import typer
@@ -53,7 +52,10 @@ def tune(
         least, context_tokens, _ = smallest_of(opened, context)
         fixed = least.total - least.arena
         total = speed.totals(fixed, opened.expert_bytes, least.total, least.base + spare(), [])[:3][-1]
-        note(f"note: with {total / 1e9:.2f} GB, for half of the experts and a context of {context_tokens} tokens")
+        share = min(1.0, (total - fixed) / opened.expert_bytes)
+        note(
+            f"note: with {total / 1e9:.2f} GB, for {share:.0%} of the experts and a context of {context_tokens} tokens"
+        )
     else:
         total = parse_size(memory)
     words = text_of("--text", text or TEXT)
@@ -74,5 +76,4 @@ def tune(
     if found.profile == profile.Profile():
         say("nothing is clearly faster than what is used without a profile; none is kept")
     else:
-        changed = {k: v for k, v in asdict(found.profile).items() if v != getattr(profile.Profile(), k)}
-        say(f"kept: {', '.join(f'{k} {v}' for k, v in changed.items())}: {found.gain:.2f}x, measured in turns; {path}")
+        say(f"kept: {found.profile.words()}: {found.gain:.2f}x, measured in turns; {path}")

@@ -17,6 +17,7 @@ from pathlib import Path
 from flashpack import user_cache
 from flashpack.doctor.remark import Remark
 from flashpack.runtime import memory as sizes
+from flashpack.runtime.profile import usable_cores
 from flashpack.sizes import gb
 from flashpack.version import __version__
 
@@ -117,12 +118,6 @@ def summary() -> str:
     )
     load = os.getloadavg()[0]
     return f"{_processor_name()}, {usable_cores()} cores, {gb(sizes.installed())}, {system}, load {load:.1f}"
-
-
-def usable_cores() -> int:
-    """Processors that this process may run on."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def quota() -> float | None:

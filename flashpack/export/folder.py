@@ -28,10 +28,10 @@ class OutputFolder:
 
     def __init__(self, path: Path, pack: Path, overwrite: bool) -> None:
         self.path = path
-        self._partial = path.with_name(path.name + C.PARTIAL_SUFFIX)
         with output_errors(path):
             if not path.name or path.resolve().is_relative_to(pack.resolve()):
                 raise UsageError(f"{path}: an export needs a folder of its own outside the pack")
+            self._partial = path.with_name(path.name + C.PARTIAL_SUFFIX)
             if os.path.lexists(path):
                 _check(path, overwrite)
             if os.path.lexists(self._partial) and not (self._partial / NOTE).is_file():

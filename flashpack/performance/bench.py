@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashpack.errors import MemoryBudgetError
 from flashpack.formats import Pack
 from flashpack.performance.forecast import Forecast, forecast
 from flashpack.performance.measure import Run, Setting, apart, check_context, length, measure, tokens_for
@@ -82,8 +83,8 @@ def bench(
     """Estimate and measure, each in a process of its own, for each total of ``memory`` (empty: ``speed.SHARES``).
 
     ``text``: what is read and decoded, token by token. ``routing``: recorded, for the estimate. ``begin`` is told what
-    is done next. Raises ``UsageError`` if the context is too small or the text empty, and the errors of
-    ``flashpack.load``.
+    is done next, and of budgets that are left out because memory does not suffice after all. Raises ``UsageError`` if
+    the context is too small or the text empty, and the errors of ``flashpack.load``.
     """
     pack = Pack(folder)
     needed = length(prompt, tokens, tokens)
@@ -91,11 +92,16 @@ def bench(
     ids = tokens_for(pack, text, needed, begin)
     begin("estimating")
     expected = apart(forecast, folder, memory, context, device, routing, threads)
-    rows = []
+    rows: list[Measured] = []
     for one in expected.estimates:
         begin(f"measuring {one.memory / 1e9:.2f} GB")
         setting = Setting(folder, one.memory, ids, prompt, tokens, tokens, context, threads, device)
-        rows.append(Measured(one, apart(measure, setting)))
+        try:
+            rows.append(Measured(one, apart(measure, setting)))
+        except MemoryBudgetError as e:
+            if not rows:
+                raise
+            begin(f"note: {one.memory / 1e9:.2f} GB is left out: {e}")
     return Report(expected, rows, prompt, tokens)
 
 

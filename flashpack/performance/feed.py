@@ -22,19 +22,20 @@ class Feed:
         self._options: dict[str, Any] = {"logits_to_keep": 1} if last_only else {}
 
     def __call__(self, tokens: int) -> float:
-        """Seconds that the next ``tokens`` tokens take at once: a prompt, or 1 to decode."""
+        """Seconds that the next ``tokens`` tokens take: a prompt, in chunks as when it is run, or 1 to decode."""
         import torch
 
+        from flashpack.runtime.budget import PROMPT_CHUNK
         from flashpack.skeleton import library_errors
 
         ids = [self._ids[(self._next + i) % len(self._ids)] for i in range(tokens)]
         self._next += tokens
         begun = time.perf_counter()
         with torch.inference_mode(), library_errors("the model of this pack cannot be computed"):
-            inputs = torch.tensor([ids], device=self._model.device)
-            answer = self._model(inputs, past_key_values=self._cache, use_cache=True, **self._options)
+            for chunk in torch.split(torch.tensor([ids], device=self._model.device), PROMPT_CHUNK, dim=1):
+                answer = self._model(chunk, past_key_values=self._cache, use_cache=True, **self._options)
+                self._cache = answer.past_key_values
             answer.logits[0, -1, :1].item()  # wait for an asynchronous device
-        self._cache = answer.past_key_values
         return time.perf_counter() - begun
 
     def restart(self) -> None:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from flashpack.errors import MemoryBudgetError
 from flashpack.formats import Pack
+from flashpack.kernels import best_device
 from flashpack.performance import speed
 from flashpack.performance.replay import Replay
 from flashpack.performance.simulate import hit_rate
 from flashpack.runtime.budget import Budget
 from flashpack.runtime.forecast import smallest_of
 from flashpack.runtime.memory import spare
-from flashpack.runtime.profile import profile_of
+from flashpack.runtime.profile import profile_of, usable_cores
 from flashpack.sizes import gb
 
 if TYPE_CHECKING:
@@ -74,28 +75,32 @@ def forecast(
     if threads := threads or profile.threads:
         torch.set_num_threads(threads)
     least, context, top_k = smallest_of(pack, context)
-    most = least.base + spare()
+    # What ``load`` takes unasked: memory that a GPU uses is wired.
+    most = least.base + (spare() // 2 if (device or best_device()) == "mps" else spare())
     needed = least.total + speed.token_arena(pack, top_k) + _GROWTH
-    if needed > most:
-        raise MemoryBudgetError(
-            f"{folder}: measuring takes {gb(needed)} of memory, {gb(most)} can be taken; close other programs or lower "
-            f"--context"
-        )
-    budgets = speed.budgets_for(pack, least, most, memory)
     slots, short = speed.token_slots(pack, top_k), True
+    model: Any = None
     while short:
-        model: Any = load(folder, device=device, memory=needed, context=context, warm=False, prefetch=False)
+        del model  # before there is another one
+        gc.collect()
+        if needed > most:
+            raise MemoryBudgetError(
+                f"{folder}: measuring takes {gb(needed)} of memory, {gb(most)} can be taken; close other programs or "
+                f"lower --context"
+            )
+        model = load(folder, device=device, memory=needed, context=context, warm=False, prefetch=False)
         found = model.flashpack.budget
         short = any(found.slots[stride] < count for stride, count in slots.items())
         needed += _GROWTH
+    budgets = speed.budgets_for(pack, least, most, memory)
     measured = speed.computing(model)
     del model
     gc.collect()
     replay = Replay(pack, measured.io == "direct", profile.readers)
     try:
-        rate = None if routing is None else (lambda slots: hit_rate(routing, slots))
+        rate = None if routing is None else (lambda slots: hit_rate(routing, slots, settled=True))
         estimates = [speed.estimate(pack, measured, *one, top_k, replay, rate) for one in budgets.items()]
     finally:
         replay.close()
-    memory_rate = speed.memory_rate(speed.processors())
+    memory_rate = speed.memory_rate(usable_cores())
     return Forecast(least, most, context, top_k, measured, memory_rate, estimates, routing is not None)

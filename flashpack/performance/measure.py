@@ -189,7 +189,7 @@ def _replayed(pack: Pack, direct: bool, readers: int, bursts: list[list[Key]]) -
         return 0.0
     replay = Replay(pack, direct, readers)
     try:
-        return replay.run(bursts)
+        return sum(replay.run(bursts))
     finally:
         replay.close()
 

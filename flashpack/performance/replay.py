@@ -26,7 +26,9 @@ class Replay:
 
     def __init__(self, pack: Pack, direct: bool, readers: int = READ_THREADS) -> None:
         self._shards = {layer.index: pack.open_shard(layer) for layer in pack.manifest.layers}
-        self._fds = {layer.index: open_file(pack.folder, layer.path, direct) for layer in pack.manifest.layers}
+        self._fds: dict[int, int] = {}
+        for layer in pack.manifest.layers:
+            self._fds[layer.index] = open_file(pack.folder, layer.path, direct)
         self._readers = readers
         stride = largest_record(pack)
         # The store's own kind of memory: where a buffer's pages are scattered, direct reads are half as fast, and a
@@ -38,19 +40,21 @@ class Replay:
         """Stored bytes of all records of ``bursts``."""
         return sum(self._shards[layer].extent(expert)[1] for burst in bursts for layer, expert in burst)
 
-    def run(self, bursts: Iterable[Burst]) -> float:
-        """Seconds to read ``bursts``, each after all of the one before has arrived. Raises ``OSError``."""
+    def run(self, bursts: Iterable[Burst]) -> list[float]:
+        """Seconds to read each of ``bursts``, after all of the one before has arrived. Raises ``OSError``."""
         pool = ReadPool(self._readers)
-        begun = time.perf_counter()
+        seconds = []
         try:
             for burst in bursts:
+                begun = time.perf_counter()
                 for i, key in enumerate(burst):
                     pool.start(Read(key, i % self._readers, 0, True, False), self._read)
                 for _ in burst:
                     error = pool.landed.get().error
                     if error is not None:
                         raise error
-            return time.perf_counter() - begun
+                seconds.append(time.perf_counter() - begun)
+            return seconds
         finally:
             pool.close()
 
@@ -78,13 +82,12 @@ def replay_bytes(pack: Pack, readers: int = READ_THREADS) -> int:
     return readers * largest_record(pack)
 
 
-def bursts_like(pack: Pack, reads: Iterable[dict[int, int]], seed: int = 0) -> list[list[Key]]:
-    """Bursts of as many records per layer as ``reads`` says, one dictionary {layer: records} a token, of experts
-    drawn at random: what was read lately may be in some cache of the drive."""
-    draws = random.Random(seed)
+def bursts_like(pack: Pack, reads: Iterable[dict[int, int]]) -> list[list[Key]]:
+    """Bursts of as many records per layer as ``reads`` says, one dictionary {layer: records} a token. Of which experts
+    is drawn anew each time: what was read lately may be in some cache of the drive."""
     counts = {layer.index: layer.experts for layer in pack.manifest.layers}
     return [
-        [(layer, e) for e in draws.sample(range(counts[layer]), count)]
+        [(layer, e) for e in random.sample(range(counts[layer]), min(count, counts[layer]))]
         for token in reads
         for layer, count in sorted(token.items())
         if count

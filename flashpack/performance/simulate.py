@@ -69,14 +69,16 @@ class Requests:
         """Whether every request has a slot for each of its experts: then a run's hits are those of a simulation."""
         return all(len(keys) <= slots[stride] for stride, asked in self.by_size.items() for _, keys in asked)
 
-    def simulate(self, slots: dict[int, int], policy: MakePolicy) -> Simulated:
-        """Hits of ``policy`` with ``slots`` for each record size, from empty caches."""
+    def simulate(self, slots: dict[int, int], policy: MakePolicy, start: int = 0) -> Simulated:
+        """Hits of ``policy`` with ``slots`` for each record size, from empty caches; those of the step ``start`` and
+        later ones are counted."""
         found, asked = [0, 0], [0, 0]
         for stride, wanted in self.by_size.items():
             cache = policy(slots[stride], self.width, wanted)
             for (step, keys), hits in zip(wanted, replay(cache, wanted), strict=True):
-                found[self.prompt[step]] += hits
-                asked[self.prompt[step]] += len(keys)
+                if step >= start:
+                    found[self.prompt[step]] += hits
+                    asked[self.prompt[step]] += len(keys)
         return Simulated(*(Hits(*pair) for pair in zip(found, asked, strict=True)))
 
 
@@ -97,17 +99,19 @@ def _requests(routing: Routing) -> Iterator[Request]:
         begin = end
 
 
-def hit_rate(routing: Routing, slots: dict[int, int] | int) -> float:
+def hit_rate(routing: Routing, slots: dict[int, int] | int, settled: bool = False) -> float:
     """Share of the experts asked for by decoded tokens that the runtime's own cache has, from an empty cache.
 
     ``slots``: for each record size, or a number where there is only one size. Prompts in between are served as well.
+    ``settled``: the first half of the steps only fills the cache.
     """
     if isinstance(slots, int):
         strides = routing.stride_counts()
         if len(strides) > 1:
             raise UsageError(f"the experts are of {len(strides)} sizes: give the slots of each")
         slots = dict.fromkeys(strides, slots)
-    return Requests(routing).simulate(slots, Runtime).decoded.rate
+    requests = Requests(routing)
+    return requests.simulate(slots, Runtime, len(requests.prompt) // 2 if settled else 0).decoded.rate
 
 
 def slots_of_share(routing: Routing, share: float) -> dict[int, int]:

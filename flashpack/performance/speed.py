@@ -1,10 +1,10 @@
 """How fast a pack will decode with a memory budget: an estimate from what is measured in a few seconds.
 
-    seconds per token = other + max(experts, reading)
+    seconds per token = other + sum over the layers of max(experts, reading)
 
-``experts`` is computing a token's experts, ``other`` everything else, both measured with all experts in memory;
-``reading`` is what the drive needs for the experts that are not, measured by reading as many records at once, layer by
-layer. Experts that are there are computed while the others are read, so the longer of the two counts.
+``experts`` is computing a layer's experts, ``other`` everything else, both measured with all experts in memory;
+``reading`` is what the drive needs for those of the layer that are not, measured by reading as many records at once.
+Experts that are there are computed while the others are read, so the longer of the two counts.
 
 How many are there is a matter of the text. Without a recorded trace routing is taken as even: then the share of the
 experts that fit in memory is the share that is found there, whatever the cache does, and no real text is routed so.
@@ -12,7 +12,6 @@ experts that fit in memory is the share that is found there, whatever the cache 
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from flashpack.formats import Pack
 from flashpack.performance.replay import Replay, bursts_like
 from flashpack.runtime import budget as budgets
 from flashpack.runtime.budget import Budget
+from flashpack.runtime.memory import spare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +37,9 @@ WARM, TOKENS = 3, 12
 READ_SECONDS = 0.6
 """Spent on measuring the reads of one budget."""
 
+MOST_TOKENS = 1000
+"""Whose reads are measured: where nearly all is found, there is hardly anything to read."""
+
 _STEP = 10**8  # budgets are rounded up to so many bytes
 
 HitRate = Callable[[dict[int, int]], float]
@@ -45,7 +48,8 @@ HitRate = Callable[[dict[int, int]], float]
 
 @dataclass(frozen=True)
 class Computing:
-    """A token with all its experts in memory. Seconds; ``experts`` are part of ``token``. ``weights``: bytes of weights
+    """A token with all its experts in memory. Seconds; ``experts`` are part of ``token``, and 0 where kernels only
+    begin when they are called: there it is not known, and nothing is taken to overlap. ``weights``: bytes of weights
     that it needs. ``io``: how this machine reads the pack."""
 
     token: float
@@ -131,9 +135,8 @@ def computing(model: PreTrainedModel) -> Computing:
         raise AssertionError("experts of one token do not stay in memory")
     token = times[TOKENS // 2]
     weights = _weights(model)
-    return Computing(
-        token, min(token, total.hit_seconds / TOKENS), weights, runtime.kernels, runtime.decoding, stats.io
-    )
+    experts = 0.0 if runtime.store.asynchronous else min(token, total.hit_seconds / TOKENS)
+    return Computing(token, experts, weights, runtime.kernels, runtime.decoding, stats.io)
 
 
 def _choose_always_the_same(model: PreTrainedModel) -> None:
@@ -195,26 +198,30 @@ def estimate(
     counts = budgets.stride_counts(pack.manifest)
     even = sum(s * n for s, n in budget.slots.items()) / sum(s * n for s, n in counts.items())
     found = hit_rate(budget.slots) if hit_rate and even < 1 else even
-    read, seconds, tokens = 0, 0.0, 0
-    draws = random.Random(0)
-    while found < 1 and seconds < READ_SECONDS:
+    each = measured.experts / len(pack.manifest.layers)
+    read, reading, longer, tokens = 0, 0.0, 0.0, 0
+    while found < 1 and reading < READ_SECONDS and tokens < MOST_TOKENS:
         misses = {
-            layer.index: sum(draws.random() >= found for _ in range(min(top_k, layer.experts)))
+            layer.index: sum(random.random() >= found for _ in range(min(top_k, layer.experts)))
             for layer in pack.manifest.layers
         }
-        bursts = bursts_like(pack, [misses], seed=tokens)
-        seconds += replay.run(bursts)
+        bursts = bursts_like(pack, [misses])
+        seconds = replay.run(bursts)
         read += replay.size(bursts)
+        reading += sum(seconds)
+        longer += sum(max(each, burst) for burst in seconds) + each * (len(misses) - len(bursts))
         tokens += 1
-    reading = seconds / tokens if tokens else 0.0
-    token = measured.token - measured.experts + max(measured.experts, reading)
-    return Estimate(memory, budget, min(1.0, even), found, read / tokens if tokens else 0.0, reading, token)
+    if not tokens:
+        return Estimate(memory, budget, min(1.0, even), found, 0.0, 0.0, measured.token)
+    token = measured.token - measured.experts + longer / tokens
+    return Estimate(memory, budget, min(1.0, even), found, read / tokens, reading / tokens, token)
 
 
-def memory_rate(threads: int, size: int = 2**28, rounds: int = 5) -> float:
+def memory_rate(threads: int, rounds: int = 5) -> float:
     """Bytes per second of plainly reading memory with ``threads`` threads, the best of some ``rounds``."""
     import numpy as np
 
+    size = min(2**28, spare() // 4)
     pieces = np.array_split(np.ones(size // 8, dtype=np.int64), threads)
     best = 0.0
     with ThreadPoolExecutor(threads) as pool:
@@ -223,8 +230,3 @@ def memory_rate(threads: int, size: int = 2**28, rounds: int = 5) -> float:
             list(pool.map(np.bitwise_or.reduce, pieces))
             best = max(best, size / (time.perf_counter() - begun))
     return best
-
-
-def processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

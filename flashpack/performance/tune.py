@@ -2,11 +2,13 @@
 
 One knob after the other is tried against the best so far, in turns, each time in a process of its own. A change is
 kept only if it wins every turn and by ``GAIN`` on the whole (of medians): a drive and a machine that others use give
-other numbers each time. None of them changes a result.
+other numbers each time. None of them changes a result. The pack is out of the page cache before each: what one trial
+read must not help the next.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -15,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from flashpack.formats import Pack
-from flashpack.performance.measure import Setting, apart, length, measure, tokens_for
-from flashpack.performance.speed import processors
-from flashpack.runtime.profile import Profile
+from flashpack.performance.measure import Setting, apart, check_context, length, measure, tokens_for
+from flashpack.runtime.drive import open_file
+from flashpack.runtime.profile import Profile, usable_cores
 
 TURNS = 3
 GAIN = 1.03
@@ -86,12 +88,15 @@ def tune(
 
     Raises ``UsageError`` if the text is empty, and the errors of ``flashpack.load``.
     """
-    ids = tokens_for(Pack(folder), text, length(prompt, tokens, tokens, split=False), begin)
+    pack, needed = Pack(folder), length(prompt, tokens, tokens, split=False)
+    check_context(pack, needed, context)
+    ids = tokens_for(pack, text, needed, begin)
     end = time.monotonic() + seconds
     best, trials, left, took = Profile(), [], [], 0.0
     setting = Setting(folder, memory, ids, prompt, tokens, tokens, context, None, device, best, split=False)
 
     def speed(profile: Profile) -> float:
+        forget(pack)
         return 1 / apart(measure, replace(setting, profile=profile)).seconds
 
     def compare(one: Profile, other: Profile) -> tuple[list[float], list[float]]:
@@ -111,7 +116,7 @@ def tune(
         if time.monotonic() + 2 * took > end:
             left.append((knob, value))
             continue
-        begin(f"{knob} {value}, with {_words(best)}")
+        begin(f"{knob} {value}, with {best.words()}")
         begun = time.monotonic()
         before, after = compare(best, changed)
         took = max(took, (time.monotonic() - begun) * TURNS / len(before))
@@ -122,12 +127,21 @@ def tune(
             best = changed
     if best == Profile():
         return Tuned(best, trials, [], [], left)
-    begin(f"the whole: {_words(best)}")
+    begin(f"the whole: {best.words()}")
     pairs = [(speed(Profile()), speed(best)) for _ in range(TURNS)]
     before, after = [a for a, _ in pairs], [b for _, b in pairs]
     if statistics.median(after) <= GAIN * statistics.median(before):
-        best = Profile()  # parts that won alone do not win together
+        return Tuned(Profile(), trials, [], [], left)  # parts that won alone do not win together
     return Tuned(best, trials, before, after, left)
+
+
+def forget(pack: Pack) -> None:
+    """Drop the shards from the page cache, where the system can."""
+    if hasattr(os, "posix_fadvise"):
+        for layer in pack.manifest.layers:
+            fd = open_file(pack.folder, layer.path, direct=False)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
 
 
 def _changes() -> Iterator[tuple[str, Any]]:
@@ -137,10 +151,5 @@ def _changes() -> Iterator[tuple[str, Any]]:
     for readers in READERS:
         yield "readers", readers
     yield "prefetch", False
-    if (count := processors()) > 1:
+    if (count := usable_cores()) > 1:
         yield "threads", max(1, count // 2)
-
-
-def _words(profile: Profile) -> str:
-    changed = {name: value for name, value in asdict(profile).items() if value != getattr(Profile(), name)}
-    return ", ".join(f"{name} {value}" for name, value in changed.items()) or "what is used without a profile"

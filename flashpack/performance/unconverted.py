@@ -11,12 +11,21 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from flashpack.errors import MemoryBudgetError
 from flashpack.formats.constants import PAGE
 from flashpack.performance import speed
 from flashpack.runtime.budget import Budget
+from flashpack.runtime.profile import usable_cores
 from flashpack.runtime.rates import measure
+from flashpack.runtime.topk import experts_per_token
+from flashpack.sizes import gb
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from flashpack.converter.plan import Plan
 
 SECONDS = 1.0
 """Spent on reading, at the most."""
@@ -43,10 +52,11 @@ class Row:
 
 @dataclass(frozen=True)
 class AtBest:
-    """Rates in bytes per second. ``drive``: of the drive that the source is on."""
+    """Rates in bytes per second. ``drive``: of the drive that the source is on. ``most``: what may be taken now."""
 
     memory_rate: float
     drive: float
+    most: int
     weights: Weights
     rows: list[Row]
 
@@ -54,9 +64,27 @@ class AtBest:
         return asdict(self)
 
 
+def weights_of(plan: Plan, model: PreTrainedModel) -> Weights:
+    """What a token needs of the pack that ``plan`` makes of ``model``, which may be on the meta device."""
+    top_k = experts_per_token(model.config)
+    embedding = model.get_input_embeddings()
+    name = next((f"{n}.weight" for n, m in model.named_modules() if m is embedding), "")
+    tied = model.config.get_text_config(decoder=True).tie_word_embeddings
+    dense = sum(s.nbytes for t in plan.dense() if tied or t.name != name for s in t.specs())
+    experts = [sum(kind.stride for kind in p.kinds) for p in plan.layers]
+    used = sum(top_k * size / len(p.kinds) for size, p in zip(experts, plan.layers, strict=True))
+    largest = max(kind.stride for p in plan.layers for kind in p.kinds)
+    return Weights(dense, int(used), sum(experts), largest)
+
+
 def at_best(weights: Weights, files: Sequence[Path], least: Budget, most: int, wanted: list[int]) -> AtBest | None:
     """Speeds for totals of ``wanted``, or some up to ``most``. ``files``: what is read to measure the drive; None if
     they are too small for that, or cannot be read."""
+    if wanted and min(wanted) < least.total:
+        raise MemoryBudgetError(
+            f"--memory {gb(min(wanted))} is too small: the pack will need at least {gb(least.total)}; a smaller "
+            f"--context needs less"
+        )
     size = -(-weights.record // PAGE) * PAGE
     real = [file.resolve() for file in files]  # caches of hubs have links
     folder = Path(os.path.commonpath([file.parent for file in real]))
@@ -67,7 +95,7 @@ def at_best(weights: Weights, files: Sequence[Path], least: Budget, most: int, w
     if not rates:
         return None
     drive = rates[0].drive or max(rates[0].direct or 0.0, rates[0].buffered)
-    memory_rate = speed.memory_rate(speed.processors())
+    memory_rate = speed.memory_rate(usable_cores())
     fixed = least.total - least.arena
     rows = []
     for total in dict.fromkeys(speed.totals(fixed, weights.experts, least.total, most, wanted)):  # small ones are one
@@ -75,4 +103,4 @@ def at_best(weights: Weights, files: Sequence[Path], least: Budget, most: int, w
         reading = (1 - share) * weights.used / drive
         seconds = weights.dense / memory_rate + max(weights.used / memory_rate, reading)
         rows.append(Row(total, share, 1 / seconds))
-    return AtBest(memory_rate, drive, weights, rows)
+    return AtBest(memory_rate, drive, most, weights, rows)

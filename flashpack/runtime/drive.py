@@ -77,14 +77,11 @@ def open_for_reading(
         direct = _open_all(pack, direct=True)
     except OSError:
         return Drive(buffered, "buffered", "the file system has no direct reads")
-    if io == "buffered":
-        Drive(direct, "", "").close()
-        return Drive(buffered, io, PROFILE)
     try:
-        if io is not None:
-            why = PROFILE
-        elif arena.tensor.nbytes >= pack.expert_bytes and available >= 2 * pack.expert_bytes:
+        if arena.tensor.nbytes >= pack.expert_bytes and available >= 2 * pack.expert_bytes:
             io, why = "buffered", "all experts fit into memory twice: the next start finds them in the page cache"
+        elif io is not None:
+            why = PROFILE
         else:
             io, why = _probe(shards, direct, buffered, arena)
     except OSError:

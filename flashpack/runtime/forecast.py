@@ -9,6 +9,7 @@ from flashpack.runtime import experts
 from flashpack.runtime.kv import kv_bytes
 from flashpack.runtime.load import context_length, working_bytes
 from flashpack.runtime.memory import usage
+from flashpack.runtime.profile import profile_of
 from flashpack.runtime.reads import READ_THREADS
 from flashpack.runtime.topk import experts_per_token
 from flashpack.skeleton import build, find_experts, library_errors, read_config
@@ -32,7 +33,10 @@ def smallest_of(pack: Pack, context: int | None = None) -> tuple[Budget, int, in
     model = build(config, most=len(m.tensors) + 2 * len(m.layers))
     compressed = any(layer.codec != "raw" for layer in m.layers)
     counts, base = budgets.stride_counts(m), usage().anonymous
-    least, tokens = smallest_budget(model, find_experts(model), counts, pack.dense_bytes, compressed, base, context)
+    readers = profile_of(pack).readers
+    least, tokens = smallest_budget(
+        model, find_experts(model), counts, pack.dense_bytes, compressed, base, context, readers
+    )
     return least, tokens, top_k
 
 
@@ -44,11 +48,12 @@ def smallest_budget(
     compressed: bool,
     base: int,
     context: int | None = None,
+    readers: int = READ_THREADS,
 ) -> tuple[Budget, int]:
     """What ``load(..., memory="smallest")`` will take for a pack of ``model``, and the tokens of context.
 
     ``model``: on the meta device, in float32. ``strides``: experts by record size. ``dense_bytes``: of the dense files.
-    ``base``: anonymous memory of a process before it loads.
+    ``base``: anonymous memory of a process before it loads. ``readers``: reads in flight.
     """
     experts.register()
     context = context_length(model.config.get_text_config(decoder=True), context)
@@ -56,5 +61,5 @@ def smallest_budget(
     with library_errors("the model of config.json cannot be computed"):
         kv = kv_bytes(model, context)
     work = working_bytes(model, sites, "config.json")
-    work += READ_THREADS * max(strides) if compressed else 0
+    work += readers * max(strides) if compressed else 0
     return budgets.smallest(base, dense_bytes, kv, work, strides), context

@@ -71,7 +71,7 @@ def load(
     pack: str | os.PathLike[str],
     device: str | None = None,
     memory: int | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     context: int | None = None,
     check: str = "first",
     expect: str | None = None,
@@ -129,11 +129,10 @@ def load(
     from flashpack.runtime.threads import confine
 
     profile = profile or profile_of(opened)
-    dtype = dtype or torch.float32
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.float32
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UsageError(f"dtype {dtype} is not float32, bfloat16 or float16")
     kernels = get_kernels(device or best_device(), torch.get_num_threads(), reference)
-    early = None if kernels.asynchronous else _early(opened, memory)
     experts.register()
     parameters = len(opened.manifest.tensors) + 2 * len(opened.manifest.layers)
     try:
@@ -161,6 +160,7 @@ def load(
     config = config.get_text_config(decoder=True)
     work = sequences * working_bytes(model, sites, str(opened.folder)) + scratch_bytes(opened, profile.readers)
     context = context_length(config, context)
+    early = None if kernels.asynchronous else _early(opened, memory)
     with library_errors(f"{opened.folder}: the model of config.json cannot be computed"):
         prefix_memory = 0 if prefix_memory is None else max(prefix_memory, kv_bytes(model, 1))
         cache = sequences * kv_bytes(model, context) + prefix_memory
@@ -177,7 +177,7 @@ def load(
         base = usage().anonymous - (early.taken if early else 0)
     total = parse_size(memory) if memory not in (None, "smallest") else memory
     # Memory that a GPU uses is wired; what is left to the page cache caches experts, too (docs/metal.md).
-    unasked = spare() // 2 if kernels.asynchronous else spare()
+    unasked = spare() // 2 if kernels.asynchronous else spare() + (early.taken if early else 0)
     budget = budgets.divide(opened, base, cache, work, total, unasked)
     ahead = (
         prefetch and profile.prefetch and prefer_cached is None and not kernels.asynchronous

@@ -1,4 +1,5 @@
-"""What ``tune`` found best for a pack on this machine, kept in the user's cache folder, and used by ``load``.
+"""What ``tune`` found best for a pack on this machine, kept in the user's cache folder, and used by ``load``; threads
+by the commands that run a pack, before they load it.
 
 It changes how fast a result comes, never the result. A file that cannot be read or does not fit is as good as none.
 """
@@ -35,6 +36,17 @@ class Profile:
     prefetch: bool = True
     threads: int | None = None
 
+    def words(self) -> str:
+        """What is other than without a profile."""
+        changed = {name: value for name, value in asdict(self).items() if value != getattr(Profile(), name)}
+        return ", ".join(f"{name} {value}" for name, value in changed.items()) or "what is used without a profile"
+
+
+def usable_cores() -> int:
+    """Processors that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
 
 def path_of(pack: Pack) -> Path:
     """The file about this pack, wherever it lies."""
@@ -52,7 +64,7 @@ def profile_of(pack: Pack) -> Profile:
 
 
 def read(pack: Pack) -> Profile | None:
-    """The profile of ``pack``; None if there is no sound one of a machine with as many processors."""
+    """The profile of ``pack``; None if there is no sound one for this drive and number of processors."""
     try:
         path = path_of(pack)
         with open(path, "rb") as f:
@@ -64,7 +76,13 @@ def read(pack: Pack) -> Profile | None:
 
 def write(pack: Pack, profile: Profile, evidence: Any) -> None:
     """Use ``profile`` from now on; ``evidence``, JSON, is kept for people to look at."""
-    data = {"version": _VERSION, "pack": pack.identity, "processors": os.cpu_count(), "profile": asdict(profile)}
+    data = {
+        "version": _VERSION,
+        "pack": pack.identity,
+        "processors": usable_cores(),
+        "device": _device(pack),
+        "profile": asdict(profile),
+    }
     user_cache.write(_name(pack), json.dumps(data | {"evidence": evidence}, indent=1))
 
 
@@ -73,12 +91,17 @@ def remove(pack: Pack) -> None:
     user_cache.remove(_name(pack))
 
 
+def _device(pack: Pack) -> int:
+    """The number of the file system that the pack is on."""
+    return os.stat(pack.folder).st_dev
+
+
 def _parse(data: object, pack: Pack) -> Profile:
     """Raises ``ValueError``, ``LookupError`` or ``TypeError`` if ``data`` is not a profile of ``pack`` here."""
     if not isinstance(data, dict) or data.get("version") != _VERSION or data.get("pack") != pack.identity:
         raise ValueError("another version or pack")
-    if data["processors"] != os.cpu_count():
-        raise ValueError("another machine")
+    if (data["processors"], data["device"]) != (usable_cores(), _device(pack)):
+        raise ValueError("another machine, or another drive")
     found = Profile(**data["profile"])
     if type(found.readers) is not int or not 1 <= found.readers <= MAX_READERS:
         raise ValueError(f"{found.readers} readers")

@@ -194,7 +194,9 @@ def record(
     model: Any = load(pack, warm=False, prefetch=False, **options)
     context = model.flashpack.context
     for ids in asked:
-        if not 0 < len(ids) < context:
+        if not ids:
+            raise UsageError("--prompt: a prompt has no tokens")
+        if len(ids) >= context:
             raise ContextError(f"a prompt has {len(ids)} tokens, the context {context}; shorten it or raise --context")
     most = [min(len(ids) + max_tokens, context) for ids in asked]
     begin(sum(map(len, pieces)) + sum(most))

@@ -65,7 +65,7 @@ class ExpertStore:
     ) -> None:
         profile = profile or Profile()
         self._kernels = kernels
-        room = available()
+        room = available() + (early.taken if early else 0)
         self._arena = kernels.arena(sum(stride * count for stride, count in slots.items()), early)
         self._early = early
         self._records = Records(pack, check, self._arena, room, kernels.asynchronous, profile.io)
@@ -145,6 +145,11 @@ class ExpertStore:
     def holds(self, layer: int, expert: int) -> bool:
         """Whether an expert is in the arena, or being read; it does not count as used."""
         return self._cache((layer, expert)).contains((layer, expert))
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether kernels may still run when a call has returned."""
+        return self._kernels.asynchronous
 
     @property
     def prefetches(self) -> bool:

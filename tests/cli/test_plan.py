@@ -168,7 +168,7 @@ def test_a_plan_of_a_pack(pack_of: PackOf, tmp_path: Path, monkeypatch: pytest.M
     assert "KV cache of 64 tokens" in done.stdout
     for wrong, words in (
         (["--experts", "q4"], "is a pack: --experts is for checkpoints"),
-        ([tmp_path / "out"], "--out is for checkpoints"),
+        ([tmp_path / "out"], "OUT is for checkpoints"),
         (["--trace", tmp_path / "none"], "none"),
     ):
         refused = flashpack("plan", pack, *wrong)

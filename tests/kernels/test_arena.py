@@ -32,6 +32,8 @@ def test_early_memory_is_taken_as_far_as_asked_and_is_the_arena() -> None:
     early.mapping[MIB] = 7
     early.take(30 * MIB)
     wait_for(early, 30 * MIB)
+    early.take(30 * MIB - 1)  # less than there is, and no whole pages
+    early.stop()
     if not early.taken:
         pytest.skip("this kernel cannot take memory without writing to it")
     assert early.taken == 30 * MIB
@@ -44,18 +46,50 @@ def test_early_memory_is_taken_as_far_as_asked_and_is_the_arena() -> None:
     arena.room(0, 4096)[:3] = b"abc"
     assert arena.tensor[:3].tolist() == [97, 98, 99]
     early.take(2**40)
-    wait_for(early, 64 * MIB)
-    assert early.taken == 64 * MIB  # no more than there is
+    wait_for(early, 21 * MIB)
+    assert early.taken == 20 * MIB  # no more than the arena has
     assert arena.tensor[MIB] == 7
 
 
 def test_an_arena_that_early_memory_is_too_small_for_is_its_own() -> None:
     early = EarlyMemory(MIB)
+    early.take(MIB)
+    wait_for(early, MIB)
     arena = HostArena(2 * MIB, early)
+    assert early.taken == 0
+    early.take(MIB)
+    early.stop()
+    assert early.taken == 0
     arena.tensor.fill_(1)
     assert early.mapping[0] == 0
     early.stop()
     early.stop()
+
+
+@linux
+def test_what_is_no_whole_number_of_pages_is_taken_step_by_step() -> None:
+    early = EarlyMemory(64 * MIB)
+    for size in (10**7 + 1, 40 * MIB + 1):
+        early.take(size)
+        wait_for(early, size // 4096 * 4096)
+        assert early.taken in (0, size // 4096 * 4096)
+    arena = HostArena(20 * MIB + 1, early)
+    assert arena.tensor.shape == (20 * MIB + 1,)
+    assert early.taken in (0, 20 * MIB + 4096)
+
+
+def test_a_system_that_cannot_do_it_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        def madvise(self, *arguments: Any) -> int:
+            return -1
+
+    monkeypatch.setattr("flashpack.kernels.cpu.arena.ctypes.CDLL", lambda name: Library())
+    early = EarlyMemory(MIB)
+    early.take(MIB)
+    if early._thread is not None:
+        early._thread.join(timeout=30)
+    early.stop()
+    assert early.taken == 0
 
 
 @linux

@@ -48,11 +48,11 @@ def test_pages_in_the_page_cache_are_seen(tmp_path: Path) -> None:
     os.close(fd)
 
 
-def opened(pack: Pack, records: int, available: int) -> tuple[drive.Drive, memoryview]:
+def opened(pack: Pack, records: int, available: int, io: str | None = None) -> tuple[drive.Drive, memoryview]:
     (stride,) = stride_counts(pack.manifest)
     arena = HostArena(records * stride)
     shards = {layer.index: pack.open_shard(layer) for layer in pack.manifest.layers}
-    found = drive.open_for_reading(pack, shards, arena, available)
+    found = drive.open_for_reading(pack, shards, arena, available, io=io)
     for shard in shards.values():
         shard.close()
     return found, arena.room(0, records * stride)
@@ -120,4 +120,16 @@ def test_only_records_outside_the_page_cache_count_unless_nearly_all_are_in_it(
     assert len(set(seen)) == len(seen) == 2 * drive._ROUNDS * 2
     if not cached:
         assert all(offset % 3 for _, offset in seen)
+    found.close()
+
+
+@pytest.mark.parametrize("io", ["direct", "buffered"])
+def test_a_profile_is_not_tried_and_gives_way_where_everything_fits_twice(pack_of: PackOf, io: str) -> None:
+    pack = Pack(pack_of("qwen3_moe"))
+    every = sum(layer.experts for layer in pack.manifest.layers)
+    found, _ = opened(pack, every - 1, 10 * pack.expert_bytes, io)
+    assert (found.io, found.why) == (io, drive.PROFILE)
+    found.close()
+    found, _ = opened(pack, every, 10 * pack.expert_bytes, io)
+    assert (found.io, "fit into memory twice" in found.why) == ("buffered", True)
     found.close()

@@ -25,8 +25,8 @@ class HostArena:
 
     def __init__(self, size: int, early: EarlyMemory | None = None) -> None:
         mapping = early.mapping if early is not None and len(early.mapping) >= size else _map(size)
-        if early is not None and mapping is early.mapping:
-            early.keep(size)
+        if early is not None:
+            early.keep(size if mapping is early.mapping else 0)
         self._bytes = memoryview(mapping)[:size]
         self.tensor = torch.frombuffer(mapping, dtype=torch.uint8, count=size)
 
@@ -46,6 +46,7 @@ class EarlyMemory:
     def __init__(self, size: int) -> None:
         self.mapping = _map(size)
         self.taken = 0
+        self._limit = size
         self._thread: threading.Thread | None = None
         self._stopped = threading.Event()
 
@@ -55,9 +56,8 @@ class EarlyMemory:
         if sys.platform != "linux":
             return
         self._stopped.clear()
-        self._thread = threading.Thread(
-            target=self._take, args=(min(most, len(self.mapping)),), name="flashpack-memory", daemon=True
-        )
+        whole_pages = min(most, self._limit) // mmap.PAGESIZE * mmap.PAGESIZE
+        self._thread = threading.Thread(target=self._take, args=(whole_pages,), name="flashpack-memory", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -68,8 +68,9 @@ class EarlyMemory:
             self._thread = None
 
     def keep(self, size: int) -> None:
-        """Give back what is behind ``size`` bytes."""
+        """Give back what is behind ``size`` bytes, and take no more than these."""
         self.stop()
+        self._limit = size
         size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         if self.taken > size and hasattr(mmap, "MADV_DONTNEED"):
             self.mapping.madvise(mmap.MADV_DONTNEED, size, self.taken - size)
