@@ -13,6 +13,7 @@ experts that fit in memory is the share that is found there, whatever the cache 
 from __future__ import annotations
 
 import random
+import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -50,7 +51,7 @@ HitRate = Callable[[dict[int, int]], float]
 class Computing:
     """A token with all its experts in memory. Seconds; ``experts`` are part of ``token``, and 0 where kernels only
     begin when they are called: there it is not known, and nothing is taken to overlap. ``weights``: bytes of weights
-    that it needs. ``io``: how this machine reads the pack."""
+    that it needs. ``io``: how this machine reads the pack, ``why`` why."""
 
     token: float
     experts: float
@@ -58,6 +59,7 @@ class Computing:
     kernels: str
     decoding: str
     io: str
+    why: str
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def computing(model: PreTrainedModel) -> Computing:
     token = times[TOKENS // 2]
     weights = _weights(model)
     experts = 0.0 if runtime.store.asynchronous else min(token, total.hit_seconds / TOKENS)
-    return Computing(token, experts, weights, runtime.kernels, runtime.decoding, stats.io)
+    return Computing(token, experts, weights, runtime.kernels, runtime.decoding, stats.io, stats.why)
 
 
 def _choose_always_the_same(model: PreTrainedModel) -> None:
@@ -218,15 +220,15 @@ def estimate(
 
 
 def memory_rate(threads: int, rounds: int = 5) -> float:
-    """Bytes per second of plainly reading memory with ``threads`` threads, the best of some ``rounds``."""
+    """Bytes per second of plainly reading memory with ``threads`` threads, the median of some ``rounds``."""
     import numpy as np
 
     size = min(2**28, spare() // 4)
     pieces = np.array_split(np.ones(size // 8, dtype=np.int64), threads)
-    best = 0.0
+    rates = []
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(rounds):
             begun = time.perf_counter()
             list(pool.map(np.bitwise_or.reduce, pieces))
-            best = max(best, size / (time.perf_counter() - begun))
-    return best
+            rates.append(size / (time.perf_counter() - begun))
+    return statistics.median(rates)

@@ -24,7 +24,7 @@ from flashpack.runtime.rates import Rate
 from tests.cli.test_cli import in_process as flashpack
 from tests.conftest import PackOf, source_of
 
-TOKEN = Computing(token=0.010, experts=0.004, weights=10**6, kernels="k", decoding="d", io="direct")
+TOKEN = Computing(token=0.010, experts=0.004, weights=10**6, kernels="k", decoding="d", io="direct", why="")
 
 
 class Drive:
@@ -67,7 +67,7 @@ def test_a_token_takes_the_longer_of_reading_and_experts_beside_the_rest(pack_of
     assert few.reading < TOKEN.experts
     assert few.seconds > 0.010  # no layer waits for another's reads, and one that reads waits longer than it computes
     assert few.seconds == pytest.approx(0.010 + few.reading * (1 - 1000 * each), rel=0.05)
-    slow = Computing(token=1.0, experts=0.9, weights=1, kernels="", decoding="", io="")
+    slow = Computing(token=1.0, experts=0.9, weights=1, kernels="", decoding="", io="", why="")
     replay: Any = Drive()
     hidden = estimate(pack, slow, 7, Budget(1, 2, 3, 4, slots_of(pack, 0.5)), 4, replay)
     assert hidden.seconds == pytest.approx(1.0)  # all reading is hidden behind computing
