@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["FLASHPACK_WARM"] = "0"
 os.environ["FLASHPACK_PROFILE"] = "0"
 
+import gc
 import hashlib
 import shutil
 import signal
@@ -34,6 +35,12 @@ TRAINED = ROOT / "examples" / "tiny-qwen3.5-moe"
 CHECKPOINTS = ROOT / "tests" / "data" / "checkpoints"
 
 PackOf = Callable[..., Path]
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Models are cycles: what the tests of a file left open is closed before those of the next."""
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
 
 
 def source_of(name: str) -> Path:

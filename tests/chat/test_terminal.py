@@ -29,6 +29,13 @@ PATIENCE = 240.0
 _OWN = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
 
 
+def readable(fd: int, milliseconds: int) -> bool:
+    """Whether something came in time; ``select`` knows no descriptors above 1,023."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN | select.POLLHUP)
+    return bool(poll.poll(milliseconds))
+
+
 class Terminal:
     def __init__(self, pack: Path, folder: Path, *options: str, **environment: str) -> None:
         self.master, slave = pty.openpty()
@@ -55,7 +62,7 @@ class Terminal:
                 self._read = place + len(mark)
                 return mark
             assert time.monotonic() < end, self.text[-2000:]
-            if select.select([self.master], [], [], 1)[0]:
+            if readable(self.master, 1000):
                 try:
                     self.text += os.read(self.master, 65536).decode(errors="replace")
                 except OSError:
@@ -71,7 +78,7 @@ class Terminal:
 
     def end(self) -> int:
         while self.child.poll() is None:
-            if select.select([self.master], [], [], 0.1)[0]:
+            if readable(self.master, 100):
                 try:
                     self.text += os.read(self.master, 65536).decode(errors="replace")
                 except OSError:

@@ -133,18 +133,18 @@ def test_bench_prints_a_table_and_json(pack_of: PackOf, tmp_path: Path) -> None:
     folder = pack_of("trained")
     text = tmp_path / "own.txt"
     text.write_text(TEXT)
-    options = ["--text", text, "--prompt-tokens", 8, "--tokens", 4, "--context", 64, "--memory", "2GB"]
+    options = ["--text", text, "--prompt-tokens", 8, "--tokens", 4, "--context", 64, "--memory", "60GB"]
     done = flashpack("bench", folder, *options)
     assert done.returncode == 0, done.stderr
-    assert "measuring 2.00 GB" in done.stderr
-    table = [line for line in done.stdout.splitlines() if line.startswith("| 2.00 GB")]
+    assert "measuring 60.00 GB" in done.stderr
+    table = [line for line in done.stdout.splitlines() if line.startswith("| 60.0 GB")]
     assert len(table) == 1
     assert "100%" in table[0]
     assert "| attention |" in done.stdout
     assert "4 tokens of own.txt; context 64; the estimate is for even routing" in done.stdout
     data = json.loads(flashpack("bench", folder, *options, "--json").stdout)
     (row,) = data["budgets"]
-    assert row["memory"] == 2 * 10**9
+    assert row["memory"] == 60 * 10**9
     assert row["agreement"] == pytest.approx(row["estimate"]["seconds"] / row["measured"]["seconds"])
     assert (row["measured"]["drive_share"] is None) == (row["measured"]["drive"] == 0)
     if row["measured"]["drive"]:
@@ -156,7 +156,7 @@ def test_bench_prints_a_table_and_json(pack_of: PackOf, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("quick")
 def test_bench_draws(pack_of: PackOf, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    options = ["--prompt-tokens", 8, "--tokens", 2, "--context", 64, "--memory", "2GB"]
+    options = ["--prompt-tokens", 8, "--tokens", 2, "--context", 64, "--memory", "60GB"]
     done = flashpack("bench", pack_of("trained"), *options, "--plot", tmp_path / "b.svg")
     assert done.returncode == 0, done.stderr
     drawn = (tmp_path / "b.svg").read_text()
