@@ -64,7 +64,8 @@ def require_whole(pack: Path, otherwise: str) -> None:
     for finding in findings:
         note(f"[{finding.code}] {finding}")
     if findings:
-        note(f"flashpack: {pack}: {len(findings)} findings, {otherwise}; see flashpack repair")
+        count = f"{len(findings)} finding{'s' if len(findings) > 1 else ''}"
+        note(f"flashpack: {pack}: {count}, {otherwise}; see flashpack repair")
         raise typer.Exit(1)
 
 

@@ -16,13 +16,15 @@ from flashpack.errors import UsageError
 
 if TYPE_CHECKING:
     from flashpack.converter import Plan
-    from flashpack.runtime.score import Divergence
+    from flashpack.runtime.score import Divergence, Perplexity
     from flashpack.runtime.toolcalls import Counts
 
 
 def eval(
     pack: Path = typer.Argument(..., help="Folder of the pack to judge."),
-    against: str = typer.Option(..., help="The reference: a pack, or a checkpoint, which is converted without loss."),
+    against: str | None = typer.Option(
+        None, help="The reference: a pack, or a checkpoint, which is converted without loss. Default: none."
+    ),
     text: Path = typer.Option(..., help="Text file to predict."),
     windows: int = typer.Option(24, min=1, help="Pieces of the text, from its start; fewer if it is shorter."),
     length: int = typer.Option(512, min=2, help="Tokens of a piece."),
@@ -40,26 +42,34 @@ def eval(
 ) -> None:
     """Judge a pack against its original. KL divergence, equal best tokens, perplexity, and tool calls.
 
-    Both models stream, one after the other: neither has to fit in memory. Neither memory nor threads change the
-    result, but with --prefer-cached.
+    Without --against, perplexity and tool calls only. Both models stream, one after the other: neither has to fit in
+    memory. Neither memory nor threads change the result, but with --prefer-cached.
     """
-    quiet_libraries(against)
+    quiet_libraries(against or "")
+    if against is None and max_kld is not None:
+        raise UsageError("--max-kld is a divergence from a reference; name one with --against")
     if scratch is not None and not scratch.is_dir():
         raise UsageError(f"--scratch {scratch}: not a folder")
     ignored = [_argument(name) for name in ignore]
     from flashpack.runtime import load
-    from flashpack.runtime.score import divergence, read_windows
+    from flashpack.runtime.score import Divergence, divergence, perplexity, read_windows
     from flashpack.runtime.toolcalls import SYSTEM, read_cases, tool_calls
 
     pieces = read_windows(pack, text, windows, length, part)
     cases = read_cases(tools) if tools else []
+    found: Divergence | Perplexity
     counts = None
     with Bars() as bars:
-        with _as_pack(against, scratch, bars) as reference:
-            found = divergence(
-                pack, reference, pieces, scratch, memory, experts_per_token, prefer_cached, plain,
-                lambda name, total: bars.begin(name, total, "tokens"), bars.advance,
-            )  # fmt: skip
+
+        def begin(name: str, total: int) -> None:
+            bars.begin(name, total, "tokens")
+
+        options = (memory, experts_per_token, prefer_cached, plain, begin, bars.advance)
+        if against is None:
+            found = perplexity(pack, pieces, *options)
+        else:
+            with _as_pack(against, scratch, bars) as reference:
+                found = divergence(pack, reference, pieces, scratch, *options)
         if cases:
             from flashpack.runtime.tokenizer import load_tokenizer
 
@@ -71,10 +81,11 @@ def eval(
             prompt = SYSTEM if system is None else system
             counts = tool_calls(model, load_tokenizer(pack), cases, prompt, ignored, bars.advance)
     if json:
-        answer_json({"divergence": found.to_json(), "tools": counts.to_json() if counts else None})
+        name = "perplexity" if against is None else "divergence"
+        answer_json({name: found.to_json(), "tools": counts.to_json() if counts else None})
     else:
         _show(found, counts)
-    if max_kld is not None and found.kld > max_kld:
+    if isinstance(found, Divergence) and max_kld is not None and found.kld > max_kld:
         note(f"flashpack: KL divergence {found.kld:.4g} is more than --max-kld {max_kld:g}")
         raise typer.Exit(1)
 
@@ -109,11 +120,16 @@ def _argument(name: str) -> tuple[str, str]:
     return tool, argument
 
 
-def _show(found: Divergence, counts: Counts | None) -> None:
-    error = "" if found.error is None else f" +- {found.error:.2g} (standard error)"
+def _show(found: Divergence | Perplexity, counts: Counts | None) -> None:
+    from flashpack.runtime.score import Perplexity
+
     say(f"{found.windows} window{'s' if found.windows > 1 else ''} of {found.length} tokens")
-    say(f"  KL divergence    {found.kld:.4g}{error} nats per token; 99 % of the tokens below {found.p99:.3g}")
-    say(f"  same best token  {found.top1:.2%}")
-    say(f"  perplexity       {found.perplexity:.4f}, of the reference {found.reference_perplexity:.4f}")
+    if isinstance(found, Perplexity):
+        say(f"  perplexity       {found.perplexity:.4f}")
+    else:
+        error = "" if found.error is None else f" +- {found.error:.2g} (standard error)"
+        say(f"  KL divergence    {found.kld:.4g}{error} nats per token; 99 % of the tokens below {found.p99:.3g}")
+        say(f"  same best token  {found.top1:.2%}")
+        say(f"  perplexity       {found.perplexity:.4f}, of the reference {found.reference_perplexity:.4f}")
     if counts:
         say(f"  tool calls       {counts.calls}: {counts.valid} valid JSON, {counts.exact} exact")

@@ -12,7 +12,7 @@ _EXAMPLES = {
     "inspect": ["flashpack inspect PACK", "flashpack inspect PACK --json"],
     "run": ['flashpack run PACK --prompt "Why is the sky blue?" --memory 6GB', "flashpack run PACK --prompt - < text"],
     "calibrate": ["flashpack calibrate EXACT_PACK --text own.txt"],
-    "eval": ["flashpack eval PACK --against ORIGINAL --text FILE"],
+    "eval": ["flashpack eval PACK --against ORIGINAL --text FILE", "flashpack eval PACK --text FILE"],
     "selftest": ["flashpack selftest"],
     "doctor": ["flashpack doctor", "flashpack doctor PACK"],
 }

@@ -15,7 +15,7 @@ from flashpack.errors import FlashpackError, LimitError, OutputError, UsageError
 if TYPE_CHECKING:
     from flashpack.converter import Plan
     from flashpack.converter.forecast import Forecast
-    from flashpack.performance.unconverted import AtBest
+    from flashpack.performance.roofline import Roofline
     from flashpack.runtime.budget import Budget
 
 _Choices = tuple[str, str, int, str, str, str, str, int]
@@ -83,7 +83,7 @@ class _Here:
     run: Budget | None
     context: int
     reason: str
-    at_best: AtBest | None
+    roofline: Roofline | None
 
     @property
     def peak(self) -> int:
@@ -135,7 +135,7 @@ def _look(
     from flashpack.converter.execute import default_workers
     from flashpack.converter.folder import is_remote
     from flashpack.converter.forecast import forecast
-    from flashpack.performance.unconverted import at_best, weights_of
+    from flashpack.performance.roofline import roofline, weights_of
     from flashpack.runtime.forecast import smallest_budget
     from flashpack.runtime.memory import available, spare, usage
 
@@ -164,7 +164,7 @@ def _look(
         reason = str(e)
     if run is not None and not told.remote:
         files = sorted({Path(src) / extent.path for extent in source.checkpoint.stored.values()})
-        fast = at_best(weights_of(told.plan, source.model), files, run, run.base + spare(), memory)
+        fast = roofline(weights_of(told.plan, source.model), files, run, run.base + spare(), memory)
     return _Here(told, used.anonymous + used.file, available(), run, tokens, reason, fast)
 
 
@@ -186,7 +186,7 @@ def _to_json(here: _Here) -> dict[str, Any]:
         "memory_available": here.available,
         "smallest_run": None if here.run is None else here.run.to_json() | {"context": here.context},
         "run_refused": here.reason or None,
-        "speed_at_best": None if here.at_best is None else here.at_best.to_json(),
+        "roofline": None if here.roofline is None else here.roofline.to_json(),
         "fits": here.fits,
         "dropped": list(plan.dropped),
         "notices": plan.notices,
@@ -242,8 +242,8 @@ def _print(here: _Here) -> None:
             f"{here.context} tokens {gb(b.kv)}, working space {gb(b.work)}, experts {gb(b.arena)}), "
             f"{gb(b.base + here.available)} there{_verdict(fits['memory_to_run'])}"
         )
-    if here.at_best is not None:
-        speeds.say_at_best(here.at_best)
+    if here.roofline is not None:
+        speeds.say_roofline(here.roofline)
     for text in plan.notices:
         say(f"note: {text}")
     for d in told.dropped:

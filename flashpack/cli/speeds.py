@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from flashpack.formats.routing import Routing
     from flashpack.performance.bench import Report
     from flashpack.performance.forecast import Forecast
-    from flashpack.performance.unconverted import AtBest
+    from flashpack.performance.roofline import Roofline
 
 
 TOO_MUCH = " (more than can be taken now)"
@@ -73,12 +73,13 @@ def say_forecast(found: Forecast) -> None:
     )
 
 
-def say_at_best(found: AtBest) -> None:
+def say_roofline(found: Roofline) -> None:
     """Of a pack that is not there yet."""
     say(
         f"speed, at best:  a token needs {gb(found.weights.dense + found.weights.used)}; memory gives "
         f"{gb(found.memory_rate)}/s, the source's drive {gb(found.drive)}/s; even routing (plan PACK measures more)"
     )
+    say("  seconds per token = dense weights / memory + max(experts / memory, experts not in memory / drive)")
     for one in found.rows:
         speed = f"{one.tokens_per_second:.3g} tok/s" + (TOO_MUCH if one.memory > found.most else "")
         say(f"  with {gb(one.memory):>8}: {one.share:4.0%} of the experts in memory, {speed}")

@@ -71,7 +71,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     match data:
         case {"divergence": dict(found), "tools": None | dict()} if all(_is_number(found.get(k)) for k in _DIVERGENCE):
             return dict(data)
-    raise UsageError(f"--eval {path}: not what 'flashpack eval --json' prints")
+    raise UsageError(f"--eval {path}: not what 'flashpack eval --against ... --json' prints")
 
 
 def _is_number(value: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashpack.errors import MemoryBudgetError
 from flashpack.formats import Pack
+from flashpack.kernels import check_device
 from flashpack.performance.forecast import Forecast, forecast
 from flashpack.performance.measure import Run, Setting, apart, check_context, length, measure, tokens_for
 from flashpack.performance.speed import Estimate
@@ -86,6 +87,8 @@ def bench(
     is done next, and of budgets that are left out because memory does not suffice after all. Raises ``UsageError`` if
     the context is too small or the text empty, and the errors of ``flashpack.load``.
     """
+    if device is not None:
+        check_device(device)
     pack = Pack(folder)
     needed = length(prompt, tokens, tokens)
     check_context(pack, needed, context)

@@ -98,7 +98,7 @@ def forecast(
     gc.collect()
     replay = Replay(pack, measured.io == "direct", profile.readers)
     try:
-        rate = None if routing is None else (lambda slots: hit_rate(routing, slots, settled=True))
+        rate = None if routing is None else (lambda slots: hit_rate(routing, slots, warmed_up=True))
         estimates = [speed.estimate(pack, measured, *one, top_k, replay, rate) for one in budgets.items()]
     finally:
         replay.close()

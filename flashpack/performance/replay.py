@@ -30,6 +30,7 @@ class Replay:
         for layer in pack.manifest.layers:
             self._fds[layer.index] = open_file(pack.folder, layer.path, direct)
         self._readers = readers
+        self._pool = ReadPool(readers)
         stride = largest_record(pack)
         # The store's own kind of memory: where a buffer's pages are scattered, direct reads are half as fast, and a
         # limit taken with them is none.
@@ -42,24 +43,20 @@ class Replay:
 
     def run(self, bursts: Iterable[Burst]) -> list[float]:
         """Seconds to read each of ``bursts``, after all of the one before has arrived. Raises ``OSError``."""
-        pool = ReadPool(self._readers)
         seconds = []
-        try:
-            for burst in bursts:
-                begun = time.perf_counter()
-                for i, key in enumerate(burst):
-                    pool.start(Read(key, i % self._readers, 0, True, False), self._read)
-                for _ in burst:
-                    error = pool.landed.get().error
-                    if error is not None:
-                        raise error
-                seconds.append(time.perf_counter() - begun)
-            return seconds
-        finally:
-            pool.close()
+        for burst in bursts:
+            begun = time.perf_counter()
+            for i, key in enumerate(burst):
+                self._pool.start(Read(key, i % self._readers, 0, True, False), self._read)
+            errors = [self._pool.landed.get().error for _ in burst]
+            seconds.append(time.perf_counter() - begun)
+            for error in filter(None, errors):
+                raise error
+        return seconds
 
     def close(self) -> None:
-        """Close the files; harmless if repeated."""
+        """Stop reading and close the files; harmless if repeated."""
+        self._pool.close()
         for shard in self._shards.values():
             shard.close()
         for fd in self._fds.values():

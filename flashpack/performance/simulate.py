@@ -99,11 +99,11 @@ def _requests(routing: Routing) -> Iterator[Request]:
         begin = end
 
 
-def hit_rate(routing: Routing, slots: dict[int, int] | int, settled: bool = False) -> float:
+def hit_rate(routing: Routing, slots: dict[int, int] | int, warmed_up: bool = False) -> float:
     """Share of the experts asked for by decoded tokens that the runtime's own cache has, from an empty cache.
 
     ``slots``: for each record size, or a number where there is only one size. Prompts in between are served as well.
-    ``settled``: the first half of the steps only fills the cache.
+    ``warmed_up``: the first half of the steps only fills the cache.
     """
     if isinstance(slots, int):
         strides = routing.stride_counts()
@@ -111,7 +111,7 @@ def hit_rate(routing: Routing, slots: dict[int, int] | int, settled: bool = Fals
             raise UsageError(f"the experts are of {len(strides)} sizes: give the slots of each")
         slots = dict.fromkeys(strides, slots)
     requests = Requests(routing)
-    return requests.simulate(slots, Runtime, len(requests.prompt) // 2 if settled else 0).decoded.rate
+    return requests.simulate(slots, Runtime, len(requests.prompt) // 2 if warmed_up else 0).decoded.rate
 
 
 def slots_of_share(routing: Routing, share: float) -> dict[int, int]:

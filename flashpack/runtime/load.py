@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import Cache, PretrainedConfig, PreTrainedModel
 
-    from flashpack.kernels.cpu.arena import EarlyMemory
+    from flashpack.kernels.cpu.arena import PrefaultedMemory
     from flashpack.runtime.budget import Budget
     from flashpack.runtime.lean import LeanDecoder
     from flashpack.runtime.profile import Profile
@@ -160,19 +162,17 @@ def load(
     config = config.get_text_config(decoder=True)
     work = sequences * working_bytes(model, sites, str(opened.folder)) + scratch_bytes(opened, profile.readers)
     context = context_length(config, context)
-    early = None if kernels.asynchronous else _early(opened, memory)
-    with library_errors(f"{opened.folder}: the model of config.json cannot be computed"):
-        prefix_memory = 0 if prefix_memory is None else max(prefix_memory, kv_bytes(model, 1))
-        cache = sequences * kv_bytes(model, context) + prefix_memory
-        kind: Any = type(model)
-        own_cache = None if kind._supports_default_dynamic_cache() else cache_class(model)
-        if experts_per_token is not None:
-            topk.check_fewer(model, sites, experts_per_token)
-        _fill_buffers(model, opened.dense_bytes)
-    base = usage().anonymous
-    dense.fill(model, opened, sites, kernels, dtype)
-    if early is not None:
-        early.stop()
+    with _prefaulting(None if kernels.asynchronous else _prefaulted(opened, memory)) as early:
+        with library_errors(f"{opened.folder}: the model of config.json cannot be computed"):
+            prefix_memory = 0 if prefix_memory is None else max(prefix_memory, kv_bytes(model, 1))
+            cache = sequences * kv_bytes(model, context) + prefix_memory
+            kind: Any = type(model)
+            own_cache = None if kind._supports_default_dynamic_cache() else cache_class(model)
+            if experts_per_token is not None:
+                topk.check_fewer(model, sites, experts_per_token)
+            _fill_buffers(model, opened.dense_bytes)
+        base = usage().anonymous
+        dense.fill(model, opened, sites, kernels, dtype)
     if not kernels.asynchronous:  # else the dense part is memory of the process, which the budget counts as such
         base = usage().anonymous - (early.taken if early else 0)
     total = parse_size(memory) if memory not in (None, "smallest") else memory
@@ -209,21 +209,30 @@ def load(
     return model
 
 
-def _early(pack: Pack, memory: int | str | None) -> EarlyMemory | None:
-    """Memory for experts, taken while the model is made: a share of what the arena will probably get."""
-    from flashpack.kernels.cpu.arena import EarlyMemory
+def _prefaulted(pack: Pack, memory: int | str | None) -> tuple[PrefaultedMemory, int] | None:
+    """Memory for experts, and how much of what the arena will probably get may be taken before the model is made."""
+    from flashpack.kernels.cpu.arena import PrefaultedMemory
     from flashpack.runtime.budget import stride_counts
 
     if memory == "smallest":
         return None
     total = spare() if memory is None else parse_size(memory)
-    counts = stride_counts(pack.manifest)
-    size = min(total, sum(stride * count for stride, count in counts.items()))
-    if size < _EARLY_LEAST:
-        return None
-    early = EarlyMemory(size)
-    early.take(min(total // 4, _EARLY))
-    return early
+    size = min(total, sum(stride * count for stride, count in stride_counts(pack.manifest).items()))
+    return (PrefaultedMemory(size), min(total // 4, _EARLY)) if size >= _EARLY_LEAST else None
+
+
+@contextmanager
+def _prefaulting(memory: tuple[PrefaultedMemory, int] | None) -> Iterator[PrefaultedMemory | None]:
+    """Take memory meanwhile; when it is over, in whatever way, no more is taken."""
+    if memory is None:
+        yield None
+        return
+    early, most = memory
+    early.take(most)
+    try:
+        yield early
+    finally:
+        early.stop()
 
 
 def _finish(store: ExpertStore, remembered: Pack | None) -> None:

@@ -57,6 +57,18 @@ class Divergence:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Perplexity:
+    """Of a model on its own; of the tokens after the first of each window."""
+
+    windows: int
+    length: int
+    perplexity: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 def read_windows(pack: Path, text: Path, count: int, length: int, part: str = "all") -> Tensor:
     """The first ``count`` pieces of ``length`` tokens of a text file, one after the other, as int64 [windows, length].
 
@@ -79,6 +91,39 @@ def read_windows(pack: Path, text: Path, count: int, length: int, part: str = "a
         raise UsageError(f"--text {text}: {len(ids)} tokens, and {(first + 1) * length} are needed")
     found = torch.tensor(ids[: whole * length]).view(whole, length)
     return found if part == "all" else found[first::2]
+
+
+def perplexity(
+    pack: Path,
+    windows: Tensor,
+    memory: int | str | None = None,
+    experts_per_token: int | None = None,
+    prefer_cached: float | None = None,
+    plain: bool = False,
+    begin: Begin | None = None,
+    advance: Callable[[int], object] | None = None,
+) -> Perplexity:
+    """Of ``pack`` on ``windows``, without a reference; see ``divergence`` for the arguments."""
+    import torch
+
+    begin, advance = begin or (lambda text, total: None), advance or (lambda count: None)
+    options = {"memory": memory, "reference": plain, "experts_per_token": experts_per_token}
+    single = experts_per_token is not None or prefer_cached is not None
+    following = windows.roll(-1).flatten()
+    losses = torch.empty(windows.numel(), dtype=torch.float64)
+    begin("reading", windows.numel())
+    model = load_for(pack, windows, options | {"prefer_cached": prefer_cached}, single)
+    done = 0
+    with inference():
+        for found in log_probabilities(*model, windows, single):
+            these = slice(done, done + len(found))
+            losses[these] = -found.gather(1, following[these, None])[:, 0]
+            done += len(found)
+            advance(len(found))
+    if not losses.isfinite().all():
+        raise FormatError(f"{pack}: gives logits that are not numbers")
+    count, length = windows.shape
+    return Perplexity(count, length, float(losses.view(count, length)[:, :-1].mean().exp()))
 
 
 def divergence(

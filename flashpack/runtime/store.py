@@ -20,7 +20,7 @@ from queue import Empty
 from flashpack.errors import CancelledError
 from flashpack.formats import Pack
 from flashpack.kernels import Kernels, RecordView
-from flashpack.kernels.cpu.arena import EarlyMemory
+from flashpack.kernels.cpu.arena import PrefaultedMemory
 from flashpack.runtime.cache import ExpertCache, Key
 from flashpack.runtime.memory import available
 from flashpack.runtime.prefetch import Guesses
@@ -61,7 +61,7 @@ class ExpertStore:
         check: str = "first",
         prefetch: bool = False,
         profile: Profile | None = None,
-        early: EarlyMemory | None = None,
+        early: PrefaultedMemory | None = None,
     ) -> None:
         profile = profile or Profile()
         self._kernels = kernels

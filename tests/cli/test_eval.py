@@ -118,3 +118,20 @@ def test_an_interruption_leaves_nothing(pack: Path, tmp_path: Path) -> None:
     assert out == ""
     assert err.splitlines()[-1] == "flashpack: interrupted"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_reference_the_perplexity_is_the_same(pack: Path, few_calls: Path) -> None:
+    options = ("--text", DATA / "docs.txt", "--windows", "2", "--length", "64")
+    both = json.loads(in_process("eval", pack, "--against", pack, *options, "--json").stdout)["divergence"]
+    alone = in_process("eval", pack, *options, "--json")
+    assert alone.returncode == 0, alone.stderr
+    data = json.loads(alone.stdout)
+    assert data == {"perplexity": {"windows": 2, "length": 64, "perplexity": both["perplexity"]}, "tools": None}
+    shown = in_process("eval", pack, *options, "--tools", few_calls).stdout.splitlines()
+    assert shown[0] == "2 windows of 64 tokens"
+    assert shown[1].split() == ["perplexity", f"{both['perplexity']:.4f}"]
+    assert "3 valid JSON" in shown[2]
+    stepwise = in_process("eval", pack, *options, "--experts-per-token", 1, "--json")
+    assert json.loads(stepwise.stdout)["perplexity"]["perplexity"] > 1.05 * both["perplexity"]
+    refused = in_process("eval", pack, *options, "--max-kld", "0.1")
+    assert (refused.returncode, "name one with --against" in refused.stderr) == (2, True)

@@ -22,8 +22,8 @@ from tests.conftest import CHECKPOINTS, ROOT, TRAINED, PackOf
 KEYS = {
     "choices", "copy_bytes", "disk_free", "disk_needed", "dropped", "dropped_bytes", "dropped_groups", "files", "fits",
     "header_bytes", "layers", "memory_available", "model", "notices", "pack_bytes", "peak_memory", "read_bytes",
-    "recipe", "record_kinds", "remote", "run_refused", "smallest_run", "source_bytes", "source_format",
-    "speed_at_best", "tensors", "workers", "working_bytes",
+    "recipe", "record_kinds", "remote", "roofline", "run_refused", "smallest_run", "source_bytes", "source_format",
+    "tensors", "workers", "working_bytes",
 }  # fmt: skip
 
 OPTIONS = ("auto", "auto", 64, "raw")
@@ -185,5 +185,5 @@ def test_a_plan_tells_speeds_where_the_source_is_here(tmp_path: Path) -> None:
     done = flashpack("plan", tmp_path, "--memory", "59GB", "--memory", "60GB", "--context", "32")
     lines = done.stdout.splitlines()
     (at,) = [i for i, line in enumerate(lines) if line.startswith("speed, at best:")]
-    assert "100% of the experts in memory" in lines[at + 1]
+    assert "100% of the experts in memory" in lines[at + 2]
     assert "KV cache of 32 tokens" in done.stdout

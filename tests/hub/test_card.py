@@ -126,7 +126,7 @@ def test_texts_of_a_pack_are_no_markup(pack: Path) -> None:
         (("--base-model", "nobody"), "--base-model nobody: write ORG/MODEL or ORG/MODEL@REVISION"),
         (("--license", "my own"), "--license my own: a name that hubs know"),
         (("--eval", "absent.json"), "--eval absent.json: cannot be read"),
-        (("--eval", TRAINED / "config.json"), "not what 'flashpack eval --json' prints"),
+        (("--eval", TRAINED / "config.json"), "not what 'flashpack eval --against ... --json' prints"),
         (("--eval", TRAINED / "README.md"), "not JSON"),
         (("--source", "absent"), "absent"),
     ],

@@ -162,7 +162,7 @@ def test_a_damaged_pack_is_not_sent(hub: Hub, command: Command, pack_copy: Calla
     done = command("push", pack, "org/model")
     assert done.returncode == 1
     assert "[record-digest] experts/layer-0001.safetensors, layer 1" in done.stderr
-    assert "1 findings, nothing was sent" in done.stderr
+    assert "1 finding, nothing was sent" in done.stderr
     assert not hub.log
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from flashpack.kernels.cpu.arena import EarlyMemory, HostArena
+from flashpack.kernels.cpu.arena import HostArena, PrefaultedMemory
+from flashpack.runtime import budget as budgets
 from flashpack.runtime import load
 from flashpack.runtime.memory import usage
 from tests.conftest import PackOf
@@ -18,7 +19,7 @@ MIB = 2**20
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can take memory without writing to it")
 
 
-def wait_for(early: EarlyMemory, size: int) -> None:
+def wait_for(early: PrefaultedMemory, size: int) -> None:
     end = time.monotonic() + 30
     while early.taken < size and time.monotonic() < end:
         time.sleep(0.005)
@@ -28,7 +29,7 @@ def wait_for(early: EarlyMemory, size: int) -> None:
 @linux
 def test_early_memory_is_taken_as_far_as_asked_and_is_the_arena() -> None:
     before = usage().anonymous
-    early = EarlyMemory(64 * MIB)
+    early = PrefaultedMemory(64 * MIB)
     early.mapping[MIB] = 7
     early.take(30 * MIB)
     wait_for(early, 30 * MIB)
@@ -52,7 +53,7 @@ def test_early_memory_is_taken_as_far_as_asked_and_is_the_arena() -> None:
 
 
 def test_an_arena_that_early_memory_is_too_small_for_is_its_own() -> None:
-    early = EarlyMemory(MIB)
+    early = PrefaultedMemory(MIB)
     early.take(MIB)
     if early._thread is not None:
         early._thread.join(30)
@@ -69,7 +70,7 @@ def test_an_arena_that_early_memory_is_too_small_for_is_its_own() -> None:
 
 @linux
 def test_what_is_no_whole_number_of_pages_is_taken_step_by_step() -> None:
-    early = EarlyMemory(64 * MIB)
+    early = PrefaultedMemory(64 * MIB)
     for size in (10**7 + 1, 40 * MIB + 1):
         early.take(size)
         wait_for(early, size // 4096 * 4096)
@@ -85,7 +86,7 @@ def test_a_system_that_cannot_do_it_takes_nothing(monkeypatch: pytest.MonkeyPatc
             return -1
 
     monkeypatch.setattr("flashpack.kernels.cpu.arena.ctypes.CDLL", lambda name: Library())
-    early = EarlyMemory(MIB)
+    early = PrefaultedMemory(MIB)
     early.take(MIB)
     if early._thread is not None:
         early._thread.join(timeout=30)
@@ -95,7 +96,7 @@ def test_a_system_that_cannot_do_it_takes_nothing(monkeypatch: pytest.MonkeyPatc
 
 @linux
 def test_taking_stops() -> None:
-    early = EarlyMemory(2**33)
+    early = PrefaultedMemory(2**33)
     early.take(2**33)
     early.stop()
     taken = early.taken
@@ -109,7 +110,7 @@ def test_what_is_taken_early_is_not_counted_twice(pack_of: PackOf, monkeypatch: 
     monkeypatch.setattr(sys.modules[load.__module__], "_EARLY_LEAST", 1)
     seen: list[Any] = []
 
-    class Seen(EarlyMemory):
+    class Seen(PrefaultedMemory):
         def __init__(self, size: int) -> None:
             super().__init__(size)
             seen.append(self)
@@ -122,7 +123,7 @@ def test_what_is_taken_early_is_not_counted_twice(pack_of: PackOf, monkeypatch: 
             super().stop()
 
     def base(early: bool) -> int:
-        monkeypatch.setattr("flashpack.kernels.cpu.arena.EarlyMemory", Seen)
+        monkeypatch.setattr("flashpack.kernels.cpu.arena.PrefaultedMemory", Seen)
         model: Any = load(folder, memory="60GB" if early else "smallest", context=64)
         return int(model.flashpack.budget.base)
 
@@ -139,9 +140,65 @@ def test_what_is_taken_early_is_not_counted_twice(pack_of: PackOf, monkeypatch: 
 def test_requests_end_the_taking(pack_of: PackOf) -> None:
     model: Any = load(pack_of("trained"), memory="60GB", context=64)
     store = model.flashpack.store
-    store._early = early = EarlyMemory(2**33)
+    store._early = early = PrefaultedMemory(2**33)
     early.take(2**33)
     list(store.batches(0, [0]))
     assert store._early is None
     assert early._thread is None
     assert early.taken < 2**33
+
+
+@pytest.fixture
+def prefaulted(monkeypatch: pytest.MonkeyPatch) -> list[PrefaultedMemory]:
+    """All that ``load`` makes, also of small packs."""
+    monkeypatch.setattr(sys.modules[load.__module__], "_EARLY_LEAST", 1)
+    seen: list[PrefaultedMemory] = []
+
+    class Seen(PrefaultedMemory):
+        def __init__(self, size: int) -> None:
+            super().__init__(size)
+            seen.append(self)
+
+    monkeypatch.setattr("flashpack.kernels.cpu.arena.PrefaultedMemory", Seen)
+    return seen
+
+
+def test_small_arenas_are_not_taken_early(pack_of: PackOf) -> None:
+    model: Any = load(pack_of("trained"), memory="60GB", context=64)
+    assert model.flashpack.store._early is None
+
+
+@linux
+def test_what_is_taken_is_still_to_be_had_and_goes_on_until_experts_are_asked_for(
+    pack_of: PackOf, monkeypatch: pytest.MonkeyPatch, prefaulted: list[PrefaultedMemory]
+) -> None:
+    asked: list[Any] = []
+    divide = budgets.divide
+
+    def spied(pack: Any, base: int, kv: int, work: int, total: Any, spare: int) -> Any:
+        asked.append((spare, prefaulted[0].taken))
+        return divide(pack, base, kv, work, total, spare)
+
+    monkeypatch.setattr(budgets, "divide", spied)
+    monkeypatch.setattr(sys.modules[load.__module__], "spare", lambda: 10**10)
+    model: Any = load(pack_of("trained", experts="source", dense="source"), context=64)
+    ((spare, taken),) = asked
+    assert spare == 10**10 + taken
+    store = model.flashpack.store
+    assert store._early is prefaulted[0]
+    arena = model.flashpack.budget.arena
+    wait_for(prefaulted[0], arena // 4096 * 4096)
+    if taken:
+        assert prefaulted[0].taken == arena // 4096 * 4096
+
+
+def test_a_load_that_fails_takes_no_more(
+    pack_of: PackOf, monkeypatch: pytest.MonkeyPatch, prefaulted: list[PrefaultedMemory]
+) -> None:
+    def failing(*arguments: Any) -> None:
+        raise ValueError("no")
+
+    monkeypatch.setattr("flashpack.runtime.dense.fill", failing)
+    with pytest.raises(ValueError, match="no"):
+        load(pack_of("trained"), memory="60GB", context=64)
+    assert [one._thread for one in prefaulted] == [None]

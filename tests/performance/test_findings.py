@@ -10,10 +10,10 @@ import pytest
 from flashpack.errors import UsageError
 from flashpack.formats import Pack
 from flashpack.performance import bench as benches
-from flashpack.performance import speed, unconverted
+from flashpack.performance import roofline, speed
 from flashpack.performance import tune as tuning
 from flashpack.performance.measure import apart, tokens_for
-from flashpack.performance.unconverted import Weights, at_best
+from flashpack.performance.roofline import Weights
 from flashpack.runtime.budget import Budget
 from flashpack.runtime.rates import Rate
 from tests.conftest import PackOf
@@ -50,10 +50,10 @@ def test_a_text_that_is_repeated_is_told_of(pack_of: PackOf) -> None:
 
 
 def test_budgets_that_are_the_same_are_shown_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unconverted, "measure", lambda *rest: [Rate(4096, 1e9, 1e9, 0.0)])
+    monkeypatch.setattr(roofline, "measure", lambda *rest: [Rate(4096, 1e9, 1e9, 0.0)])
     monkeypatch.setattr(speed, "memory_rate", lambda threads: 1e10)
     least = Budget(300 * 10**6, 0, 0, 0, {4096: 1})
-    found = at_best(Weights(10**6, 10**5, 10**6, 4096), [tmp_path / "x"], least, 10**10, [])
+    found = roofline.roofline(Weights(10**6, 10**5, 10**6, 4096), [tmp_path / "x"], least, 10**10, [])
     assert found is not None
     assert [row.memory for row in found.rows] == [400 * 10**6]
 

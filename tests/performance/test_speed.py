@@ -12,7 +12,7 @@ import pytest
 from flashpack.cli import speeds
 from flashpack.errors import MemoryBudgetError
 from flashpack.formats import Pack
-from flashpack.performance import simulate, speed, unconverted
+from flashpack.performance import roofline, simulate, speed
 from flashpack.performance.forecast import forecast
 from flashpack.performance.replay import Replay, bursts_like, largest_record
 from flashpack.performance.speed import Computing, estimate, totals
@@ -208,7 +208,7 @@ def test_recorded_routing_makes_the_hit_rate(pack_of: PackOf, tmp_path: Path, mo
     assert routing is not None
     layers = len(Pack(other).manifest.layers)
     slots = dict.fromkeys(budgets.stride_counts(Pack(other).manifest), layers * 5)
-    settled, all_of_it = simulate.hit_rate(routing, slots, settled=True), simulate.hit_rate(routing, slots)
+    settled, all_of_it = simulate.hit_rate(routing, slots, warmed_up=True), simulate.hit_rate(routing, slots)
     assert 0 < all_of_it < settled < 1
     refused = flashpack("plan", pack_of("qwen3_moe"), "--trace", tmp_path / "r.routing")
     assert "of another model" in refused.stderr
@@ -248,8 +248,8 @@ def test_a_pack_that_does_not_exist_yet(tmp_path: Path, monkeypatch: pytest.Monk
         asked.append((folder, files, sizes))
         return [Rate(sizes[0], 1e9, 2e9, 0.5)]
 
-    monkeypatch.setattr(unconverted, "measure", measured)
-    weights = unconverted.Weights(dense=10**8, used=10**8, experts=10**10, record=20000)
+    monkeypatch.setattr(roofline, "measure", measured)
+    weights = roofline.Weights(dense=10**8, used=10**8, experts=10**10, record=20000)
     least = Budget(10**8, 10**8, 10**8, 10**8, {32768: 2})
     (tmp_path / "blobs").mkdir()
     files = [tmp_path / "a", tmp_path / "b"]
@@ -257,8 +257,8 @@ def test_a_pack_that_does_not_exist_yet(tmp_path: Path, monkeypatch: pytest.Monk
         (tmp_path / "blobs" / file.name).write_bytes(b"")
         file.symlink_to(tmp_path / "blobs" / file.name)
     with pytest.raises(MemoryBudgetError, match="too small: the pack will need at least"):
-        unconverted.at_best(weights, files, least, 10**10, [least.total - 1])
-    found = unconverted.at_best(weights, files, least, 2 * 10**10, [5_400_000_000, 2 * 10**10])
+        roofline.roofline(weights, files, least, 10**10, [least.total - 1])
+    found = roofline.roofline(weights, files, least, 2 * 10**10, [5_400_000_000, 2 * 10**10])
     assert found is not None
     assert asked == [(tmp_path / "blobs", ["a", "b"], [32768])]
     assert found.drive == 1e9  # buffered reads came from the page cache
@@ -266,10 +266,10 @@ def test_a_pack_that_does_not_exist_yet(tmp_path: Path, monkeypatch: pytest.Monk
     assert half.share == pytest.approx(0.5)
     assert half.tokens_per_second == pytest.approx(1 / (0.01 + 0.05))
     assert (whole.share, whole.tokens_per_second) == (1.0, pytest.approx(1 / 0.02))
-    monkeypatch.setattr(unconverted, "measure", lambda *args: [])
-    assert unconverted.at_best(weights, files, least, 10**10, []) is None
+    monkeypatch.setattr(roofline, "measure", lambda *args: [])
+    assert roofline.roofline(weights, files, least, 10**10, []) is None
 
 
 def test_a_source_that_cannot_be_read_has_no_speed(tmp_path: Path) -> None:
-    weights = unconverted.Weights(dense=1, used=1, experts=10, record=1)
-    assert unconverted.at_best(weights, [tmp_path / "none"], Budget(1, 1, 1, 1, {1: 2}), 10, []) is None
+    weights = roofline.Weights(dense=1, used=1, experts=10, record=1)
+    assert roofline.roofline(weights, [tmp_path / "none"], Budget(1, 1, 1, 1, {1: 2}), 10, []) is None

@@ -23,7 +23,7 @@ class HostArena:
     ``early``: memory to take it from, if there is enough.
     """
 
-    def __init__(self, size: int, early: EarlyMemory | None = None) -> None:
+    def __init__(self, size: int, early: PrefaultedMemory | None = None) -> None:
         mapping = early.mapping if early is not None and len(early.mapping) >= size else _map(size)
         if early is not None:
             early.keep(size if mapping is early.mapping else 0)
@@ -37,10 +37,10 @@ class HostArena:
         pass
 
 
-class EarlyMemory:
-    """Up to ``size`` bytes for an arena whose size is not known yet. ``take`` has them come from the system in the
-    background, from the first on: on a virtual machine, whose host gives it memory page by page, that can take longer
-    than reading records into them. ``taken``: how many have come; to be asked for while nothing is taken.
+class PrefaultedMemory:
+    """Up to ``size`` bytes for an arena whose size is not known yet. ``take`` faults their pages in, in the background,
+    from the first on: on a virtual machine, whose host gives it memory page by page, that can take longer than reading
+    records into them. ``taken``: how many have come; to be asked for while nothing is taken.
     """
 
     def __init__(self, size: int) -> None:

@@ -1,4 +1,5 @@
-"""How fast a pack that does not exist yet would decode at best, told from its plan, the memory and the drive.
+"""The roofline of a pack that does not exist yet: how fast it would decode at best, told from its plan, the memory
+and the drive.
 
     seconds per token = dense weights / memory + max(experts / memory, experts not in memory / drive)
 
@@ -13,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashpack.errors import MemoryBudgetError
+from flashpack.errors import FormatError, MemoryBudgetError
 from flashpack.formats.constants import PAGE
 from flashpack.performance import speed
 from flashpack.runtime.budget import Budget
@@ -51,7 +52,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class AtBest:
+class Roofline:
     """Rates in bytes per second. ``drive``: of the drive that the source is on. ``most``: what may be taken now."""
 
     memory_rate: float
@@ -77,7 +78,7 @@ def weights_of(plan: Plan, model: PreTrainedModel) -> Weights:
     return Weights(dense, int(used), sum(experts), largest)
 
 
-def at_best(weights: Weights, files: Sequence[Path], least: Budget, most: int, wanted: list[int]) -> AtBest | None:
+def roofline(weights: Weights, files: Sequence[Path], least: Budget, most: int, wanted: list[int]) -> Roofline | None:
     """Speeds for totals of ``wanted``, or some up to ``most``. ``files``: what is read to measure the drive; None if
     they are too small for that, or cannot be read."""
     if wanted and min(wanted) < least.total:
@@ -90,7 +91,7 @@ def at_best(weights: Weights, files: Sequence[Path], least: Budget, most: int, w
     folder = Path(os.path.commonpath([file.parent for file in real]))
     try:
         rates = measure(folder, [str(file.relative_to(folder)) for file in real], [size], SECONDS)
-    except OSError:
+    except (OSError, FormatError):
         return None  # whoever needs the file will say which
     if not rates:
         return None
@@ -103,4 +104,4 @@ def at_best(weights: Weights, files: Sequence[Path], least: Budget, most: int, w
         reading = (1 - share) * weights.used / drive
         seconds = weights.dense / memory_rate + max(weights.used / memory_rate, reading)
         rows.append(Row(total, share, 1 / seconds))
-    return AtBest(memory_rate, drive, most, weights, rows)
+    return Roofline(memory_rate, drive, most, weights, rows)
