@@ -249,6 +249,16 @@ def build(
     return model
 
 
+def use_experts(model: PreTrainedModel, implementation: str) -> None:
+    """Compute the experts with ``implementation``, a name in transformers' hook; stand-ins (``adapters``), too."""
+    from flashpack.adapters import Experts
+
+    model.set_experts_implementation(implementation)
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.config._experts_implementation = implementation
+
+
 def _keep_text(model: PreTrainedModel) -> None:
     """Take out what lies beside the text model: towers for images and sound, and their projections."""
     if model.config.get_text_config(decoder=True) is model.config:

@@ -12,7 +12,7 @@ from flashpack.runtime.memory import usage
 from flashpack.runtime.profile import profile_of
 from flashpack.runtime.reads import READ_THREADS
 from flashpack.runtime.topk import experts_per_token
-from flashpack.skeleton import build, find_experts, library_errors, read_config
+from flashpack.skeleton import build, find_experts, library_errors, read_config, use_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,7 +57,7 @@ def smallest_budget(
     """
     experts.register()
     context = context_length(model.config.get_text_config(decoder=True), context)
-    model.set_experts_implementation(experts.NAME)
+    use_experts(model, experts.NAME)
     with library_errors("the model of config.json cannot be computed"):
         kv = kv_bytes(model, context)
     work = working_bytes(model, sites, "config.json")

@@ -187,3 +187,13 @@ def test_a_plan_tells_speeds_where_the_source_is_here(tmp_path: Path) -> None:
     (at,) = [i for i, line in enumerate(lines) if line.startswith("speed, at best:")]
     assert "100% of the experts in memory" in lines[at + 2]
     assert "KV cache of 32 tokens" in done.stdout
+
+
+def test_families_with_stand_ins_run_too(pack_of: PackOf) -> None:
+    """Before and after they are converted; their experts are no modules of the library's."""
+    data = json.loads(flashpack("plan", CHECKPOINTS / "llama4_text", "--context", 64, "--json").stdout)
+    assert data["run_refused"] is None
+    assert data["smallest_run"]["context"] == 64
+    done = flashpack("plan", pack_of("llama4_text"), "--context", 64, "--memory", "60GB")
+    assert done.returncode == 0, done.stderr
+    assert "| 60.0 GB" in done.stdout

@@ -35,6 +35,7 @@ from flashpack.converter.tensor import Extent, Packed, SourceTensor
 from flashpack.errors import FormatError, SourceError, UnsupportedError
 from flashpack.formats import Pack
 from flashpack.formats.records import Encoding
+from flashpack.runtime.forecast import smallest_of
 from flashpack.skeleton import read_config
 
 Tensors = dict[str, Tensor]
@@ -307,6 +308,8 @@ def test_logits_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
     found = [logits_of(packed(tmp_path / "pack", *options)) for options in (("smallest", 1), (None, 3))]
     assert (found[0] - expected).abs().max() <= 1e-4
     assert torch.equal(*found)
+    told, taken = smallest_of(Pack(tmp_path / "pack"))[0], packed(tmp_path / "pack").flashpack.budget
+    assert (told.kv, told.work, told.dense) == (taken.kv, taken.work, taken.dense)
 
 
 def packed(pack: Path, memory: str | None = None, threads: int = 1) -> Any:

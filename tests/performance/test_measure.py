@@ -285,6 +285,25 @@ def test_tuning_ends_in_time(pack_of: PackOf, monkeypatch: pytest.MonkeyPatch) -
     assert clock[0] <= 150
     assert len(found.left) >= 3
     assert found.trials[0].kept
+    # A trial that was lost in its first turn took a third of what another may take.
+    clock[0] = 0.0
+    lost = tuned(pack_of("trained"), Slow(io_direct=0.9), monkeypatch, seconds=100)
+    assert (len(lost.trials), clock[0]) == (1, 20)
+
+
+def test_each_trial_begins_without_the_page_cache(pack_of: PackOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = Pack(pack_of("trained"))
+    dropped: list[int] = []
+    advise = os.posix_fadvise
+    monkeypatch.setattr(os, "posix_fadvise", lambda *args: dropped.append(args[3]) or advise(*args))
+    machine = Machine()
+    tuned(pack.folder, machine, monkeypatch)
+    assert dropped == [os.POSIX_FADV_DONTNEED] * len(machine.asked) * len(pack.manifest.layers)
+
+
+def test_tuning_needs_as_much_context_as_it_decodes(pack_of: PackOf) -> None:
+    with pytest.raises(UsageError, match="measuring needs 16 tokens"):
+        tuning.tune(pack_of("trained"), TEXT, 10**9, 60, 4, 8, context=15)
 
 
 def test_what_was_found_is_used_and_forgotten(pack_of: PackOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from flashpack.runtime.budget import Budget
 from flashpack.runtime.profile import Profile
 from flashpack.runtime.rates import Rate
 from tests.cli.test_cli import in_process as flashpack
-from tests.conftest import PackOf, source_of
+from tests.conftest import TRAINED, PackOf
 
 TOKEN = Computing(token=0.010, experts=0.004, weights=10**6, kernels="k", decoding="d", io="direct", why="")
 
@@ -32,12 +32,14 @@ class Drive:
 
     def __init__(self) -> None:
         self.bursts: list[Any] = []
+        self.runs = 0
 
     def size(self, bursts: list[Any]) -> int:
         return 1000 * sum(map(len, bursts))
 
     def run(self, bursts: list[Any]) -> list[float]:
         self.bursts += bursts
+        self.runs += 1
         return [len(burst) / 1000 for burst in bursts]
 
 
@@ -180,13 +182,13 @@ def test_a_forecast_gets_the_memory_that_it_needs(pack_of: PackOf, monkeypatch: 
     monkeypatch.setattr(speed, "READ_SECONDS", 0.01)
     monkeypatch.setattr(speed, "memory_rate", lambda threads: 1e9)
     monkeypatch.setattr(speed, "token_arena", lambda pack, top_k: -(2**26))
-    monkeypatch.setattr(forecasts, "profile_of", lambda pack: Profile(readers=3, threads=1))
+    monkeypatch.setattr(forecasts, "profile_of", lambda pack: Profile(readers=3, threads=7))
     seen: list[Any] = []
     monkeypatch.setattr(forecasts, "Replay", lambda *args: seen.append(args) or Replay(*args))
     monkeypatch.setattr(torch, "set_num_threads", lambda count: seen.append(count))
     found = forecast(pack_of("trained"), [60 * 10**9], context=64)
     assert found.computing.token > 0
-    assert 1 in seen
+    assert 7 in seen
     assert [args[2] for args in seen if isinstance(args, tuple)] == [3]
 
 
@@ -210,6 +212,8 @@ def test_recorded_routing_makes_the_hit_rate(pack_of: PackOf, tmp_path: Path, mo
     slots = dict.fromkeys(budgets.stride_counts(Pack(other).manifest), layers * 5)
     settled, all_of_it = simulate.hit_rate(routing, slots, warmed_up=True), simulate.hit_rate(routing, slots)
     assert 0 < all_of_it < settled < 1
+    monkeypatch.setattr(speed, "budgets_for", lambda *args: {1: Budget(1, 2, 3, 4, slots)})
+    assert forecast(other, [], context=64, routing=routing).estimates[0].hit_rate == settled
     refused = flashpack("plan", pack_of("qwen3_moe"), "--trace", tmp_path / "r.routing")
     assert "of another model" in refused.stderr
 
@@ -221,17 +225,32 @@ def test_the_rate_of_memory_is_bytes_over_seconds(monkeypatch: pytest.MonkeyPatc
     assert speed.memory_rate(2) == 2**20
 
 
-def test_the_arena_of_a_token_where_records_have_two_sizes(tmp_path: Path) -> None:
+def test_the_arena_and_the_weights_of_a_token_where_records_have_two_sizes(tmp_path: Path) -> None:
     import flashpack as api
 
-    api.convert(source_of("qwen3_moe"), tmp_path / "out", bpw=2.8, quality="fast")
+    api.convert(TRAINED, tmp_path / "out", bpw=2.8, quality="fast")
     pack = Pack(tmp_path / "out")
     needed = speed.token_slots(pack, 2)
     assert sum(needed.values()) == 2 * len(pack.manifest.layers)
     counts = budgets.stride_counts(pack.manifest)
+    assert len(counts) == 2
     arena = speed.token_arena(pack, 2)
     least = dict.fromkeys(counts, 0)
     assert all(budgets.spread(counts, least, arena)[stride] >= count for stride, count in needed.items())
+    assert not all(budgets.spread(counts, least, arena // 2)[stride] >= count for stride, count in needed.items())
+    model: Any = load(tmp_path / "out", memory="smallest", context=64)
+    top_k, records = model.config.num_experts_per_tok, []
+    for layer in pack.manifest.layers:
+        with pack.open_shard(layer) as shard:
+            records.append(sum(shard.kind(e).nbytes for e in range(layer.experts)) / layer.experts)
+    assert speed._weights(model) == pack.dense_bytes + int(top_k * sum(records))  # the embedding is the head, too
+
+
+def test_where_hardly_anything_is_read_measuring_ends(pack_of: PackOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "MOST_TOKENS", 20)
+    drive = Drive()
+    estimated(Pack(pack_of("trained")), 0.5, drive, hit_rate=lambda slots: 1 - 1e-9)
+    assert drive.runs == 20
 
 
 def test_a_forecast_that_memory_is_too_small_for(pack_of: PackOf, monkeypatch: pytest.MonkeyPatch) -> None:
