@@ -177,7 +177,7 @@ def _weights(model: PreTrainedModel) -> int:
     embedding = model.get_input_embeddings()
     name = next((n for n, m in model.named_modules() if m is embedding), None)
     tied = whole.config.get_text_config(decoder=True).tie_word_embeddings
-    looked_up = 0 if tied else sum(t.nbytes for t in pack.manifest.tensors if t.name == f"{name}.weight")
+    looked_up = 0 if tied else sum(t.nbytes for t in pack.manifest.tensors if t.name.rpartition(".")[0] == name)
     kinds = pack.manifest.record_kinds
     experts = sum(
         top_k * sum(kinds[k].nbytes * count for k, count in layer.kinds) / layer.experts

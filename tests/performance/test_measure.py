@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
+import time
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flashpack.errors import MemoryBudgetError, UsageError
+from flashpack.errors import DeviceError, MemoryBudgetError, UsageError
 from flashpack.formats import Pack
 from flashpack.performance import bench as benches
 from flashpack.performance import measure as measures
@@ -22,6 +25,7 @@ from flashpack.performance.measure import Run, Setting, apart, length, measure
 from flashpack.runtime import budget as budgets
 from flashpack.runtime import load, profile
 from flashpack.runtime.budget import Budget
+from flashpack.runtime.memory import Usage
 from flashpack.runtime.profile import Profile
 from tests.cli.test_cli import in_process as flashpack
 from tests.conftest import PackOf
@@ -98,6 +102,36 @@ def test_a_text_is_fed_in_order_and_begins_again(pack_of: PackOf) -> None:
     assert seen == [[0, 11, 12], [2, 13], [0, 14, 15, 11], [3, 12]]
 
 
+def test_a_prompt_is_fed_in_the_chunks_in_which_it_is_read(pack_of: PackOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgets, "PROMPT_CHUNK", 2)
+    model: Any = load(pack_of("trained"), context=32)
+    seen: list[int] = []
+    forward = model.forward
+    model.forward = lambda ids, **options: seen.append(ids.shape[1]) or forward(ids, **options)
+    Feed(model, [11, 12, 13])(5)
+    assert seen == [2, 2, 1]
+
+
+def test_prompts_begin_with_an_empty_context_and_the_most_memory_counts(
+    pack_of: PackOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flashpack.performance import feed as feeding
+
+    seen: list[tuple[int, bool]] = []
+
+    class Seen(Feed):
+        def __call__(self, tokens: int) -> float:
+            seen.append((tokens, self._cache is None))
+            return super().__call__(tokens)
+
+    monkeypatch.setattr(feeding, "Feed", Seen)
+    uses = iter([Usage(1, 2), Usage(5, 6), Usage(3, 4)])
+    monkeypatch.setattr("flashpack.runtime.memory.usage", lambda: next(uses))
+    run = measure(Setting(pack_of("trained"), 60 * 10**9, [5, 6, 7], 3, 2, 1, context=32, split=False))
+    assert seen == [(3, True), (3, True), (1, False), (1, False), (1, False)]
+    assert run.peak == (5, 6)
+
+
 def double(value: int) -> tuple[int, int, str]:
     return 2 * value, os.getpid(), os.environ["FLASHPACK_WARM"]
 
@@ -114,6 +148,10 @@ def left() -> None:
     os._exit(3)
 
 
+def slow() -> None:
+    time.sleep(300)
+
+
 def test_work_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHPACK_WARM", "1")
     value, process, warm = apart(double, 21)
@@ -126,6 +164,16 @@ def test_work_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
         apart(killed)
     with pytest.raises(RuntimeError, match="exit code 3"):
         apart(left)
+
+    def interrupted(connection: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Connection, "recv", interrupted)
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        apart(slow)
+    assert time.monotonic() - begun < 60
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.usefixtures("quick")
@@ -169,6 +217,9 @@ def test_bench_refuses_before_it_measures(pack_of: PackOf, tmp_path: Path) -> No
     small = flashpack("bench", folder, "--context", length(256, 64, 64) - 1)
     assert small.returncode == UsageError.exit_code
     assert f"measuring needs {length(256, 64, 64)} tokens" in small.stderr
+    device = flashpack("bench", folder, "--device", "cuda", "--context", 1000)
+    assert device.returncode == DeviceError.exit_code
+    assert "estimating" not in device.stderr
     for wrong in (["--plot", tmp_path / "a.gif"], ["--text", tmp_path / "none"], ["--memory", "many"]):
         assert flashpack("bench", folder, *wrong).returncode == UsageError.exit_code
 
@@ -365,4 +416,22 @@ def test_an_unsound_profile_is_none(
     profile.write(pack, Profile(readers=3), {})
     path = profile.path_of(pack)
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert profile.read(pack) is None
+
+
+def test_a_profile_that_is_too_large_or_nowhere_is_none(
+    pack_of: PackOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    pack = Pack(pack_of("trained"))
+    profile.write(pack, Profile(readers=3), {})
+    path = profile.path_of(pack)
+    path.write_text(path.read_text() + " " * 2**20)
+    assert profile.read(pack) is None
+
+    def homeless(self: Path) -> Path:
+        raise RuntimeError("no home")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "expanduser", homeless)
     assert profile.read(pack) is None

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from flashpack.cli import speeds
+from flashpack.converter import Options
+from flashpack.converter.convert import bound
 from flashpack.errors import MemoryBudgetError
 from flashpack.formats import Pack
 from flashpack.performance import roofline, simulate, speed
@@ -22,7 +24,7 @@ from flashpack.runtime.budget import Budget
 from flashpack.runtime.profile import Profile
 from flashpack.runtime.rates import Rate
 from tests.cli.test_cli import in_process as flashpack
-from tests.conftest import TRAINED, PackOf
+from tests.conftest import TRAINED, PackOf, source_of
 
 TOKEN = Computing(token=0.010, experts=0.004, weights=10**6, kernels="k", decoding="d", io="direct", why="")
 
@@ -137,10 +139,12 @@ def test_a_replay_says_what_cannot_be_read(pack_copy: Any) -> None:
     replay.close()
 
 
-@pytest.mark.parametrize("reference", [False, True])
-def test_computing_is_measured_with_all_experts_of_a_token_in_memory(pack_of: PackOf, reference: bool) -> None:
-    """Both ways to decode: flashpack's and the library's."""
-    folder = pack_of("trained")
+@pytest.mark.parametrize(("name", "reference"), [("trained", False), ("trained", True), ("qwen3_moe", False)])
+def test_computing_is_measured_with_all_experts_of_a_token_in_memory(
+    pack_of: PackOf, name: str, reference: bool
+) -> None:
+    """Both ways to decode: flashpack's and the library's; with an embedding that is the head, too, or is not."""
+    folder = pack_of(name)
     pack = Pack(folder)
     model: Any = load(folder, context=64, reference=reference, prefetch=False)
     top_k = model.config.num_experts_per_tok
@@ -149,7 +153,7 @@ def test_computing_is_measured_with_all_experts_of_a_token_in_memory(pack_of: Pa
     asked = {e for _, e in model.flashpack.store.resident()}
     assert asked == set(range(top_k))
     used = sum(top_k * pack.manifest.record_kinds[layer.kinds[0][0]].nbytes for layer in pack.manifest.layers)
-    embedding = sum(t.nbytes for t in pack.manifest.tensors if t.name.endswith("embed_tokens.weight"))
+    embedding = sum(t.nbytes for t in pack.manifest.tensors if ".embed_tokens." in t.name)
     tied = model.config.get_text_config().tie_word_embeddings
     assert found.weights == pack.dense_bytes - (0 if tied else embedding) + used
     assert speed.token_slots(pack, top_k) == {largest_record(pack): len(pack.manifest.layers) * top_k}
@@ -287,6 +291,22 @@ def test_a_pack_that_does_not_exist_yet(tmp_path: Path, monkeypatch: pytest.Monk
     assert (whole.share, whole.tokens_per_second) == (1.0, pytest.approx(1 / 0.02))
     monkeypatch.setattr(roofline, "measure", lambda *args: [])
     assert roofline.roofline(weights, files, least, 10**10, []) is None
+
+
+@pytest.mark.parametrize("name", ["trained", "qwen3_moe"])  # whose embedding is the head, too, and is not
+def test_the_weights_of_a_token_are_those_of_the_pack_that_is_made(pack_of: PackOf, name: str) -> None:
+    source = bound(source_of(name))
+    told = roofline.weights_of(source.plan(Options()), source.model)
+    source.checkpoint.folder.close()
+    pack = Pack(pack_of(name))
+    embedding = sum(t.nbytes for t in pack.manifest.tensors if ".embed_tokens." in t.name)
+    tied = source.model.config.get_text_config().tie_word_embeddings
+    assert tied == (name == "trained")
+    assert told.dense == sum(t.nbytes for t in pack.manifest.tensors) - (0 if tied else embedding)
+    records = sum(s * n for s, n in budgets.stride_counts(pack.manifest).items())
+    assert (told.experts, told.record) == (records, largest_record(pack))
+    layer = pack.manifest.layers[0]
+    assert told.used == records * source.model.config.num_experts_per_tok // layer.experts
 
 
 def test_a_source_that_cannot_be_read_has_no_speed(tmp_path: Path) -> None:
