@@ -312,3 +312,22 @@ def test_the_weights_of_a_token_are_those_of_the_pack_that_is_made(pack_of: Pack
 def test_a_source_that_cannot_be_read_has_no_speed(tmp_path: Path) -> None:
     weights = roofline.Weights(dense=1, used=1, experts=10, record=1)
     assert roofline.roofline(weights, [tmp_path / "none"], Budget(1, 1, 1, 1, {1: 2}), 10, []) is None
+
+
+def test_the_least_memory_of_a_tuned_pack_has_room_for_its_readers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They need memory for compressed records."""
+    import flashpack as api
+    from flashpack.runtime import forecast as least_memory
+
+    api.convert(source_of("qwen3_moe"), tmp_path / "out", codec="zstd", quality="fast")
+    pack, works = Pack(tmp_path / "out"), []
+    for readers in (8, 32):
+        for place in ("flashpack.runtime.profile", "flashpack.runtime.forecast"):
+            monkeypatch.setattr(f"{place}.profile_of", lambda pack, readers=readers: Profile(readers=readers))
+        told = least_memory.smallest_of(pack, 64)[0]
+        model: Any = load(tmp_path / "out", memory="smallest", context=64)
+        assert told.work == model.flashpack.budget.work
+        works.append(told.work)
+    assert works[1] - works[0] == 24 * largest_record(pack)
