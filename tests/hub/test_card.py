@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from flashpack.converter.forecast import Dropped
 from flashpack.formats import Pack
 from flashpack.hub.card import card, checksums
 from flashpack.hub.source import BaseModel
+from tests.cli.test_cli import in_process
 from tests.conftest import TRAINED, PackOf, contents
 from tests.hub.conftest import Command
 
@@ -137,3 +139,14 @@ def test_refusals_are_one_line(command: Command, pack: Path, options: tuple[obje
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+def test_a_damaged_pack_gets_no_card(pack_copy: Callable[..., Path]) -> None:
+    pack = pack_copy("trained")
+    with open(pack / "experts" / "layer-0002.safetensors", "r+b") as f:
+        f.seek(500_000)
+        f.write(b"\xff" * 64)
+    done = in_process("card", pack)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "layer 2, expert" in done.stderr
+    assert "1 finding, there is no card for it; see flashpack repair" in done.stderr
