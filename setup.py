@@ -17,6 +17,7 @@ HEADERS = (
     "decode",
     "recurrent",
     "pool",
+    "workers",
 )
 LEVELS = ("portable", "avx2", "avx512", "neon")
 FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math", "-fvisibility=hidden", "-Wno-psabi", "-pthread"]
@@ -33,7 +34,7 @@ setup(
         ),
         Extension(
             "flashpack.kernels.cpu.native._kernels",
-            [f"{NATIVE}/{name}.cpp" for name in ("kernels", *(f"level_{level}" for level in LEVELS))],
+            [f"{NATIVE}/{name}.cpp" for name in ("kernels", "steps", *(f"level_{level}" for level in LEVELS))],
             depends=["flashpack/kernels/blocks.h", *(f"{NATIVE}/{n}.h" for n in HEADERS), f"{NATIVE}/floats_x86.inc"],
             extra_compile_args=[*FLAGS, "-std=c++17"],
             extra_link_args=["-pthread"],

@@ -49,6 +49,8 @@ class Trace:
         self._count = layers[0].experts
         self._row_of_layer = {layer.index: i for i, layer in enumerate(layers)}
         self.position = 0
+        if whole.flashpack.decoder:
+            whole.flashpack.decoder.together = None
         self._install()
 
     def _rows(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:

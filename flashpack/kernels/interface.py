@@ -145,6 +145,40 @@ class TokenStep(Protocol):
     def __call__(self) -> None: ...
 
 
+class ResidentStep(Protocol):
+    """A layer's experts, as long as those that are asked for are in memory. ``seconds``: that they have taken so far."""
+
+    @property
+    def seconds(self) -> float: ...
+
+    def put(self, expert: int, record: RecordView | None) -> None:
+        """Where an expert lies now, or that it is not in memory any more. Records are kept by the caller."""
+        ...
+
+    def __call__(self) -> None: ...
+
+
+class Stretches(Protocol):
+    """Layers computed in one call, without coming back to the caller for their experts."""
+
+    def resident(
+        self, x: torch.Tensor, activation: Activation, experts: int, chosen: torch.Tensor | None,
+        weights: torch.Tensor | None, beside: Sequence[RecordView], outputs: torch.Tensor, out: torch.Tensor | None,
+    ) -> ResidentStep | None:  # fmt: skip
+        """What ``experts`` and ``combine`` do, for the last step of a group of a ``stretch``; with the same bits.
+
+        ``experts``: how many the layer has, ``chosen`` their numbers (int32; None: the layer has only ``beside``, the
+        networks that every token uses). ``outputs``: rows of ``beside``, then of the chosen; ``weights``: of the
+        chosen, then of ``beside``; ``out`` None: no sum. None for an activation that is not known here.
+        """
+        ...
+
+    def stretch(self, steps: Sequence[Sequence[Step]]) -> Callable[[], int]:
+        """All of these groups, each of which ends with a resident step, in one call. It stops at an expert that is not
+        in memory, and returns how many groups are done; of the next one only the resident step is left then."""
+        ...
+
+
 class Steps(Protocol):
     """The steps of decoding one token, bound to arrays that stay where they are.
 
@@ -154,6 +188,11 @@ class Steps(Protocol):
     """
 
     device: torch.device
+
+    @property
+    def stretches(self) -> Stretches | None:
+        """None where records are not in memory that the steps can be left alone with."""
+        ...
 
     def products(
         self,

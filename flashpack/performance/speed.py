@@ -160,6 +160,8 @@ def _choose_always_the_same(model: PreTrainedModel) -> None:
 
             part.flashpack = compute
     decoder = whole.flashpack.decoder
+    if decoder:
+        decoder.together = None
     for layer in decoder.layers if decoder else ():
         if isinstance(layer, LeanLayer) and isinstance(layer.block, Experts):
             chosen = layer.block.router.chosen

@@ -63,8 +63,11 @@ class RoutingRecorder:
             module for module in self._model.modules() if isinstance(getattr(module, "flashpack", None), RoutedExperts)
         ]
         own = [module.flashpack for module in modules]
-        blocks = self._runtime.decoder.experts if self._runtime.decoder else []
+        decoder = self._runtime.decoder
+        blocks, together = (decoder.experts, decoder.together) if decoder else ([], None)
         try:
+            if decoder:
+                decoder.together = None
             for module, routed in zip(modules, own, strict=True):
                 module.flashpack = self._noting(routed)
             for block in blocks:
@@ -75,6 +78,8 @@ class RoutingRecorder:
                 module.flashpack = routed
             for block in blocks:
                 block.routed = block._routed
+            if decoder:
+                decoder.together = together
 
     def took(self, tokens: Sequence[int], first: int, prompt: int) -> None:
         """``tokens`` have gone through the model, at the places of the context from ``first`` on; so many of them in

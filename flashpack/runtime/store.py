@@ -77,6 +77,8 @@ class ExpertStore:
             start += stride * count
         self._only = next(iter(self._caches.items())) if len(self._caches) == 1 else None
         self._views: dict[tuple[int, int], RecordView] = {}
+        self._held: dict[int, Key] = {}  # by slot: the record that kernels may read
+        self._watcher: Callable[[Key, RecordView | None], None] | None = None
         self._unread: set[int] = set()  # slots that kernels may still read, where they are asynchronous
         self._reading: dict[Key, Read] = {}
         self._arrived: list[Read] = []
@@ -97,8 +99,7 @@ class ExpertStore:
         Where kernels are asynchronous, the caller has waited for them to have the router's choice: of what they were
         asked for before, nothing is left to do.
         """
-        if self.cancelled is not None and self.cancelled():
-            raise CancelledError("cancelled")
+        self.check_cancelled()
         begun = time.perf_counter()
         if self._early is not None:
             self._early.stop()  # from now on the reads take what they need
@@ -142,6 +143,31 @@ class ExpertStore:
             self._arrived.clear()
             stats.own_seconds += time.perf_counter() - begun - used - (stats.wait_seconds - waited)
 
+    def watch(self, watcher: Callable[[Key, RecordView | None], None]) -> None:
+        """Have ``watcher`` told of each record that is in the arena, now and later, and of each that is no more (None),
+        before its memory is read into. It is called by the thread that asks for experts."""
+        self._watcher = watcher
+        for slot, key in self._held.items():
+            watcher(key, self._view(key, slot))
+
+    def check_cancelled(self) -> None:
+        """Raise ``CancelledError`` if somebody wants that."""
+        if self.cancelled is not None and self.cancelled():
+            raise CancelledError("cancelled")
+
+    def found(self, layer: int, experts: list[int], seconds: float) -> None:
+        """What ``batches`` takes note of, for experts that were all in the arena and have been used, for ``seconds``."""
+        begun = time.perf_counter()
+        if layer <= self._last_layer or not self.stats.steps:
+            self._step(begun)
+        self._last_layer = layer
+        stats = self.stats.layers[layer]
+        request = self._request(layer, experts)
+        self._release(request)
+        stats.hits += len(experts)
+        stats.hit_seconds += seconds
+        stats.own_seconds += time.perf_counter() - begun
+
     def holds(self, layer: int, expert: int) -> bool:
         """Whether an expert is in the arena, or being read; it does not count as used."""
         return self._cache((layer, expert)).contains((layer, expert))
@@ -160,6 +186,11 @@ class ExpertStore:
     def guessing(self) -> bool:
         """Whether ``prefetch`` would read anything now: not where the last step found all that it asked for."""
         return self._guesses is not None and self._guesses.gate.on and self._lacked[0]
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether ``prefetch`` is going to read for the step that comes next: the last one missed something."""
+        return self._guesses is not None and self._guesses.gate.on and self._lacked[1]
 
     def prefetch(self, layer: int, experts: Iterable[int]) -> None:
         """Begin to read those of ``experts``, likeliest first, that are not here: ``layer`` is going to ask for them.
@@ -287,6 +318,9 @@ class ExpertStore:
         return True
 
     def _read(self, key: Key, slot: int, wanted: bool) -> Read:
+        before = self._held.pop(slot, None)
+        if before is not None and self._watcher is not None:
+            self._watcher(before, None)
         read = Read(key, slot, self._records.size(key), wanted, not wanted)
         self._reading[key] = read
         return read
@@ -342,6 +376,9 @@ class ExpertStore:
                 self._cache(key).release(key)
             self._forget(key)
             return
+        self._held[read.slot] = key
+        if self._watcher is not None:
+            self._watcher(key, self._view(key, read.slot))
         stats.reads += 1
         stats.bytes_read += read.size
         if read.ahead:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from flashpack.kernels.interface import (
     AttentionShape,
     DeltaShape,
     RecordView,
+    ResidentStep,
     Step,
     StoredMatrix,
     TokenStep,
@@ -49,6 +51,9 @@ class NativeStep:
 
 Made = TypeVar("Made", bound=NativeStep)
 
+_ABSENT = 3
+"""What is left of an answer of ``flashpack_run`` divided by 4 where an expert is not in memory."""
+
 
 class _AttentionStep(NativeStep):
     native: compute.Attention
@@ -69,6 +74,32 @@ class _DeltaStep(NativeStep):
         self._token = window, state
 
 
+class _ResidentStep(NativeStep):
+    native: compute.Resident
+    table: Any
+    """Addresses of records by expert; None for those that are not there."""
+
+    def put(self, expert: int, record: RecordView | None) -> None:
+        self.table[expert] = record.address if isinstance(record, NativeRecord) and record.native else None
+
+    @property
+    def seconds(self) -> float:
+        return float(self.native.seconds)
+
+
+class _Stretch(NativeStep):
+    ends: list[int]
+    """How many calls lie before each resident step, the one itself included."""
+
+    def __call__(self) -> int:
+        failed = self._run(self._handle, self._addresses, len(self._addresses))
+        if not failed:
+            return len(self.ends)
+        if failed % 4 != _ABSENT:
+            self._fail(failed)
+        return self.ends.index(failed // 4)
+
+
 class NativeSteps:
     """Makes steps that run on the threads of ``kernels``."""
 
@@ -77,6 +108,10 @@ class NativeSteps:
         self._kernels = kernels
         self._library = kernels.workers.library
         self._handle = kernels.workers.handle
+
+    @property
+    def stretches(self) -> NativeSteps:
+        return self
 
     def products(
         self,
@@ -174,6 +209,33 @@ class NativeSteps:
 
     def experts_combined(self, x: Tensor, activation: Activation, weights: Tensor, out: Tensor) -> None:
         return None
+
+    def resident(
+        self, x: Tensor, activation: Activation, experts: int, chosen: Tensor | None, weights: Tensor | None,
+        beside: Sequence[RecordView], outputs: Tensor, out: Tensor | None,
+    ) -> ResidentStep | None:  # fmt: skip
+        if activation.name is None:
+            return None
+        known = [r.address for r in beside if isinstance(r, NativeRecord) and r.native]
+        assert len(known) == len(beside)  # made by ``record``
+        table, others = (ctypes.c_void_p * max(1, experts))(), (ctypes.c_void_p * max(1, len(known)))(*known)
+        native = compute.Resident(
+            ctypes.addressof(table), ctypes.addressof(others), experts, len(known),
+            0 if chosen is None else len(chosen), ACTIVATIONS.index(activation.name), activation.limit, 0.0,
+        )  # fmt: skip
+        addresses = ctypes.addressof(native), *map(_address, (x, chosen, weights, outputs, out))
+        keep = native, table, others, beside, x, chosen, weights, outputs, out
+        step = self._step("resident", addresses, (), 0.0, keep, _ResidentStep)
+        step.native, step.table = native, table
+        return step
+
+    def stretch(self, steps: Sequence[Sequence[Step]]) -> Callable[[], int]:
+        groups = [[step for step in group if isinstance(step, NativeStep)] for group in steps]
+        assert all(len(made) == len(group) for made, group in zip(groups, steps, strict=True))
+        calls = [[call for step in group for call in step.calls] for group in groups]
+        stretch = _Stretch(self._library, self._handle, [call for some in calls for call in some], groups)
+        stretch.ends = list(itertools.accumulate(map(len, calls)))
+        return stretch
 
     def read(self, array: Tensor) -> list[int]:
         numbers: list[int] = array.tolist()

@@ -18,6 +18,8 @@ from flashpack.kernels.metal.layouts import MATRICES, NONE, Placed
 class ProductSteps:
     """Those of ``kernels.interface.Steps`` that multiply by stored matrices, and what belongs to experts."""
 
+    stretches = None
+
     def __init__(self, kernels: MetalKernels) -> None:
         self.device = kernels.device
         self.kernels = kernels

@@ -7,6 +7,7 @@ are taken both ways, and if their logits differ, the whole model stays the libra
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from typing import Any
@@ -24,6 +25,7 @@ from flashpack.runtime.lean.board import Board, NotLean, Token, library_calls, n
 from flashpack.runtime.lean.cache import RoomyLayer
 from flashpack.runtime.lean.layers import LeanLayer, PlainLayer
 from flashpack.runtime.lean.prefer import Preference
+from flashpack.runtime.lean.together import Together
 from flashpack.skeleton import ExpertsModule
 
 TOLERANCE = 1e-3
@@ -34,7 +36,11 @@ _PROBES = 3
 
 
 class LeanDecoder:
-    """A model's layers, ``lean_layers`` of them as steps; ``NotLean`` if the model is built in another way."""
+    """A model's layers, ``lean_layers`` of them as steps; ``NotLean`` if the model is built in another way.
+
+    ``together``: what computes all layers at once where it can; without it, and where something of a layer has been
+    replaced, it must be without, layers are called one by one.
+    """
 
     def __init__(self, model: PreTrainedModel, kernels: Kernels, context: int) -> None:
         steps = kernels.steps()
@@ -63,6 +69,7 @@ class LeanDecoder:
         for layer, later in itertools.pairwise(self.layers):
             if isinstance(layer, LeanLayer) and isinstance(later, LeanLayer):
                 layer.expects(later)
+        self.together: Together | None = None
         self._norm = self.board.steps.add_norm(
             self.board.x, self.board.y, *norm_of(self._decoder.norm, hidden), self.board.normed
         )
@@ -101,8 +108,9 @@ class LeanDecoder:
         token = Token(position, cosine.reshape(-1).contiguous(), sine.reshape(-1).contiguous(), cache, plain)
         self.board.x.copy_(embedded.view(-1))
         self.board.y.zero_()
-        for layer in self.layers:
-            layer(token)
+        if self.together is None or not self.together(token):
+            for layer in self.layers:
+                layer(token)
         self._norm()
         return self.board.normed.view(1, 1, -1)
 
@@ -136,6 +144,9 @@ def install(
     if prefer is not None:
         for block in decoder.experts:
             block.prefer = Preference(block, prefer)
+    elif decoder.experts:
+        with contextlib.suppress(NotLean):
+            decoder.together = Together(decoder.board, decoder.layers, decoder.experts[0].store)
     whole: Any = model
     library_forward = whole.forward
 

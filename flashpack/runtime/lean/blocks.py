@@ -34,7 +34,7 @@ class Router:
         top_k = index.shape[1]
         self._board, self._weight, self._bias, self._correction = board, weight, bias, correction
         self._values = logits = board.array("router", len(weight))
-        self.chosen = board.array("chosen", top_k, torch.int32)
+        self.chosen = torch.zeros(top_k, dtype=torch.int32, device=board.x.device)
         self.all_weights = torch.ones(top_k + 1, device=board.x.device)
         self.weights = self.all_weights[:top_k]
         product = board.steps.products(board.normed, [weight], [bias], [logits])
@@ -196,7 +196,7 @@ class Experts:
         self.beside = [n.record for n in networks]
         top_k = len(self.router.chosen)
         rows = top_k + len(self.beside)
-        weights = self.router.all_weights[:rows]
+        self.weights = weights = self.router.all_weights[:rows]
         self.outputs = board.array("outputs", rows * len(board.x)).view(rows, -1)
         self.places = torch.zeros(rows, dtype=torch.int32, device=board.x.device)
         self.switch: list[Step] = []
@@ -206,13 +206,19 @@ class Experts:
                 products(board, board.normed, switches, [logit]),
                 board.steps.route(logit, None, 1, "sigmoid-top", False, 1.0, only, weights[top_k:]),
             ]
-        self.compute = board.steps.experts(board.normed, self._experts.activation, self.outputs)
+        self.activation = self._experts.activation
+        self.compute = board.steps.experts(board.normed, self.activation, self.outputs)
         combine = board.steps.combine(self.outputs, self.places, weights, board.y)
         self._weigh = board.steps.sequence(self.switch)
         self.combine = board.steps.sequence([*self.switch, combine])
-        self.at_once = board.steps.experts_combined(board.normed, self._experts.activation, weights, board.y)
+        self.at_once = board.steps.experts_combined(board.normed, self.activation, weights, board.y)
         self._write = board.steps.write
         self.routed: Step = self._routed
+
+    @property
+    def store(self) -> ExpertStore:
+        """Where the experts come from; all layers have the same."""
+        return self._experts.store
 
     @property
     def prefetches(self) -> bool:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from flashpack.kernels.cpu.native.library import load
 
-ABI = 4
+ABI = 5
 """What `flashpack_kernels_abi` must answer: a library left by another version is not used."""
 
-FUNCTIONS = {"linear": 0, "add_norm": 1, "attend": 2, "delta": 3, "route": 4, "combine": 5}
+FUNCTIONS = {"linear": 0, "add_norm": 1, "attend": 2, "delta": 3, "route": 4, "combine": 5, "resident": 6}
 """What may be part of a sequence, by the numbers of kernels.h."""
 
 KINDS = {"BF16": 0, "F16": 1, "F32": 2, "affine": 3, "mxfp4": 4, "affine_dq": 3}
@@ -84,6 +84,21 @@ class Delta(ctypes.Structure):
         ("value_stride", ctypes.c_int32),
         ("number_stride", ctypes.c_int32),
         ("epsilon", ctypes.c_float),
+    ]
+
+
+class Resident(ctypes.Structure):
+    """``fp_resident`` of kernels.h."""
+
+    _fields_ = [
+        ("experts", ctypes.c_void_p),
+        ("beside", ctypes.c_void_p),
+        ("count", ctypes.c_int32),
+        ("beside_count", ctypes.c_int32),
+        ("top_k", ctypes.c_int32),
+        ("function", ctypes.c_int32),
+        ("limit", ctypes.c_float),
+        ("seconds", ctypes.c_double),
     ]
 
 

@@ -87,11 +87,23 @@ typedef struct {
     float epsilon;
 } fp_delta;
 
+/* A layer's experts by number, null for those that are not in memory, and networks beside them that every token uses. */
+typedef struct {
+    const fp_expert *const *experts;
+    const fp_expert *const *beside;
+    int32_t count;
+    int32_t beside_count;
+    int32_t top_k;
+    int32_t function;
+    float limit;
+    double seconds; /* that computing them has taken so far */
+} fp_resident;
+
 /* How a router's logits become weights. */
 enum { FP_SOFTMAX_TOP = 0, FP_TOP_SOFTMAX = 1, FP_SIGMOID_TOP = 2 };
 
 /* One call of a sequence (flashpack_run): which function, and its arguments by their type, each in its order. */
-enum { FP_LINEAR = 0, FP_ADD_NORM = 1, FP_ATTEND = 2, FP_DELTA = 3, FP_ROUTE = 4, FP_COMBINE = 5 };
+enum { FP_LINEAR = 0, FP_ADD_NORM = 1, FP_ATTEND = 2, FP_DELTA = 3, FP_ROUTE = 4, FP_COMBINE = 5, FP_RESIDENT = 6 };
 
 typedef struct {
     void *pointers[8];
