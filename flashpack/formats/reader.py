@@ -147,6 +147,7 @@ class Pack:
             fd = self.open_dense(entry.path)
             try:
                 self._maps[entry.path] = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+                self._maps[entry.path].madvise(mmap.MADV_HUGEPAGE)
             finally:
                 os.close(fd)
         count = entry.nbytes // np.dtype(NUMPY[entry.dtype]).itemsize

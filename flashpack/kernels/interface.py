@@ -173,9 +173,13 @@ class Stretches(Protocol):
         """
         ...
 
-    def stretch(self, steps: Sequence[Sequence[Step]]) -> Callable[[], int]:
-        """All of these groups, each of which ends with a resident step, in one call. It stops at an expert that is not
-        in memory, and returns how many groups are done; of the next one only the resident step is left then."""
+    def row(self, matrix: torch.Tensor | StoredMatrix, out: torch.Tensor) -> TokenStep | None:
+        """Given its number, a row of ``matrix``, widened; None for encodings that are not known here."""
+        ...
+
+    def stretch(self, groups: Sequence[Sequence[Step]], after: Sequence[Step]) -> Callable[[], int]:
+        """All groups, each of which ends with a resident step, and ``after``, in one call. It stops at an expert that is
+        not in memory, and returns how many groups are done; of the next one only the resident step is left then."""
         ...
 
 

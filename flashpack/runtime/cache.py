@@ -83,16 +83,22 @@ class ExpertCache:
 
     def get(self, key: Key) -> int | None:
         """The slot of ``key``, now pinned; None if it is not here. Either way the key counts as used."""
-        if key[0] != self._layer or key in self._request:
-            self._begin_request(key[0])
-        self._request[key] = None
-        self._used[key] = 0.0
+        self._count(key)
         slot = self._slots.get(key)
         if slot is not None:
             self._pins[key] = self._pins.get(key, 0) + 1
         elif key[0] not in self._rows or key[1] >= self._width:
             self._grow(*key)
         return slot
+
+    def use(self, layer: int, experts: Iterable[int]) -> None:
+        """``get`` and ``release`` of all experts of a request, all of which have a slot."""
+        keys = [(layer, e) for e in experts]
+        for key in keys:
+            self._count(key)
+        for key in keys:
+            if key not in self._pins:
+                self._expect(key)
 
     def contains(self, key: Key) -> bool:
         """Whether ``key`` has a slot; nothing counts as used."""
@@ -133,7 +139,18 @@ class ExpertCache:
         pins = self._pins.pop(key) - 1
         if pins:
             self._pins[key] = pins
-            return
+        else:
+            self._expect(key)
+
+    def _count(self, key: Key) -> None:
+        """A use."""
+        if key[0] != self._layer or key in self._request:
+            self._begin_request(key[0])
+        self._request[key] = None
+        self._used[key] = 0.0
+
+    def _expect(self, key: Key) -> None:
+        """Nobody uses ``key`` any more: its next use is expected, and it may be evicted."""
         row = self._rows[key[0]]
         chance = self._chance.item(row * self._width + key[1])
         if key in self._used:

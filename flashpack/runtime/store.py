@@ -162,8 +162,11 @@ class ExpertStore:
             self._step(begun)
         self._last_layer = layer
         stats = self.stats.layers[layer]
-        request = self._request(layer, experts)
-        self._release(request)
+        self._settle()
+        for stride, cache in self._caches.items():
+            if some := [e for e in experts if self._stride((layer, e)) == stride]:
+                cache.use(layer, some)
+        self._judge(layer, experts)
         stats.hits += len(experts)
         stats.hit_seconds += seconds
         stats.own_seconds += time.perf_counter() - begun
@@ -267,14 +270,19 @@ class ExpertStore:
                 request.here.append((e, slot))
         if len(request.here) < len(experts):
             self._lacked[1] = True
-        if self._guesses is not None:
-            right, wrong = self._guesses.judge(layer, experts)
-            if right:
-                self._lacked[1] = True
-            self.stats.layers[layer].guesses += len(right) + len(wrong)
-            self.stats.layers[layer].right_guesses += len(right)
-            self._let_go(right | wrong)
+        self._judge(layer, experts)
         return request
+
+    def _judge(self, layer: int, experts: list[int]) -> None:
+        """What was read ahead for a layer's request is not kept for it any longer."""
+        if self._guesses is None:
+            return
+        right, wrong = self._guesses.judge(layer, experts)
+        if right:
+            self._lacked[1] = True
+        self.stats.layers[layer].guesses += len(right) + len(wrong)
+        self.stats.layers[layer].right_guesses += len(right)
+        self._let_go(right | wrong)
 
     def _start(self, request: _Request) -> None:
         """Start as many reads as there are slots that nobody uses."""

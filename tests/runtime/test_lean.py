@@ -122,8 +122,8 @@ def test_states_go_from_the_library_to_the_lean_path_and_back(
     the cache goes its own way."""
     model: Any = flashpack.load(pack_of(name, "source", "source"))
     steps: list[int] = []
-    real = lean.LeanDecoder.step
-    monkeypatch.setattr(lean.LeanDecoder, "step", lambda *a: (steps.append(1), real(*a))[1])
+    real = lean.LeanDecoder.logits
+    monkeypatch.setattr(lean.LeanDecoder, "logits", lambda *a: (steps.append(1), real(*a))[1])
     ids = some_ids(40)
     with torch.inference_mode():
         expected = model(ids).logits[0]
@@ -147,7 +147,7 @@ def test_states_whose_past_is_recorded_are_left_to_the_library(
     pack_of: PackOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model: Any = flashpack.load(pack_of("qwen3_next", "q4", "q4"))
-    monkeypatch.setattr(lean.LeanDecoder, "step", None)
+    monkeypatch.setattr(lean.LeanDecoder, "logits", None)
     with torch.inference_mode():
         cache = model(some_ids(4), use_cache=True).past_key_values
         cache.activate_past_recording()
@@ -192,7 +192,7 @@ def test_what_is_unusual_is_left_to_the_library(
     model: Any = flashpack.load(pack_of("qwen3_moe", "q4", "q4"))
     assert model.flashpack.decoding.startswith("lean")
     taken: list[int] = []
-    monkeypatch.setattr(lean.LeanDecoder, "step", lambda *_: taken.append(1))
+    monkeypatch.setattr(lean.LeanDecoder, "logits", lambda *_: taken.append(1))
     with torch.inference_mode():
         cache = model(some_ids(4), use_cache=True).past_key_values
         model(some_ids(1), **({"past_key_values": cache, "use_cache": True} | changed))

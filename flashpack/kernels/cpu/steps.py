@@ -66,6 +66,11 @@ class _AttentionStep(NativeStep):
         self._token = keys, values, cosine, sine
 
 
+class _RowStep(NativeStep):
+    def given(self, index: int) -> None:
+        self.calls[0].numbers[0] = index
+
+
 class _DeltaStep(NativeStep):
     native: compute.Delta
 
@@ -229,12 +234,20 @@ class NativeSteps:
         step.native, step.table = native, table
         return step
 
-    def stretch(self, steps: Sequence[Sequence[Step]]) -> Callable[[], int]:
-        groups = [[step for step in group if isinstance(step, NativeStep)] for group in steps]
-        assert all(len(made) == len(group) for made, group in zip(groups, steps, strict=True))
-        calls = [[call for step in group for call in step.calls] for group in groups]
-        stretch = _Stretch(self._library, self._handle, [call for some in calls for call in some], groups)
-        stretch.ends = list(itertools.accumulate(map(len, calls)))
+    def row(self, matrix: Tensor | StoredMatrix, out: Tensor) -> TokenStep | None:
+        native = matrix_of(matrix)
+        packed = isinstance(matrix, StoredMatrix)
+        if native is None or (packed and (matrix.encoding.name != "affine" or matrix.encoding.bits > 8)):
+            return None
+        addresses = ctypes.addressof(native), out.data_ptr()
+        return self._step("row", addresses, (0,), 0.0, (native, matrix, out), _RowStep)
+
+    def stretch(self, groups: Sequence[Sequence[Step]], after: Sequence[Step]) -> Callable[[], int]:
+        made = [[step for step in group if isinstance(step, NativeStep)] for group in (*groups, after)]
+        assert sum(map(len, made)) == sum(map(len, groups)) + len(after)
+        calls = [[call for step in group for call in step.calls] for group in made]
+        stretch = _Stretch(self._library, self._handle, [call for some in calls for call in some], made)
+        stretch.ends = list(itertools.accumulate(map(len, calls[:-1])))
         return stretch
 
     def read(self, array: Tensor) -> list[int]:

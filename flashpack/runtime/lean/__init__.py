@@ -51,6 +51,7 @@ class LeanDecoder:
         self._model: Any = model
         self._decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
         self._context = context
+        self._head: Any = self._model.get_output_embeddings()
         parts = ("layers", "norm", "rotary_emb", "embed_tokens")
         if not all(hasattr(self._decoder, part) for part in parts):
             raise NotLean(f"{type(self._decoder).__name__} has not all of {', '.join(parts)}")
@@ -74,6 +75,11 @@ class LeanDecoder:
             self.board.x, self.board.y, *norm_of(self._decoder.norm, hidden), self.board.normed
         )
 
+    def make_together(self) -> None:
+        """Set ``together``; ``NotLean`` where it cannot be had."""
+        embedding, store = self._decoder.embed_tokens, self.experts[0].store
+        self.together = Together(self.board, self.layers, store, embedding, self._norm, self._head)
+
     @property
     def lean_layers(self) -> int:
         return sum(isinstance(layer, LeanLayer) for layer in self.layers)
@@ -90,34 +96,34 @@ class LeanDecoder:
         pairs = zip(self.layers, cache.layers, strict=True)
         return all(layer.mixer.takes(kept) for layer, kept in pairs if isinstance(layer, LeanLayer))
 
-    def step(self, ids: Tensor, cache: Any) -> Tensor:
-        """ids [1, 1], after what ``cache`` holds -> the hidden state [1, 1, hidden] for the head."""
+    def logits(self, ids: Tensor, cache: Any) -> Tensor:
+        """ids [1, 1], after what ``cache`` holds -> [1, 1, vocabulary]."""
+        token = self._token(ids, cache)
+        found = None if self.together is None else self.together(token)
+        if found is not None:
+            return found.view(1, 1, -1)
+        self.board.x.copy_(self._decoder.embed_tokens(ids).view(-1))
+        self.board.y.zero_()
+        for layer in self.layers:
+            layer(token)
+        self._norm()
+        logits: Tensor = self._head(self.board.normed.view(1, 1, -1))
+        return logits
+
+    def _token(self, ids: Tensor, cache: Any) -> Token:
         position = cache.get_seq_length()
         for i, layer in enumerate(self.layers):
             if isinstance(layer, LeanLayer) and type(cache.layers[i]) is DynamicLayer:
                 cache.layers[i] = RoomyLayer.of(cache.layers[i], self._context)
-        embedded = self._decoder.embed_tokens(ids)
-        positions = torch.tensor([[position]], device=embedded.device)
-        cosine, sine = self._decoder.rotary_emb(embedded, positions)
+        positions = torch.tensor([[position]], device=self.board.x.device)
+        cosine, sine = self._decoder.rotary_emb(self.board.x.view(1, 1, -1), positions)
         plain = {
             "attention_mask": None,
             "position_ids": positions,
             "use_cache": True,
             "position_embeddings": (cosine, sine),
         }
-        token = Token(position, cosine.reshape(-1).contiguous(), sine.reshape(-1).contiguous(), cache, plain)
-        self.board.x.copy_(embedded.view(-1))
-        self.board.y.zero_()
-        if self.together is None or not self.together(token):
-            for layer in self.layers:
-                layer(token)
-        self._norm()
-        return self.board.normed.view(1, 1, -1)
-
-    def logits(self, ids: Tensor, cache: Any) -> Tensor:
-        """``step`` and the head: [1, 1, vocabulary]."""
-        logits: Tensor = self._model.get_output_embeddings()(self.step(ids, cache))
-        return logits
+        return Token(ids, position, cosine.reshape(-1).contiguous(), sine.reshape(-1).contiguous(), cache, plain)
 
 
 def install(
@@ -146,7 +152,7 @@ def install(
             block.prefer = Preference(block, prefer)
     elif decoder.experts:
         with contextlib.suppress(NotLean):
-            decoder.together = Together(decoder.board, decoder.layers, decoder.experts[0].store)
+            decoder.make_together()
     whole: Any = model
     library_forward = whole.forward
 

@@ -52,7 +52,9 @@ class Attention:
 
     def takes(self, layer: Any) -> bool:
         """Whether a cache's layer is of the kind that the steps can go on with."""
-        return type(layer) in (DynamicLayer, RoomyLayer) and layer.keys is not None and len(layer.keys) == 1
+        if type(layer) is RoomyLayer:
+            return layer.batch == 1
+        return type(layer) is DynamicLayer and layer.keys is not None and len(layer.keys) == 1
 
     def begin(self, token: Token) -> None:
         """Before the steps of a token."""

@@ -37,6 +37,7 @@ def library_calls(what: str) -> Iterator[None]:
 class Token:
     """The token that is being decoded. ``plain``: what the library's layers are called with."""
 
+    ids: Tensor
     position: int
     cosine: Tensor
     sine: Tensor

@@ -37,6 +37,12 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._used[name] = value.shape[2] if value is not None and value.ndim == 4 else 0
 
     @property
+    def batch(self) -> int:
+        """How many sequences; 0 before the first token."""
+        buffer = self._buffers["keys"]
+        return 0 if buffer is None or buffer.ndim != 4 else buffer.shape[0]
+
+    @property
     def length(self) -> int:
         """Tokens that are kept."""
         return self._used["keys"]

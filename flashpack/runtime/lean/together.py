@@ -1,65 +1,80 @@
-"""A token's layers in one call of the kernels, as long as the experts that it asks for are in memory."""
+"""A token in one call of the kernels, as long as the experts that it asks for are in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor, nn
+
 from flashpack.kernels import RecordView
 from flashpack.kernels.interface import ResidentStep, Step, Stretches
 from flashpack.runtime.cache import Key
+from flashpack.runtime.dense import PackedEmbedding, PackedLinear
 from flashpack.runtime.lean.blocks import Experts, Network
-from flashpack.runtime.lean.board import Board, NotLean, Token
+from flashpack.runtime.lean.board import Board, NotLean, Token, products
 from flashpack.runtime.lean.layers import LeanLayer, PlainLayer
 from flashpack.runtime.store import ExpertStore
 
 
 class Together:
-    """All layers of a model: nothing comes back to Python between them, whose time is a part of a token's that grows as
-    experts come from memory. ``NotLean`` if not all are steps, or the kernels have no stretches.
+    """From a token's number to its logits: nothing comes back to Python between layers, whose time is a part of a token's
+    that grows as experts come from memory. ``NotLean`` if something is no step, or the kernels have no stretches.
 
-    At the first expert that is not in memory the rest of the token is computed layer by layer. Results are the same.
+    ``norm``: of the stream, behind all layers. At the first expert that is not in memory the rest of the token is computed
+    layer by layer. Results are the same.
     """
 
-    def __init__(self, board: Board, layers: Sequence[LeanLayer | PlainLayer], store: ExpertStore) -> None:
+    def __init__(
+        self, board: Board, layers: Sequence[LeanLayer | PlainLayer], store: ExpertStore, embedding: nn.Module,
+        norm: Step, head: nn.Module,
+    ) -> None:  # fmt: skip
         stretches = board.steps.stretches
         if stretches is None:
             raise NotLean("the kernels have no stretches")
-        self._store = store
+        if not isinstance(embedding, PackedEmbedding) or not isinstance(head, PackedLinear):
+            raise NotLean("the embedding or the head is the library's")
+        self._board, self._store = board, store
         self._layers = [layer for layer in layers if isinstance(layer, LeanLayer)]
         if len(self._layers) < len(layers):
             raise NotLean("a layer is the library's")
+        embed = stretches.row(embedding.matrix, board.x)
+        if embed is None:
+            raise NotLean("the embedding is stored in a way that is not known")
+        self._embed = embed
+        self._logits = board.array("logits", head.out_features)
+        self._after = [norm, products(board, board.normed, [head], [self._logits])]
         self._residents = [_resident(board, stretches, layer.block) for layer in self._layers]
-        self._of_layer = {
-            layer.block.layer: resident
-            for layer, resident in zip(self._layers, self._residents, strict=True)
-            if isinstance(layer.block, Experts)
-        }
+        pairs = list(zip(self._layers, self._residents, strict=True))
+        self._of_layer = {layer.block.layer: step for layer, step in pairs if isinstance(layer.block, Experts)}
         groups: list[list[Step]] = []
-        for layer, resident in zip(self._layers, self._residents, strict=True):
+        for layer, resident in pairs:
             switch = layer.block.switch if isinstance(layer.block, Experts) else []
             groups.append([*layer.mixing, *layer.choosing, *switch, resident])
-        self._stretch = stretches.stretch(groups)
+        groups[0].insert(0, embed)
+        self._stretch = stretches.stretch(groups, self._after)
         store.watch(self._placed)
 
-    def __call__(self, token: Token) -> bool:
-        """Compute all layers; False if nothing was done, because some would better be computed while others are read."""
-        store = self._store
+    def __call__(self, token: Token) -> Tensor | None:
+        """Logits [vocabulary]; None if nothing was done, because what is missing would better be read ahead."""
+        store, layers = self._store, self._layers
         if store.reads_ahead:
-            return False
+            return None
         store.check_cancelled()
-        for layer in self._layers:
+        self._board.y.zero_()
+        self._embed.given(int(token.ids))
+        for layer in layers:
             layer.mixer.begin(token)
         before = [resident.seconds for resident in self._residents]
         done = self._stretch()
-        for layer, resident, spent in zip(self._layers[:done], self._residents, before, strict=False):
+        for layer, resident, spent in zip(layers[:done], self._residents, before, strict=False):
             if isinstance(layer.block, Experts):
                 store.found(layer.block.layer, sorted(layer.block.router.read()), resident.seconds - spent)
-        for layer in self._layers[done : done + 1]:
-            layer.block()
-        for layer in self._layers[done + 1 :]:
-            for stage in layer.stages:
-                stage()
-        return True
+        if done < len(layers):
+            layers[done].block()
+            rest = [stage for layer in layers[done + 1 :] for stage in layer.stages]
+            for step in (*rest, *self._after):
+                step()
+        return self._logits.clone()
 
     def _placed(self, key: Key, record: RecordView | None) -> None:
         layer, expert = key

@@ -11,7 +11,7 @@ from flashpack.kernels.cpu.native.library import load
 ABI = 5
 """What `flashpack_kernels_abi` must answer: a library left by another version is not used."""
 
-FUNCTIONS = {"linear": 0, "add_norm": 1, "attend": 2, "delta": 3, "route": 4, "combine": 5, "resident": 6}
+FUNCTIONS = {"linear": 0, "add_norm": 1, "attend": 2, "delta": 3, "route": 4, "combine": 5, "resident": 6, "row": 7}
 """What may be part of a sequence, by the numbers of kernels.h."""
 
 KINDS = {"BF16": 0, "F16": 1, "F32": 2, "affine": 3, "mxfp4": 4, "affine_dq": 3}

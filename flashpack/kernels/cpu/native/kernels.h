@@ -103,7 +103,7 @@ typedef struct {
 enum { FP_SOFTMAX_TOP = 0, FP_TOP_SOFTMAX = 1, FP_SIGMOID_TOP = 2 };
 
 /* One call of a sequence (flashpack_run): which function, and its arguments by their type, each in its order. */
-enum { FP_LINEAR = 0, FP_ADD_NORM = 1, FP_ATTEND = 2, FP_DELTA = 3, FP_ROUTE = 4, FP_COMBINE = 5, FP_RESIDENT = 6 };
+enum { FP_LINEAR = 0, FP_ADD_NORM = 1, FP_ATTEND = 2, FP_DELTA = 3, FP_ROUTE = 4, FP_COMBINE = 5, FP_RESIDENT = 6, FP_ROW = 7 };
 
 typedef struct {
     void *pointers[8];

@@ -120,6 +120,40 @@ static int delta(
     return 0;
 }
 
+static float number(const uint8_t *numbers, int type, int64_t i)
+{
+    if (type == FP_F32)
+        return reinterpret_cast<const float *>(numbers)[i];
+    const uint16_t word = reinterpret_cast<const uint16_t *>(numbers)[i];
+    return type == FP_BF16 ? float_of((uint32_t)word << 16) : half_to_float(word);
+}
+
+/* A row of a matrix of plain numbers, or an affine one with scales of such -> out [width]. Returns as flashpack_linear. */
+static int row(const fp_matrix &m, int64_t index, float *out)
+{
+    if (index < 0 || index >= m.rows || !m.weight || m.kind > FP_AFFINE)
+        return -1;
+    const int64_t first = index * m.width;
+    if (m.kind != FP_AFFINE) {
+        for (int64_t i = 0; i < m.width; i++)
+            out[i] = number(m.weight, m.kind, first + i);
+        return 0;
+    }
+    if (m.scale_type > FP_F32 || m.bits < 2 || m.bits > 8 || m.group < 32 || m.width % m.group)
+        return -1;
+    const uint8_t *codes = m.weight + first / 8 * m.bits;
+    const uint32_t mask = (1u << m.bits) - 1;
+    for (int64_t i = 0; i < m.width; i++) {
+        const int64_t bit = i * m.bits, group = (first + i) / m.group;
+        uint32_t word = codes[bit / 8];
+        if (bit % 8 + m.bits > 8)
+            word |= (uint32_t)codes[bit / 8 + 1] << 8;
+        const float code = (float)(word >> bit % 8 & mask);
+        out[i] = code * number(m.scales, m.scale_type, group) + number(m.biases, m.scale_type, group);
+    }
+    return 0;
+}
+
 /* The experts that a router has chosen, if all of them are in memory, and the networks beside them: `outputs` of these,
  * then of those, and their weighted sum -> out (null: none). Returns as flashpack_linear, -3 if an expert is not there. */
 static int resident(
@@ -194,6 +228,9 @@ FP_EXPORT int flashpack_run(void *workers, const fp_step *const *steps, int coun
             status = resident(
                 workers, static_cast<fp_resident *>(p[0]), real(1), static_cast<const int32_t *>(p[2]), real(3), out(4),
                 out(5));
+            break;
+        case FP_ROW:
+            status = row(*static_cast<const fp_matrix *>(p[0]), n[0], out(1));
             break;
         default:
             status = -1;
