@@ -3,7 +3,7 @@
  *
  *     cd flashpack/kernels/cpu/native
  *     aarch64-linux-gnu-g++ -std=c++17 -O2 -ffp-contract=off -static -pthread -I. \
- *         kernels.cpp level_*.cpp ../../../../tools/check_kernels.cpp -o check_kernels
+ *         kernels.cpp steps.cpp level_*.cpp ../../../../tools/check_kernels.cpp -o check_kernels
  *     qemu-aarch64 ./check_kernels
  */
 #include <math.h>
@@ -19,9 +19,7 @@ extern "C" const char *flashpack_kernels_level_name(int level);
 extern "C" void *flashpack_workers(int threads, int level);
 extern "C" int flashpack_linear(
     void *workers, const float *x, int64_t tokens, const fp_matrix *matrices, int count, float *const *out);
-extern "C" int flashpack_delta(
-    void *workers, const fp_delta *layer, const float *query, const float *key, const float *value, const float *gate,
-    const float *beta, const float *alpha, float *out);
+extern "C" int flashpack_run(void *workers, const fp_step *const *steps, int count);
 
 static uint32_t state = 1;
 
@@ -113,9 +111,16 @@ static double check_delta(void *workers, int key_heads, int value_heads, int key
     for (int token = 0; token < 20; token++) {
         const std::vector<float> x = some(channels, 2), gate = some((size_t)value_heads * values, 2);
         const std::vector<float> beta = some(value_heads, 3), alpha = some(value_heads, 30);
-        if (flashpack_delta(
-                workers, &layer, x.data(), x.data() + key_heads * keys, x.data() + 2 * key_heads * keys, gate.data(),
-                beta.data(), alpha.data(), out.data()))
+        const float *const inputs_of_it[] = {
+            x.data(), x.data() + key_heads * keys, x.data() + 2 * key_heads * keys, gate.data(), beta.data(), alpha.data()};
+        fp_step step = {};
+        step.function = FP_DELTA;
+        step.pointers[0] = const_cast<fp_delta *>(&layer);
+        for (int i = 0; i < 6; i++)
+            step.pointers[1 + i] = const_cast<float *>(inputs_of_it[i]);
+        step.pointers[7] = out.data();
+        const fp_step *const steps[] = {&step};
+        if (flashpack_run(workers, steps, 1))
             return INFINITY;
         std::vector<double> mixed(channels);
         for (int c = 0; c < channels; c++) {

@@ -59,24 +59,34 @@ bool valid(const fp_matrix &m)
     return m.kind >= FP_BF16 && m.kind <= FP_F32;
 }
 
+/* What tokens are multiplied with: matrices that get few of them, or many, or networks of experts that get many. */
+struct Uses {
+    bool few, many, experts;
+};
+
 /* Activations of several tokens in the form that matrices of one shape need. */
 struct Prepared {
     Shape shape;
     int64_t groups = 0;
     int16_t *codes = nullptr;
+    int8_t *planes = nullptr;
     float *scales = nullptr, *sums = nullptr;
     int8_t *bytes = nullptr;
     float *byte_scales = nullptr, *byte_sums = nullptr;
 
-    Prepared(Scratch &scratch, const Shape &s, int64_t tokens, bool with_bytes)
+    Prepared(const Level &level, Scratch &scratch, const Shape &s, int64_t tokens, Uses uses)
         : shape(s), groups((s.groups + 15) / 16 * 16)
     {
         if (!s.group)
             return;
-        codes = scratch.take<int16_t>(64 * s.units * tokens);
+        const bool as_bytes = uses.experts && level.prepare_bytes && s.order == ORDER_NIBBLES;
+        if (uses.many || (uses.experts && !as_bytes) || (uses.few && !level.planes))
+            codes = scratch.take<int16_t>(64 * s.units * tokens);
+        if (uses.few && level.planes)
+            planes = scratch.take<int8_t>(128 * s.units * tokens);
         scales = scratch.take<float>(tokens);
         sums = scratch.take<float>(groups * tokens);
-        if (with_bytes && s.order == ORDER_NIBBLES && tokens > FEW_TOKENS) {
+        if (as_bytes) {
             bytes = scratch.take<int8_t>(64 * s.units * tokens);
             byte_scales = scratch.take<float>(2 * s.units * tokens);
             byte_sums = scratch.take<float>(2 * s.units * tokens);
@@ -91,7 +101,9 @@ struct Prepared {
     void fill(const Level &level, const float *x, int64_t token) const
     {
         if (shape.group)
-            scales[token] = level.prepare(x, shape, codes + 64 * shape.units * token, sums + groups * token);
+            scales[token] = level.prepare(
+                x, shape, codes ? codes + 64 * shape.units * token : nullptr,
+                planes ? planes + 128 * shape.units * token : nullptr, sums + groups * token);
         if (bytes)
             level.prepare_bytes(
                 x, shape, bytes + 64 * shape.units * token, byte_scales + 2 * shape.units * token,
@@ -101,9 +113,10 @@ struct Prepared {
     Activations at(const float *x, int64_t token) const
     {
         if (!shape.group)
-            return {x, nullptr, nullptr, 1, nullptr, nullptr, nullptr};
+            return {x, nullptr, nullptr, nullptr, 1, nullptr, nullptr, nullptr};
         return {
-            x, codes + 64 * shape.units * token, sums + groups * token, scales[token],
+            x, codes ? codes + 64 * shape.units * token : nullptr, planes ? planes + 128 * shape.units * token : nullptr,
+            sums + groups * token, scales[token],
             bytes ? bytes + 64 * shape.units * token : nullptr, bytes ? byte_scales + 2 * shape.units * token : nullptr,
             bytes ? byte_sums + 2 * shape.units * token : nullptr};
     }
@@ -117,12 +130,12 @@ const Prepared &find(const std::vector<Prepared> &all, const Shape &shape)
     return all[i];
 }
 
-void add_shape(std::vector<Prepared> &all, Scratch &scratch, const Shape &shape, int64_t tokens, bool with_bytes)
+void add_shape(std::vector<Prepared> &all, Workers &w, const Shape &shape, int64_t tokens, Uses uses)
 {
     for (const Prepared &one : all)
         if (one.fits(shape))
             return;
-    all.push_back(Prepared(scratch, shape, tokens, with_bytes));
+    all.push_back(Prepared(*w.level, w.scratch, shape, tokens, uses));
 }
 
 /* Rows of a piece of work: enough to be worth a thread's while, few enough for equal shares. */
@@ -153,17 +166,19 @@ void some_experts(
     const Level &level = *w.level;
     std::vector<Prepared> inputs, middles;
     std::vector<int64_t> starts(count + 1, 0);
-    for (int e = 0; e < count; e++)
+    Uses uses = {false, false, false};
+    for (int e = 0; e < count; e++) {
         starts[e + 1] = starts[e] + tasks[e].count;
+        (tasks[e].count > FEW_TOKENS ? uses.experts : uses.few) = true;
+    }
     const int64_t pairs = starts[count];
     int64_t inner = 0;
-    const bool with_bytes = level.prepare_bytes;
     for (int e = 0; e < count; e++) {
         const fp_expert &expert = *tasks[e].expert;
-        add_shape(inputs, w.scratch, shape_of(expert.first), tokens, with_bytes);
+        add_shape(inputs, w, shape_of(expert.first), tokens, uses);
         if (expert.gated == 2)
-            add_shape(inputs, w.scratch, shape_of(expert.second), tokens, with_bytes);
-        add_shape(middles, w.scratch, shape_of(expert.down), pairs, with_bytes);
+            add_shape(inputs, w, shape_of(expert.second), tokens, uses);
+        add_shape(middles, w, shape_of(expert.down), pairs, uses);
         inner = expert.down.width > inner ? expert.down.width : inner;
     }
     const int64_t width = tasks[0].expert->first.width;
@@ -281,7 +296,7 @@ FP_EXPORT int flashpack_linear(
         std::vector<Piece> pieces;
         std::vector<Activations *> activations(count);
         for (int i = 0; i < count; i++) {
-            add_shape(inputs, w.scratch, shape_of(matrices[i]), tokens, false);
+            add_shape(inputs, w, shape_of(matrices[i]), tokens, {tokens <= FEW_TOKENS, tokens > FEW_TOKENS, false});
             const int64_t step = piece_rows(matrices[i].rows, width);
             for (int64_t r = 0; r < matrices[i].rows; r += step)
                 pieces.push_back({i, (int32_t)r, (int32_t)(r + step < matrices[i].rows ? r + step : matrices[i].rows)});

@@ -65,11 +65,13 @@ struct Shape {
     int order;
 };
 
-/* Activations of one token: as they are; as 16-bit integers worth `scale` each, with sums by group; and as bytes,
- * worth `byte_scales` for each unit or its halves, with the sums of their values (prepare_bytes). */
+/* Activations of one token: as they are; as 16-bit integers worth `scale` each, with sums by group, which lie as they are
+ * (`codes`) or, of each 64, as their upper bits and then their lower seven (`planes`); and as bytes, worth `byte_scales`
+ * for each unit or its halves, with the sums of their values (prepare_bytes). */
 struct Activations {
     const float *values;
     const int16_t *codes;
+    const int8_t *planes;
     const float *sums;
     float scale;
     const int8_t *bytes;
@@ -79,7 +81,9 @@ struct Activations {
 
 struct Level {
     const char *name;
-    float (*prepare)(const float *x, const Shape &shape, int16_t *codes, float *sums);
+    bool planes; /* what up to FEW_TOKENS tokens are multiplied as */
+    /* Codes or planes may be null. */
+    float (*prepare)(const float *x, const Shape &shape, int16_t *codes, int8_t *planes, float *sums);
     /* Null, or what experts' products of ORDER_NIBBLES with more than FEW_TOKENS tokens are made with. */
     void (*prepare_bytes)(const float *x, const Shape &shape, int8_t *bytes, float *scales, float *sums);
     /* rows [first, last) of a matrix times tokens: out[token * stride + row - first]. */

@@ -215,6 +215,25 @@ template <int TYPE> inline Strip widen_strip(const uint8_t *source, int64_t firs
     return strip;
 }
 
+/* `count` times factor * 2^(code - 127), NaN for 255, then zeros. */
+inline Strip powers_of_two(const uint8_t *codes, int64_t count, float factor)
+{
+    alignas(16) uint8_t space[16] = {0};
+    memcpy(space, codes, count);
+    const __m128i bytes = _mm_load_si128((const __m128i *)space);
+    const __m256i places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), half = _mm256_set1_epi32(0x00400000);
+    Strip strip;
+    for (int i = 0; i < 2; i++) {
+        const __m256i code = _mm256_cvtepu8_epi32(i ? _mm_srli_si128(bytes, 8) : bytes);
+        const __m256i odd = _mm256_or_si256(
+            _mm256_cmpeq_epi32(code, _mm256_setzero_si256()), _mm256_cmpeq_epi32(code, _mm256_set1_epi32(255)));
+        const __m256i value = _mm256_or_si256(_mm256_slli_epi32(code, 23), _mm256_and_si256(odd, half));
+        const __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)count - 8 * i), places);
+        strip.part[i] = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_and_si256(value, there)), _mm256_set1_ps(factor));
+    }
+    return strip;
+}
+
 inline Lanes add_strip(Lanes sum, Strip a, Strip b)
 {
     return _mm256_fmadd_ps(a.part[1], b.part[1], _mm256_fmadd_ps(a.part[0], b.part[0], sum));
@@ -378,7 +397,7 @@ inline void reorder(int order, const int16_t *in, int16_t *out)
 #include "decode.h"
 #include "recurrent.h"
 
-const Level level_avx2 = {"avx2", prepare, prepare_bytes, product, activate, normalize, attend, convolve, delta};
+const Level level_avx2 = {"avx2", false, prepare, prepare_bytes, product, activate, normalize, attend, convolve, delta};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -142,12 +142,6 @@ inline Lanes converted(Sums sums)
     return _mm512_cvtepi32_ps(sums);
 }
 
-inline Lanes dot(const Codes &codes, const int16_t *activations)
-{
-    const Sums first = _mm512_madd_epi16(codes.part[0], codes_at(activations));
-    return converted(_mm512_dpwssd_epi32(first, codes.part[1], codes_at(activations + 32)));
-}
-
 template <int R, int T>
 inline void dots(
     const int16_t (*rows)[64 * SEGMENT], const Activations *tokens, int64_t own, int64_t unit, int64_t count,
@@ -223,6 +217,18 @@ inline Strip strip_of(Floats low, Floats high)
 inline void store_strip(float *out, Strip strip)
 {
     _mm512_store_ps(out, strip);
+}
+
+/* `count` times factor * 2^(code - 127), NaN for 255, then zeros. */
+inline Strip powers_of_two(const uint8_t *codes, int64_t count, float factor)
+{
+    const __m128i bytes = _mm_maskz_loadu_epi8((__mmask16)(0xFFFF >> (16 - count)), codes);
+    const __m512i code = _mm512_cvtepu8_epi32(bytes), half = _mm512_set1_epi32(0x00400000);
+    const __mmask16 odd = _mm512_cmpeq_epi32_mask(code, _mm512_setzero_si512()) |
+                          _mm512_cmpeq_epi32_mask(code, _mm512_set1_epi32(255));
+    const __m512i value = _mm512_mask_or_epi32(_mm512_slli_epi32(code, 23), odd, _mm512_slli_epi32(code, 23), half);
+    return _mm512_maskz_mul_ps(
+        (__mmask16)(0xFFFF >> (16 - count)), _mm512_castsi512_ps(value), _mm512_set1_ps(factor));
 }
 
 inline Lanes add_strip(Lanes sum, Strip a, Strip b)
@@ -376,13 +382,112 @@ inline void reorder(int order, const int16_t *in, int16_t *out)
             out + 32 * i, _mm512_permutex2var_epi16(low, _mm512_load_si512(from + 32 * i), high));
 }
 
+enum { MXFP4_SHIFT = 12 }; /* so much larger are the codes of fine_dot than twice the values */
+
+/* Of a unit's byte, as fine_dot unpacks them: the number of its code. */
+constexpr int plane_number(int order, int byte)
+{
+    const int word = byte / 8, k = byte % 8; /* words of 64 bits */
+    if (order == ORDER_NIBBLES)
+        return 2 * (byte % 32) + byte / 32;
+    if (order == ORDER_PAIRS)
+        return 32 * (word / 2 % 2) + 4 * k + 2 * (word / 4) + word % 2;
+    return 32 * (word / 2 % 2) + 16 * (word / 4) + 8 * (word % 2) + k;
+}
+
+/* For codes of 3, 5 or 6 bits: which bytes of a unit each 64 bits get, for their eight codes. */
+template <int BITS> struct PlanePlaces {
+    alignas(64) uint8_t bytes[64];
+
+    constexpr PlanePlaces() : bytes()
+    {
+        for (int byte = 0; byte < 64; byte++) {
+            const int source = BITS * plane_number(ORDER_STRAIGHT, byte / 8 * 8) / 8 + byte % 8;
+            bytes[byte] = (uint8_t)(source < 64 ? source : 63);
+        }
+    }
+};
+
+template <int BITS> constexpr PlanePlaces<BITS> plane_places{};
+
+/* A unit's codes, each in a byte: of the 16 sums of four, four and four belong to the same half. */
+template <int FORMAT> inline __m512i unpack_bytes_of_unit(const uint8_t *unit)
+{
+    if (FORMAT == 4 || FORMAT == MXFP4) {
+        const __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)unit));
+        const __m512i codes = _mm512_and_si512(
+            _mm512_srlv_epi16(both, lane_shifts(0, 0x0004000400040004)), _mm512_set1_epi8(15));
+        return FORMAT == 4 ? codes : shifted(codes);
+    }
+    if (FORMAT == 2) {
+        const __m512i bytes = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)unit));
+        const __m512i words = _mm512_permutexvar_epi64(_mm512_set_epi64(1, 1, 0, 0, 1, 1, 0, 0), bytes);
+        const uint64_t each = 0x0001000100010001;
+        const __m512i shifts = _mm512_set_epi64(6 * each, 4 * each, 6 * each, 4 * each, 2 * each, 0, 2 * each, 0);
+        return _mm512_and_si512(_mm512_srlv_epi16(words, shifts), _mm512_set1_epi8(3));
+    }
+    constexpr int BITS = FORMAT == 3 || FORMAT == 5 || FORMAT == 6 ? FORMAT : 8;
+    const __m512i bytes = _mm512_maskz_loadu_epi8(~0ull >> (64 - 8 * BITS), unit);
+    const __m512i words = _mm512_permutexvar_epi8(_mm512_load_si512(plane_places<BITS>.bytes), bytes);
+    if (BITS == 8)
+        return words;
+    const uint64_t first = BITS | 2 * BITS << 8 | 3 * BITS << 16; /* bits of codes 1, 2, 3 */
+    const uint64_t low = first << 8, high = (first << 8) + 4 * BITS * 0x01010101ull;
+    return _mm512_and_si512(
+        _mm512_multishift_epi64_epi8(_mm512_set1_epi64((long long)(high << 32 | low)), words),
+        _mm512_set1_epi8((1 << BITS) - 1));
+}
+
+/* Products of codes and activations: of the upper bits of these, then of the lower seven. */
+template <int FORMAT> inline Lanes fine_dot(const uint8_t *unit, const int8_t *planes)
+{
+    const __m512i codes = unpack_bytes_of_unit<FORMAT>(unit);
+    const __m512i upper = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, _mm512_loadu_si512(planes));
+    return converted(_mm512_dpbusd_epi32(_mm512_slli_epi32(upper, 7), codes, _mm512_loadu_si512(planes + 64)));
+}
+
+inline Lanes all_lanes(float value)
+{
+    return _mm512_set1_ps(value);
+}
+
+/* For each byte of a unit: which activation belongs there. */
+template <int ORDER> struct PlaneOrder {
+    alignas(64) uint8_t from[64];
+
+    constexpr PlaneOrder() : from()
+    {
+        for (int byte = 0; byte < 64; byte++)
+            from[byte] = (uint8_t)plane_number(ORDER, byte);
+    }
+};
+
+template <int ORDER> constexpr PlaneOrder<ORDER> plane_order{};
+
+/* A unit's activations in the order of its codes: 64 times their upper bits, 64 times the lower seven. */
+inline void reorder_planes(int order, const int16_t *in, int8_t *out)
+{
+    const uint8_t *from = order == ORDER_NIBBLES ? plane_order<ORDER_NIBBLES>.from
+                          : order == ORDER_PAIRS ? plane_order<ORDER_PAIRS>.from
+                                                 : plane_order<ORDER_STRAIGHT>.from;
+    const __m512i low = codes_at(in), high = codes_at(in + 32), seven = _mm512_set1_epi16(127);
+    const auto both = [from](__m512i a, __m512i b) {
+        const __m512i bytes = _mm512_inserti64x4(
+            _mm512_castsi256_si512(_mm512_cvtepi16_epi8(a)), _mm512_cvtepi16_epi8(b), 1);
+        return _mm512_permutexvar_epi8(_mm512_load_si512(from), bytes);
+    };
+    _mm512_storeu_si512(out, both(_mm512_srai_epi16(low, 7), _mm512_srai_epi16(high, 7)));
+    _mm512_storeu_si512(out + 64, both(_mm512_and_si512(low, seven), _mm512_and_si512(high, seven)));
+}
+
 } // namespace
+#define FP_PLANES /* two planes of bytes for few tokens: one.h */
 #define FP_BYTES /* 8-bit products: bytes.h */
 #include "body.h"
 #include "decode.h"
 #include "recurrent.h"
 
-const Level level_avx512 = {"avx512", prepare, prepare_bytes, product, activate, normalize, attend, convolve, delta};
+const Level level_avx512 = {"avx512", true, prepare, prepare_bytes, product, activate, normalize, attend, convolve, delta};
 
 #if defined(__clang__)
 #pragma clang attribute pop

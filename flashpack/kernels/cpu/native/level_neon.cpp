@@ -307,5 +307,5 @@ inline void reorder(int order, const int16_t *in, int16_t *out)
 #include "decode.h"
 #include "recurrent.h"
 
-const Level level_neon = {"neon", prepare, nullptr, product, activate, normalize, attend, convolve, delta};
+const Level level_neon = {"neon", false, prepare, nullptr, product, activate, normalize, attend, convolve, delta};
 #endif

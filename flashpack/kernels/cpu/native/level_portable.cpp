@@ -254,4 +254,4 @@ inline void reorder(int, const int16_t *in, int16_t *out)
 #include "decode.h"
 #include "recurrent.h"
 
-const Level level_portable = {"portable", prepare, nullptr, product, activate, normalize, attend, convolve, delta};
+const Level level_portable = {"portable", false, prepare, nullptr, product, activate, normalize, attend, convolve, delta};

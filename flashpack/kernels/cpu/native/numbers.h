@@ -37,12 +37,6 @@ inline void widen_numbers(const uint8_t *source, int type, int64_t first, int64_
         widen_type<FP_F32>(source, first, count, out);
 }
 
-/* 2^(code - 127); 255 is NaN. */
-inline float power_of_two(uint8_t code)
-{
-    return float_of(blocks::e8m0_bits(code));
-}
-
 /* The values of a unit, followed by zeros if there are fewer than 64. */
 inline const float *unit_values(const float *x, const Shape &s, int64_t unit, float *space)
 {
@@ -55,7 +49,7 @@ inline const float *unit_values(const float *x, const Shape &s, int64_t unit, fl
 }
 
 /* Activations as 16-bit integers, in a shape's order, with sums by group; returns what an integer is worth. */
-float prepare(const float *x, const Shape &s, int16_t *codes, float *sums)
+float prepare(const float *x, const Shape &s, int16_t *codes, [[maybe_unused]] int8_t *planes, float *sums)
 {
     bool finite = true;
     float largest = 0;
@@ -73,7 +67,12 @@ float prepare(const float *x, const Shape &s, int16_t *codes, float *sums)
         alignas(64) int16_t straight[64];
         int32_t half_sums[2];
         round64(unit_values(x, s, u, values), usable ? inverse : 0, straight, half_sums);
-        reorder(s.order, straight, codes + 64 * u);
+        if (codes)
+            reorder(s.order, straight, codes + 64 * u);
+#if defined(FP_PLANES)
+        if (planes)
+            reorder_planes(s.order, straight, planes + 128 * u);
+#endif
         if (s.group == 32) {
             sums[2 * u] = (float)half_sums[0];
             if (2 * u + 1 < s.groups)
@@ -174,10 +173,7 @@ FP_INLINE Strip scales_of(const fp_matrix &m, int64_t first, int64_t count, int6
         return GROUP == blocks::DQ_GROUP && m.scale_type == FP_NIBBLES
                    ? dq_strip<false>(m, first, count)
                    : numbers_of(m.scales, m.scale_type, first, count, all);
-    alignas(64) float scales[16] = {0};
-    for (int64_t i = 0; i < count; i++)
-        scales[i] = 0.5f * power_of_two(m.scales[first + i]); /* codes are twice the values */
-    return load_strip(scales);
+    return powers_of_two(m.scales + first, count, 0.5f); /* codes are twice the values */
 }
 
 template <int GROUP> FP_INLINE Strip biases_of(const fp_matrix &m, int64_t first, int64_t count, int64_t all)

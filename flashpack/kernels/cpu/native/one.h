@@ -5,10 +5,33 @@
 
 namespace {
 
+#if defined(FP_PLANES)
+typedef int8_t Fine;
+enum { FINE = 128 }; /* of these for a unit */
+
+inline const Fine *fine(const Activations &a)
+{
+    return a.planes;
+}
+#else
+typedef int16_t Fine;
+enum { FINE = 64 };
+
+inline const Fine *fine(const Activations &a)
+{
+    return a.codes;
+}
+
+template <int FORMAT> inline Lanes fine_dot(const uint8_t *unit, const Fine *activations)
+{
+    return dot(unpack<FORMAT>(unit), activations);
+}
+#endif
+
 /* R rows times one token over complete units of a strip. */
 template <int FORMAT, int GROUP, int R>
 inline void units_of_one(
-    const uint8_t *weights, int64_t pitch, int64_t units, const int16_t *activations, const float (*scales)[16],
+    const uint8_t *weights, int64_t pitch, int64_t units, const Fine *activations, const float (*scales)[16],
     Lanes *sums)
 {
     /* The same place of the next rows, at least. */
@@ -22,7 +45,7 @@ inline void units_of_one(
             for (int r = 0; r < R; r++)
                 prefetch(unit + r * pitch + ahead);
         for (int r = 0; r < R; r++) {
-            const Lanes products = dot(unpack<FORMAT>(unit + r * pitch), activations + 64 * u);
+            const Lanes products = fine_dot<FORMAT>(unit + r * pitch, activations + FINE * u);
             own[r] = mul_add(own[r], products, factor<GROUP == 32>(scales[r], GROUP == 128 ? u / 2 : u));
         }
     }
@@ -51,7 +74,12 @@ inline void rows_of_one(const fp_matrix &m, const Shape &s, int64_t row, const A
         for (int r = 0; r < R; r++) {
             const int64_t first = (row + r) * s.groups + group;
             prefetch(m.scales + first * number + next);
-            store_strip(scales[r], scales_of<FORMAT, GROUP>(m, first, count, all));
+            const Strip own_scales = scales_of<FORMAT, GROUP>(m, first, count, all);
+            store_strip(scales[r], own_scales);
+#if defined(FP_PLANES)
+            if (FORMAT == MXFP4)
+                sums[r] = add_strip(sums[r], multiplied(own_scales, all_lanes(-MXFP4_SHIFT)), load_strip(a.sums + group));
+#endif
             if (FORMAT != MXFP4) {
                 prefetch(bias_source(m, first) + next);
                 const Strip biases = biases_of<GROUP>(m, first, count, all);
@@ -59,15 +87,15 @@ inline void rows_of_one(const fp_matrix &m, const Shape &s, int64_t row, const A
             }
         }
         units_of_one<FORMAT, GROUP, R>(
-            weights + begin * unit_bytes(FORMAT), pitch, whole - begin, a.codes + 64 * begin, scales, sums);
+            weights + begin * unit_bytes(FORMAT), pitch, whole - begin, fine(a) + FINE * begin, scales, sums);
         for (int64_t u = whole > begin ? whole : begin; u < end; u++)
             for (int r = 0; r < R; r++) {
                 uint8_t space[96];
                 const uint8_t *unit = weights + r * pitch + u * unit_bytes(FORMAT);
                 const int64_t left = s.width - 64 * u, own = u - begin;
-                const Codes codes = unpack<FORMAT>(padded<FORMAT>(unit, left < 64 ? left : 64, space));
+                const uint8_t *whole_unit = padded<FORMAT>(unit, left < 64 ? left : 64, space);
                 const Lanes scale = factor<GROUP == 32>(scales[r], GROUP == 128 ? own / 2 : own);
-                sums[r] = mul_add(sums[r], dot(codes, a.codes + 64 * u), scale);
+                sums[r] = mul_add(sums[r], fine_dot<FORMAT>(whole_unit, fine(a) + FINE * u), scale);
             }
     }
     for (int r = 0; r < R; r++)

@@ -3,6 +3,15 @@
 
 namespace {
 
+/* `count` times factor * 2^(code - 127), NaN for 255, then zeros. */
+inline Strip powers_of_two(const uint8_t *codes, int64_t count, float factor)
+{
+    alignas(64) float values[16] = {0};
+    for (int64_t i = 0; i < count; i++)
+        values[i] = factor * float_of(blocks::e8m0_bits(codes[i]));
+    return load_strip(values);
+}
+
 /* Numbers of groups, for each half of a unit. */
 template <int GROUP> inline Strip spread(Strip strip)
 {
