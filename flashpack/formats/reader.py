@@ -177,8 +177,8 @@ class Pack:
 
 
 def _map(fd: int) -> mmap.mmap:
-    """A file of weights, for reading, in huge pages where the system has them for files: walking through small ones takes
-    some percent of a token's time."""
+    """A file of weights, for reading, in huge pages where the system has them for files: finding the places of small
+    pages takes some percent of a token's time."""
     mapping = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them

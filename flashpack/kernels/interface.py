@@ -146,7 +146,7 @@ class TokenStep(Protocol):
 
 
 class ResidentStep(Protocol):
-    """A layer's experts, as long as those that are asked for are in memory. ``seconds``: that they have taken so far."""
+    """A layer's experts, as far as they are in memory. ``seconds``: that computing them has taken so far."""
 
     @property
     def seconds(self) -> float: ...
@@ -178,8 +178,8 @@ class Stretches(Protocol):
         ...
 
     def stretch(self, groups: Sequence[Sequence[Step]], after: Sequence[Step]) -> Callable[[], int]:
-        """All groups, each of which ends with a resident step, and ``after``, in one call. It stops at an expert that is
-        not in memory, and returns how many groups are done; of the next one only the resident step is left then."""
+        """All groups, each of which ends with a resident step, and ``after``, in one call. It stops at an expert that
+        is not in memory, and returns how many groups are done; of the next one only the resident step is left then."""
         ...
 
 

@@ -156,7 +156,7 @@ class ExpertStore:
             raise CancelledError("cancelled")
 
     def found(self, layer: int, experts: list[int], seconds: float) -> None:
-        """What ``batches`` takes note of, for experts that were all in the arena and have been used, for ``seconds``."""
+        """What ``batches`` takes note of, for experts that were all in the arena and were used for ``seconds``."""
         begun = time.perf_counter()
         if layer <= self._last_layer or not self.stats.steps:
             self._step(begun)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import re
 import sys
 
 import numpy as np
@@ -21,8 +22,10 @@ from flashpack.kernels.activations import recognize
 from flashpack.kernels.cpu.compiled import NativeKernels, matrix_of
 from flashpack.kernels.cpu.native import compute
 from flashpack.kernels.cpu.reference import ReferenceKernels
+from flashpack.kernels.cpu.steps import NativeSteps
 from flashpack.kernels.interface import ACTIVATIONS
-from tests.kernels.test_reference import random_matrix, stored_matrix
+from tests.conftest import ROOT
+from tests.kernels.test_reference import random_matrix, stored, stored_matrix
 
 # Where there is a compiler they must be there, says test_native.py: nothing is skipped unseen.
 pytestmark = pytest.mark.skipif(isinstance(compute.library(), str), reason=f"no native kernels: {compute.library()}")
@@ -301,3 +304,38 @@ def test_a_matrix_out_of_bounds_is_refused() -> None:
         setattr(matrix, field, value)
         with pytest.raises(ValueError, match="do not know"):
             workers.linear(x.data_ptr(), 1, matrix, out.data_ptr())
+
+
+RAW = [Encoding("raw", dtype, 0, 0) for dtype in ("BF16", "F16", "F32")]
+
+
+@pytest.mark.parametrize("encoding", [*AFFINE, *RAW], ids=str)
+def test_a_row_is_what_an_embedding_gives(encoding: Encoding) -> None:
+    shape = 50, 384
+    parts, _ = random_matrix(*shape, encoding, encoding.bits)
+    weight = stored_matrix(parts, encoding, shape) if encoding.quantized else stored(parts["weight"], encoding.dtype)
+    kernels, out = NativeKernels(1), torch.zeros(384)
+    row = NativeSteps(kernels).row(weight, out)
+    assert row is not None
+    for i in (0, 1, 17, 49):
+        row.given(i)
+        row()
+        assert torch.equal(out, kernels.embedding(torch.tensor([i]), weight, torch.float32)[0])
+    for i in (-1, 50):
+        row.given(i)
+        with pytest.raises(ValueError, match="row"):
+            row()
+
+
+@pytest.mark.parametrize("encoding", [MXFP4, *DQ, fp8("F32", (128, 128))], ids=str)
+def test_rows_of_other_encodings_are_not_known(encoding: Encoding) -> None:
+    shape = 128, 256
+    matrix = stored_matrix(random_matrix(*shape, encoding, 1)[0], encoding, shape)
+    assert NativeSteps(NativeKernels(1)).row(matrix, torch.zeros(256)) is None
+
+
+def test_what_is_built_by_hand_for_emulated_processors_still_can_be() -> None:
+    tool = (ROOT / "tools" / "check_kernels.cpp").read_text()
+    names = set(re.findall(r"flashpack_\w+", tool))
+    assert "flashpack_run" in names
+    assert [name for name in names if not hasattr(compute.library(), name)] == []

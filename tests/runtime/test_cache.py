@@ -195,6 +195,35 @@ def test_every_decision_is_that_of_a_slow_model(slots: int, seed: int) -> None:
     assert refusals > 10
 
 
+@pytest.mark.parametrize("slots", [40, 96])
+def test_a_request_used_at_once_is_one_asked_for_and_released(slots: int) -> None:
+    """Where all is here, some of it pinned by others; evictions and chances after it are the same."""
+    rng = random.Random(slots)
+    caches = ExpertCache(list(range(slots))), ExpertCache(list(range(slots)))
+    at_once = evicted = 0
+    for layer, experts in [*skewed(3, 150, layers=4, experts=24), *[(2, [1, 2]), (2, [3, 4]), (2, [4, 5])] * 20]:
+        first, second = caches
+        pinned = (layer + 1) % 4, rng.randrange(24)
+        slot = first.claim(pinned, urgent=False) if not first.contains(pinned) else None
+        if slot is not None:
+            assert second.claim(pinned, urgent=False) == slot
+        if all(first.contains((layer, e)) for e in experts):
+            at_once += 1
+            second.use(layer, experts)
+            serve(first, layer, experts)
+        else:
+            evicted += not first._free
+            serve(first, layer, experts)
+            serve(second, layer, experts)
+        if slot is not None:
+            for cache in caches:
+                cache.release(pinned)
+        assert set(first.resident()) == set(second.resident())
+    assert caches[0].ranking() == caches[1].ranking()
+    assert at_once > 50
+    assert evicted > 50 or slots == 96
+
+
 def test_a_pinned_expert_is_never_evicted_and_slots_come_back() -> None:
     cache = ExpertCache([0, 100])
     assert cache.claim((0, 1)) == 0

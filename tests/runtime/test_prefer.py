@@ -31,7 +31,7 @@ def load_with(slots: int, pack: Path, monkeypatch: pytest.MonkeyPatch, ratio: fl
 
     with monkeypatch.context() as patch:
         patch.setattr(budget, "divide", with_slots)
-        return flashpack.load(pack, prefer_cached=ratio, prefetch=False)
+        return flashpack.load(pack, prefer_cached=ratio, prefetch=False, warm=False)
 
 
 def blocks_of(pack: Path, monkeypatch: pytest.MonkeyPatch) -> list[Experts]:

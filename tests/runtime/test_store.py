@@ -74,6 +74,53 @@ def test_counts_hits_misses_and_bytes(pack_of: PackOf) -> None:
     assert store.stats.total().misses == 0
 
 
+def test_a_watcher_knows_at_any_time_where_records_are(pack_of: PackOf) -> None:
+    """Also of what was there before it came; and before a slot is read into, that its record is gone."""
+    pack, store = open_store(pack_of("qwen3_moe"), 5)
+    list(stream(store, 0, [0, 1]))
+    here: dict[tuple[int, int], RecordView] = {}
+    read_into = store._records.read_into
+
+    def watcher(key: tuple[int, int], record: RecordView | None) -> None:
+        if record is None:
+            del here[key]
+        else:
+            here[key] = record
+
+    def reads(key: tuple[int, int], record: memoryview) -> None:
+        assert key not in here
+        assert len(here) < 5
+        read_into(key, record)
+
+    store.watch(watcher)
+    store._records.read_into = reads  # type: ignore[method-assign]
+    assert set(here) == {(0, 0), (0, 1)}
+    rng = random.Random(3)
+    for _ in range(40):
+        layer, experts = rng.randrange(3), sorted(rng.sample(range(8), 3))
+        list(stream(store, layer, experts))
+        assert {(layer, e) for e in experts} <= set(here) <= set(store.resident())
+    for (layer, expert), record in here.items():
+        down = record.down
+        assert isinstance(down, StoredMatrix)
+        assert down.weight.numpy().tobytes() in record_bytes(pack, layer, expert)
+    store.close()
+
+
+def test_what_was_found_and_used_counts_as_a_request(pack_of: PackOf) -> None:
+    _, store = open_store(pack_of("qwen3_moe"), 6)
+    list(stream(store, 0, [0, 1]))
+    list(stream(store, 1, [2]))
+    store.found(0, [1], 0.5)
+    store.found(1, [2], 0.25)
+    stats = store.stats
+    assert stats.steps == 2
+    assert [(stats.layers[i].hits, stats.layers[i].misses) for i in (0, 1)] == [(1, 2), (1, 1)]
+    assert stats.layers[0].hit_seconds >= 0.5
+    assert store.used() == [(0, 1), (1, 2)]
+    store.close()
+
+
 def test_tells_what_the_step_under_way_has_used(pack_of: PackOf) -> None:
     _, store = open_store(pack_of("qwen3_moe"), 6)
     list(stream(store, 0, [0, 1]))

@@ -35,11 +35,17 @@ class NativeStep:
         self._addresses = (ctypes.c_void_p * len(calls))(*map(ctypes.addressof, calls))
 
     def __call__(self) -> None:
-        failed = self._run(self._handle, self._addresses, len(self._addresses))
+        failed = self.answer()
         if failed:
-            self._fail(failed)
+            self.fail(failed)
 
-    def _fail(self, failed: int) -> None:
+    def answer(self) -> int:
+        """What ``flashpack_run`` answers."""
+        answer: int = self._run(self._handle, self._addresses, len(self._addresses))
+        return answer
+
+    def fail(self, failed: int) -> None:
+        """Raise what an answer means."""
         place, status = failed // 4 - 1, -(failed % 4)  # flashpack_run
         function = next(name for name, n in compute.FUNCTIONS.items() if n == self.calls[place].function)
         if status == -2:
@@ -92,17 +98,19 @@ class _ResidentStep(NativeStep):
         return float(self.native.seconds)
 
 
-class _Stretch(NativeStep):
-    ends: list[int]
-    """How many calls lie before each resident step, the one itself included."""
+class _Stretch:
+    """``ends``: how many calls lie before each resident step, the one itself included."""
+
+    def __init__(self, step: NativeStep, ends: list[int]) -> None:
+        self._step, self._ends = step, ends
 
     def __call__(self) -> int:
-        failed = self._run(self._handle, self._addresses, len(self._addresses))
+        failed = self._step.answer()
         if not failed:
-            return len(self.ends)
+            return len(self._ends)
         if failed % 4 != _ABSENT:
-            self._fail(failed)
-        return self.ends.index(failed // 4)
+            self._step.fail(failed)
+        return self._ends.index(failed // 4)
 
 
 class NativeSteps:
@@ -236,8 +244,7 @@ class NativeSteps:
 
     def row(self, matrix: Tensor | StoredMatrix, out: Tensor) -> TokenStep | None:
         native = matrix_of(matrix)
-        packed = isinstance(matrix, StoredMatrix)
-        if native is None or (packed and (matrix.encoding.name != "affine" or matrix.encoding.bits > 8)):
+        if native is None or (isinstance(matrix, StoredMatrix) and matrix.encoding.name != "affine"):
             return None
         addresses = ctypes.addressof(native), out.data_ptr()
         return self._step("row", addresses, (0,), 0.0, (native, matrix, out), _RowStep)
@@ -246,9 +253,8 @@ class NativeSteps:
         made = [[step for step in group if isinstance(step, NativeStep)] for group in (*groups, after)]
         assert sum(map(len, made)) == sum(map(len, groups)) + len(after)
         calls = [[call for step in group for call in step.calls] for group in made]
-        stretch = _Stretch(self._library, self._handle, [call for some in calls for call in some], made)
-        stretch.ends = list(itertools.accumulate(map(len, calls[:-1])))
-        return stretch
+        step = NativeStep(self._library, self._handle, [call for some in calls for call in some], made)
+        return _Stretch(step, list(itertools.accumulate(map(len, calls[:-1]))))
 
     def read(self, array: Tensor) -> list[int]:
         numbers: list[int] = array.tolist()

@@ -51,7 +51,7 @@ class LeanDecoder:
         self._model: Any = model
         self._decoder: Any = model.get_decoder()  # type: ignore[no-untyped-call]
         self._context = context
-        self._head: Any = self._model.get_output_embeddings()
+        self._head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         parts = ("layers", "norm", "rotary_emb", "embed_tokens")
         if not all(hasattr(self._decoder, part) for part in parts):
             raise NotLean(f"{type(self._decoder).__name__} has not all of {', '.join(parts)}")

@@ -13,6 +13,7 @@ from flashpack.kernels.interface import MODES, RecordView, Step
 from flashpack.runtime.dense import PackedLinear, as_stored
 from flashpack.runtime.experts import RoutedExperts
 from flashpack.runtime.lean.board import PROBES, Board, NotLean, norm_of, products
+from flashpack.runtime.store import ExpertStore
 
 
 class Router:

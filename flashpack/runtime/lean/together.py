@@ -17,11 +17,12 @@ from flashpack.runtime.store import ExpertStore
 
 
 class Together:
-    """From a token's number to its logits: nothing comes back to Python between layers, whose time is a part of a token's
-    that grows as experts come from memory. ``NotLean`` if something is no step, or the kernels have no stretches.
+    """From a token's number to its logits, without coming back to Python between layers: its own work there, on cold
+    caches, is a large part of a token whose experts are in memory. ``NotLean`` if something is no step, or the kernels
+    have no stretches.
 
-    ``norm``: of the stream, behind all layers. At the first expert that is not in memory the rest of the token is computed
-    layer by layer. Results are the same.
+    ``norm``: of the stream, behind all layers. At the first expert that is not in memory the rest of the token is
+    computed layer by layer. Results are the same.
     """
 
     def __init__(

@@ -1,0 +1,174 @@
+"""A token in one call of the kernels: the same bits as layer by layer, whatever is in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import flashpack
+from flashpack.errors import CancelledError
+from flashpack.formats.records import MXFP4
+from flashpack.kernels import get_kernels
+from flashpack.kernels.cpu.native import compute
+from flashpack.runtime import dense
+from flashpack.runtime.lean.board import NotLean
+from flashpack.runtime.lean.together import Together
+from flashpack.runtime.routing import RoutingRecorder
+from flashpack.runtime.timing import Timing
+from tests.conftest import PackOf
+from tests.kernels.test_reference import random_matrix, stored_matrix
+from tests.runtime.test_lean import decode, some_ids
+from tests.runtime.test_prefer import load_with
+
+pytestmark = pytest.mark.skipif(isinstance(compute.library(), str), reason=f"no native kernels: {compute.library()}")
+
+WHOLE = ["qwen3_moe", "qwen3_moe_dense_first_tied", "trained", "qwen2_moe", "mixtral", "glm4_moe", "qwen3_next"]
+"""All their layers are steps: with a dense first layer, shared experts with and without a switch, recurrent layers."""
+
+
+def loaded(pack: Any, **options: Any) -> Any:
+    model: Any = flashpack.load(pack, warm=False, **options)
+    assert model.flashpack.decoder.together is not None
+    return model
+
+
+def counted(model: Any) -> list[int]:
+    """How many layers each stretch from now on does."""
+    together, done = model.flashpack.decoder.together, []
+    real = together._stretch
+
+    def stretch() -> int:
+        done.append(real())
+        return done[-1]
+
+    together._stretch = stretch
+    return done
+
+
+def layer_by_layer(model: Any, ids: Tensor, prompt: int) -> Tensor:
+    decoder = model.flashpack.decoder
+    together, decoder.together = decoder.together, None
+    try:
+        return decode(model, ids, prompt)[0]
+    finally:
+        decoder.together = together
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("stored", ["source", "q4"])
+def test_logits_are_those_of_layer_by_layer_to_the_bit(pack_of: PackOf, name: str, stored: str) -> None:
+    model = loaded(pack_of(name, stored, stored), prefetch=False)
+    ids = some_ids(24)
+    expected = layer_by_layer(model, ids, 3)
+    layers, done = len(model.flashpack.decoder.layers), counted(model)
+    found, cache = decode(model, ids, 3)
+    assert torch.equal(found, expected)
+    assert cache.get_seq_length() == 24
+    assert done == [layers] * 21  # all experts were read the first time
+    model.flashpack.store.stats.reset()
+    decode(model, ids, 3)
+    total = model.flashpack.store.stats.total()
+    assert total.misses == 0
+    assert 0 < total.hit_seconds < 10
+
+
+@pytest.mark.parametrize("slots", [150, 100, 4])
+def test_what_is_missing_is_read_and_the_rest_of_the_token_goes_on(
+    pack_of: PackOf, monkeypatch: pytest.MonkeyPatch, slots: int
+) -> None:
+    """Of 192 experts there are most, some, or not even a token's. Each is counted once, as layer by layer."""
+    pack, ids = pack_of("trained", "q4", "q4"), some_ids(60)
+    whole = loaded(pack, prefetch=False)
+    model, by_layer = (load_with(slots, pack, monkeypatch, None) for _ in range(2))
+    done = counted(model)
+    found, _ = decode(model, ids, 3)
+    assert torch.equal(found, layer_by_layer(whole, ids, 3))
+    assert torch.equal(found, layer_by_layer(by_layer, ids, 3))
+    assert len(done) == 57
+    assert len(set(done)) > (1 if slots > 4 else 0)
+    if slots == 150:
+        assert max(done) == 6
+    mine, theirs = model.flashpack.store.stats, by_layer.flashpack.store.stats
+    assert mine.steps == theirs.steps
+    for layer, own in mine.layers.items():
+        other = theirs.layers[layer]
+        assert (own.hits, own.misses, own.reads) == (other.hits, other.misses, other.reads)
+        assert own.misses > 0
+
+
+def test_while_experts_are_read_ahead_layers_are_called_one_by_one(pack_of: PackOf) -> None:
+    model = loaded(pack_of("trained"), prefetch=True)
+    store, done = model.flashpack.store, counted(model)
+    ids = some_ids(40)
+    store._lacked[1] = store._guesses.gate.on = True
+    assert store.reads_ahead
+    with torch.inference_mode():
+        cache = model(ids[:, :4], use_cache=True).past_key_values
+        model(ids[:, 4:5], past_key_values=cache, use_cache=True)
+        assert not done
+        for i in range(5, 40):
+            model(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+        before = len(done)
+        decode(model, ids, 4)  # nothing is missing any more
+    assert len(done) >= before + 35
+    store._lacked[1], store._guesses.gate.on = True, False
+    assert not store.reads_ahead
+
+
+def test_whoever_replaces_a_part_has_layers_called_one_by_one(pack_of: PackOf) -> None:
+    model = loaded(pack_of("trained"), prefetch=False)
+    decoder, ids = model.flashpack.decoder, some_ids(8)
+    together = decoder.together
+    recorder = RoutingRecorder(model)
+    with recorder.watching():
+        assert decoder.together is None
+        decode(model, ids, 3)
+    assert decoder.together is together
+    assert [len(x) for x in recorder._layers[0].experts] == [3, 1, 1, 1, 1, 1]
+    timing = Timing(model)
+    assert decoder.together is None
+    decode(model, ids, 3)
+    assert timing.split(5, 1.0).total["attention"][0] > 0
+    preferring: Any = flashpack.load(pack_of("trained"), prefer_cached=0.5)
+    assert preferring.flashpack.decoder.together is None
+
+
+def test_a_cancelled_token_computes_nothing(pack_of: PackOf) -> None:
+    model = loaded(pack_of("qwen3_moe", "q4", "q4"), prefetch=False)
+    _, cache = decode(model, some_ids(6), 3)
+    done = counted(model)
+    model.flashpack.store.cancelled = lambda: True
+    with torch.inference_mode(), pytest.raises(CancelledError):
+        model(some_ids(1), past_key_values=cache, use_cache=True)
+    assert not done
+    assert cache.get_seq_length() == 6
+
+
+def test_a_router_without_numbers_is_said_to_be_one(pack_of: PackOf) -> None:
+    model = loaded(pack_of("qwen3_moe", "q4", "q4"), prefetch=False)
+    _, cache = decode(model, some_ids(6), 3)
+    cache.layers[1].room()[0].fill_(torch.nan)
+    with torch.inference_mode(), pytest.raises(FloatingPointError, match="a router's logits are not numbers"):
+        model(some_ids(1), past_key_values=cache, use_cache=True)
+
+
+def test_what_is_no_step_leaves_the_layers_one_by_one(pack_of: PackOf) -> None:
+    """A head or an embedding of another kind, a layer that is the library's, kernels without stretches."""
+    decoder = loaded(pack_of("qwen3_moe", "q4", "q4")).flashpack.decoder
+    board, layers, store = decoder.board, decoder.layers, decoder.experts[0].store
+    embedding, norm, head = decoder._decoder.embed_tokens, decoder._norm, decoder._head
+    Together(board, layers, store, embedding, norm, head)
+    plain = torch.nn.Linear(8, 8)
+    for arguments in ((layers, store, plain, norm, head), (layers, store, embedding, norm, plain)):
+        with pytest.raises(NotLean, match="the embedding or the head"):
+            Together(board, *arguments)
+    with pytest.raises(NotLean, match="a layer is the library's"):
+        Together(board, [*layers, object()], store, embedding, norm, head)  # type: ignore[list-item]
+    shape = 8, len(board.x)
+    stored = stored_matrix(random_matrix(*shape, MXFP4, 0)[0], MXFP4, shape)
+    odd = dense.PackedEmbedding(get_kernels("cpu"), stored, torch.float32)
+    with pytest.raises(NotLean, match="the embedding is stored"):
+        Together(board, layers, store, odd, norm, head)
