@@ -160,13 +160,18 @@ def _choose_always_the_same(model: PreTrainedModel) -> None:
 
             part.flashpack = compute
     decoder = whole.flashpack.decoder
-    if decoder:
-        decoder.together = None
     for layer in decoder.layers if decoder else ():
         if isinstance(layer, LeanLayer) and isinstance(layer.block, Experts):
             chosen = layer.block.router.chosen
             first = torch.arange(len(chosen)).to(chosen)
             layer.block.prefer = lambda chosen=chosen, first=first: chosen.copy_(first)
+            if decoder.together:  # which does not ask ``prefer``: the only row of a matrix takes the choice's place
+                row_of = decoder.board.steps.stretches.row
+                row = row_of(first.view(1, -1).view(torch.float32), chosen.view(torch.float32))
+                row.given(0)
+                layer.choosing.append(row)
+    if decoder and decoder.together:
+        decoder.make_together()
 
 
 def _weights(model: PreTrainedModel) -> int:
