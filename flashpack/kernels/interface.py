@@ -169,7 +169,8 @@ class Stretches(Protocol):
 
         ``experts``: how many the layer has, ``chosen`` their numbers (int32; None: the layer has only ``beside``, the
         networks that every token uses). ``outputs``: rows of ``beside``, then of the chosen; ``weights``: of the
-        chosen, then of ``beside``; ``out`` None: no sum. None for an activation that is not known here.
+        chosen, then of ``beside``; ``out`` None: no sum. None for an activation that is not known here, or
+        too many experts of a token.
         """
         ...
 

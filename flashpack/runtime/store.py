@@ -99,7 +99,8 @@ class ExpertStore:
         Where kernels are asynchronous, the caller has waited for them to have the router's choice: of what they were
         asked for before, nothing is left to do.
         """
-        self.check_cancelled()
+        if self.cancelled is not None and self.cancelled():
+            raise CancelledError("cancelled")
         begun = time.perf_counter()
         if self._early is not None:
             self._early.stop()  # from now on the reads take what they need
@@ -144,22 +145,26 @@ class ExpertStore:
             stats.own_seconds += time.perf_counter() - begun - used - (stats.wait_seconds - waited)
 
     def watch(self, watcher: Callable[[Key, RecordView | None], None]) -> None:
-        """Have ``watcher`` told of each record that is in the arena, now and later, and of each that is no more (None),
-        before its memory is read into. It is called by the thread that asks for experts."""
+        """Have ``watcher`` told of each record that has been read into the arena, before now or later, and of each that
+        is not there any more (None), before its memory is read into. It is called by the thread that asks."""
         self._watcher = watcher
         for slot, key in self._held.items():
             watcher(key, self._view(key, slot))
 
-    def check_cancelled(self) -> None:
-        """Raise ``CancelledError`` if somebody wants that."""
+    def begin(self) -> None:
+        """A step begins, before any layer asks: a watcher knows from now on of all that has been read. Raises
+        ``CancelledError``."""
         if self.cancelled is not None and self.cancelled():
             raise CancelledError("cancelled")
+        self._settle()
+        if self._last_layer >= 0 or not self.stats.steps:
+            self._step(time.perf_counter())
+        self._last_layer = -1
 
     def found(self, layer: int, experts: list[int], seconds: float) -> None:
-        """What ``batches`` takes note of, for experts that were all in the arena and were used for ``seconds``."""
+        """What ``batches`` takes note of, for experts that were all in the arena and were used for ``seconds``, of a
+        step that has begun."""
         begun = time.perf_counter()
-        if layer <= self._last_layer or not self.stats.steps:
-            self._step(begun)
         self._last_layer = layer
         stats = self.stats.layers[layer]
         self._settle()
@@ -189,11 +194,6 @@ class ExpertStore:
     def guessing(self) -> bool:
         """Whether ``prefetch`` would read anything now: not where the last step found all that it asked for."""
         return self._guesses is not None and self._guesses.gate.on and self._lacked[0]
-
-    @property
-    def reads_ahead(self) -> bool:
-        """Whether ``prefetch`` is going to read for the step that comes next: the last one missed something."""
-        return self._guesses is not None and self._guesses.gate.on and self._lacked[1]
 
     def prefetch(self, layer: int, experts: Iterable[int]) -> None:
         """Begin to read those of ``experts``, likeliest first, that are not here: ``layer`` is going to ask for them.

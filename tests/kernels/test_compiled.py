@@ -240,6 +240,29 @@ def test_experts_of_four_bits_with_many_tokens(encoding: Encoding) -> None:
         assert torch.equal(alone, out[[9, 69, 0, 8]])
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    "encoding", [MXFP4, Encoding("affine", "BF16", 4, 64), Encoding("affine", "F32", 6, 32)], ids=str
+)
+def test_few_tokens_left_of_a_block_of_many(level: int, encoding: Encoding) -> None:
+    """Gate and up take 64 at once; what is left is multiplied as few tokens are, alone and beside others."""
+    native, reference = NativeKernels(2), ReferenceKernels(1)
+    native.workers = compute.Workers(2, level)
+    shapes = {"gate": (64, 128), "up": (64, 128), "down": (128, 64)}
+    projections = [Projection(n, s, encoding) for n, s in shapes.items()]
+    x = normal(140, 128, 1)
+    for counts in ([65], [66], [67], [129], [130, 2], [5, 67], [4, 1]):
+        rows = [list(range(count)) for count in counts]
+        results = []
+        for kernels in (native, reference):
+            out = torch.full((sum(counts), 128), float("nan"))
+            records = [random_record(kernels, projections, seed) for seed in range(len(counts))]
+            kernels.experts(x, records, rows, gated("silu"), out)
+            results.append(out)
+        error = (results[0] - results[1]).norm(dim=1) / results[1].norm(dim=1)
+        assert error.max() <= 3e-2, counts
+
+
 def test_an_expert_without_gate() -> None:
     native, reference = NativeKernels(2), ReferenceKernels(1)
     e = Encoding("affine", "BF16", 4, 64)

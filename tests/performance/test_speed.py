@@ -14,6 +14,7 @@ from flashpack.converter import Options
 from flashpack.converter.convert import bound
 from flashpack.errors import MemoryBudgetError
 from flashpack.formats import Pack
+from flashpack.kernels.cpu import steps
 from flashpack.performance import roofline, simulate, speed
 from flashpack.performance.forecast import forecast
 from flashpack.performance.replay import Replay, bursts_like, largest_record
@@ -141,15 +142,20 @@ def test_a_replay_says_what_cannot_be_read(pack_copy: Any) -> None:
 
 @pytest.mark.parametrize(("name", "reference"), [("trained", False), ("trained", True), ("qwen3_moe", False)])
 def test_computing_is_measured_with_all_experts_of_a_token_in_memory(
-    pack_of: PackOf, name: str, reference: bool
+    pack_of: PackOf, name: str, reference: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both ways to decode: flashpack's and the library's; with an embedding that is the head, too, or is not."""
+    """Both ways to decode: flashpack's, in one call once the experts are there, and the library's; with an embedding
+    that is the head, too, or is not."""
+    done: list[int] = []
+    stretch = steps._Stretch.__call__
+    monkeypatch.setattr(steps._Stretch, "__call__", lambda one: (done.append(stretch(one)), done[-1])[1])
     folder = pack_of(name)
     pack = Pack(folder)
     model: Any = load(folder, context=64, reference=reference, prefetch=False)
     top_k = model.config.num_experts_per_tok
     found = speed.computing(model)
     assert 0 < found.experts < found.token
+    assert done[-speed.TOKENS :] == ([] if reference else speed.TOKENS * [len(pack.manifest.layers)])
     asked = {e for _, e in model.flashpack.store.resident()}
     assert asked == set(range(top_k))
     used = sum(top_k * pack.manifest.record_kinds[layer.kinds[0][0]].nbytes for layer in pack.manifest.layers)

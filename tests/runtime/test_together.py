@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -103,8 +105,8 @@ def test_while_experts_are_read_ahead_layers_are_called_one_by_one(pack_of: Pack
     model = loaded(pack_of("trained"), prefetch=True)
     store, done = model.flashpack.store, counted(model)
     ids = some_ids(40)
-    store._lacked[1] = store._guesses.gate.on = True
-    assert store.reads_ahead
+    gate = store._guesses.gate
+    gate.on, gate.step = True, lambda seconds: None
     with torch.inference_mode():
         cache = model(ids[:, :4], use_cache=True).past_key_values
         model(ids[:, 4:5], past_key_values=cache, use_cache=True)
@@ -114,8 +116,6 @@ def test_while_experts_are_read_ahead_layers_are_called_one_by_one(pack_of: Pack
         before = len(done)
         decode(model, ids, 4)  # nothing is missing any more
     assert len(done) >= before + 35
-    store._lacked[1], store._guesses.gate.on = True, False
-    assert not store.reads_ahead
 
 
 def test_whoever_replaces_a_part_has_layers_called_one_by_one(pack_of: PackOf) -> None:
@@ -145,6 +145,16 @@ def test_a_cancelled_token_computes_nothing(pack_of: PackOf) -> None:
         model(some_ids(1), past_key_values=cache, use_cache=True)
     assert not done
     assert cache.get_seq_length() == 6
+
+
+def test_a_model_that_is_gone_leaves_no_memory(pack_of: PackOf) -> None:
+    """Collected once, as before another model is loaded, the arena is free."""
+    model = loaded(pack_of("qwen3_moe", "q4", "q4"))
+    decode(model, some_ids(6), 3)
+    store = weakref.ref(model.flashpack.store)
+    del model
+    gc.collect()
+    assert store() is None
 
 
 def test_a_router_without_numbers_is_said_to_be_one(pack_of: PackOf) -> None:

@@ -227,7 +227,8 @@ class NativeSteps:
         self, x: Tensor, activation: Activation, experts: int, chosen: Tensor | None, weights: Tensor | None,
         beside: Sequence[RecordView], outputs: Tensor, out: Tensor | None,
     ) -> ResidentStep | None:  # fmt: skip
-        if activation.name is None:
+        count = len(beside) + (0 if chosen is None else len(chosen))
+        if activation.name is None or count > compute.MOST_RESIDENT:
             return None
         known = [r.address for r in beside if isinstance(r, NativeRecord) and r.native]
         assert len(known) == len(beside)  # made by ``record``

@@ -38,8 +38,8 @@ _PROBES = 3
 class LeanDecoder:
     """A model's layers, ``lean_layers`` of them as steps; ``NotLean`` if the model is built in another way.
 
-    ``together``: what computes all layers at once where it can; without it, and where something of a layer has been
-    replaced, it must be without, layers are called one by one.
+    ``together``: computes all layers at once where it can. None: they are called one by one, as they must be where a
+    part of one has been replaced.
     """
 
     def __init__(self, model: PreTrainedModel, kernels: Kernels, context: int) -> None:

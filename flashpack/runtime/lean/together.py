@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from flashpack.kernels import RecordView
 from flashpack.kernels.interface import ResidentStep, Step, Stretches
-from flashpack.runtime.cache import Key
 from flashpack.runtime.dense import PackedEmbedding, PackedLinear
 from flashpack.runtime.lean.blocks import Experts, Network
 from flashpack.runtime.lean.board import Board, NotLean, Token, products
@@ -46,21 +44,22 @@ class Together:
         self._after = [norm, products(board, board.normed, [head], [self._logits])]
         self._residents = [_resident(board, stretches, layer.block) for layer in self._layers]
         pairs = list(zip(self._layers, self._residents, strict=True))
-        self._of_layer = {layer.block.layer: step for layer, step in pairs if isinstance(layer.block, Experts)}
         groups: list[list[Step]] = []
         for layer, resident in pairs:
             switch = layer.block.switch if isinstance(layer.block, Experts) else []
             groups.append([*layer.mixing, *layer.choosing, *switch, resident])
         groups[0].insert(0, embed)
         self._stretch = stretches.stretch(groups, self._after)
-        store.watch(self._placed)
+        of_layer = {layer.block.layer: step for layer, step in pairs if isinstance(layer.block, Experts)}
+        # Nothing of this object: a store that knows who knows it lives on, with all of its memory, when nobody does.
+        store.watch(lambda key, record: of_layer[key[0]].put(key[1], record))
 
     def __call__(self, token: Token) -> Tensor | None:
         """Logits [vocabulary]; None if nothing was done, because what is missing would better be read ahead."""
         store, layers = self._store, self._layers
-        if store.reads_ahead:
+        store.begin()
+        if store.guessing:
             return None
-        store.check_cancelled()
         self._board.y.zero_()
         self._embed.given(int(token.ids))
         for layer in layers:
@@ -76,10 +75,6 @@ class Together:
             for step in (*rest, *self._after):
                 step()
         return self._logits.clone()
-
-    def _placed(self, key: Key, record: RecordView | None) -> None:
-        layer, expert = key
-        self._of_layer[layer].put(expert, record)
 
 
 def _resident(board: Board, stretches: Stretches, block: object) -> ResidentStep:

@@ -14,6 +14,9 @@ ABI = 5
 FUNCTIONS = {"linear": 0, "add_norm": 1, "attend": 2, "delta": 3, "route": 4, "combine": 5, "resident": 6, "row": 7}
 """What may be part of a sequence, by the numbers of kernels.h."""
 
+MOST_RESIDENT = 64
+"""Networks of a token that ``resident`` computes, by FP_MOST_RESIDENT of kernels.h."""
+
 KINDS = {"BF16": 0, "F16": 1, "F32": 2, "affine": 3, "mxfp4": 4, "affine_dq": 3}
 NIBBLES = 5
 """How a matrix is stored, and the type of the scales of ``affine_dq``, by the numbers of kernels.h."""

@@ -169,7 +169,10 @@ void some_experts(
     Uses uses = {false, false, false};
     for (int e = 0; e < count; e++) {
         starts[e + 1] = starts[e] + tasks[e].count;
-        (tasks[e].count > FEW_TOKENS ? uses.experts : uses.few) = true;
+        /* Gate and up take TOKENS at once: what is left of them may be few. */
+        const int32_t rest = tasks[e].count % TOKENS;
+        uses.few |= rest && rest <= FEW_TOKENS;
+        uses.experts |= tasks[e].count > FEW_TOKENS;
     }
     const int64_t pairs = starts[count];
     int64_t inner = 0;

@@ -1,4 +1,4 @@
-/* The plain C interface of the compute kernels (kernels.cpp); what arrays hold is SPEC.md's.
+/* The plain C interface of the compute kernels (kernels.cpp, steps.cpp); what arrays hold is SPEC.md's.
  *
  * Activations are float32. For a product with stored codes, the activations of a token are rounded to 15-bit integers
  * (by at most 1/32766 of the largest). Few tokens are multiplied with the codes as they are, in exact integer sums of
@@ -87,13 +87,15 @@ typedef struct {
     float epsilon;
 } fp_delta;
 
+enum { FP_MOST_RESIDENT = 64 };
+
 /* A layer's experts by number, null for those that are not in memory, and networks beside them that every token uses. */
 typedef struct {
     const fp_expert *const *experts;
     const fp_expert *const *beside;
     int32_t count;
     int32_t beside_count;
-    int32_t top_k;
+    int32_t top_k; /* with beside_count at most FP_MOST_RESIDENT */
     int32_t function;
     float limit;
     double seconds; /* that computing them has taken so far */

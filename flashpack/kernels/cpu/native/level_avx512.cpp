@@ -1,7 +1,7 @@
-/* The kernels for x86-64 with AVX512, its dot product of 16-bit integers (VNNI) and its shuffles of bytes (VBMI).
+/* The kernels for x86-64 with AVX512, its dot products of integers (VNNI) and its shuffles of bytes (VBMI).
  *
- * Codes of a unit lie in two vectors of four lanes of eight: lanes 0 and 2 hold codes of the first half, lanes 1 and 3 of
- * the second.
+ * For many tokens, codes of a unit lie in two vectors of four lanes of eight words: lanes 0 and 2 hold codes of the first
+ * half, lanes 1 and 3 of the second. For few they lie in one vector of bytes, in lanes of 16 likewise.
  */
 #include "level.h"
 
@@ -464,6 +464,14 @@ template <int ORDER> struct PlaneOrder {
 
 template <int ORDER> constexpr PlaneOrder<ORDER> plane_order{};
 
+/* Words that are bytes, in another order. */
+inline __m512i ordered_bytes(__m512i low, __m512i high, const uint8_t *from)
+{
+    const __m512i bytes =
+        _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(low)), _mm512_cvtepi16_epi8(high), 1);
+    return _mm512_permutexvar_epi8(_mm512_load_si512(from), bytes);
+}
+
 /* A unit's activations in the order of its codes: 64 times their upper bits, 64 times the lower seven. */
 inline void reorder_planes(int order, const int16_t *in, int8_t *out)
 {
@@ -471,13 +479,8 @@ inline void reorder_planes(int order, const int16_t *in, int8_t *out)
                           : order == ORDER_PAIRS ? plane_order<ORDER_PAIRS>.from
                                                  : plane_order<ORDER_STRAIGHT>.from;
     const __m512i low = codes_at(in), high = codes_at(in + 32), seven = _mm512_set1_epi16(127);
-    const auto both = [from](__m512i a, __m512i b) {
-        const __m512i bytes = _mm512_inserti64x4(
-            _mm512_castsi256_si512(_mm512_cvtepi16_epi8(a)), _mm512_cvtepi16_epi8(b), 1);
-        return _mm512_permutexvar_epi8(_mm512_load_si512(from), bytes);
-    };
-    _mm512_storeu_si512(out, both(_mm512_srai_epi16(low, 7), _mm512_srai_epi16(high, 7)));
-    _mm512_storeu_si512(out + 64, both(_mm512_and_si512(low, seven), _mm512_and_si512(high, seven)));
+    _mm512_storeu_si512(out, ordered_bytes(_mm512_srai_epi16(low, 7), _mm512_srai_epi16(high, 7), from));
+    _mm512_storeu_si512(out + 64, ordered_bytes(_mm512_and_si512(low, seven), _mm512_and_si512(high, seven), from));
 }
 
 } // namespace

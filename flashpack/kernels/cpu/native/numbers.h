@@ -48,7 +48,8 @@ inline const float *unit_values(const float *x, const Shape &s, int64_t unit, fl
     return space;
 }
 
-/* Activations as 16-bit integers, in a shape's order, with sums by group; returns what an integer is worth. */
+/* Activations as 16-bit integers, in a shape's order, with sums by group; returns what an integer is worth. `codes` and
+ * `planes`: see Activations; null for what is not needed. */
 float prepare(const float *x, const Shape &s, int16_t *codes, [[maybe_unused]] int8_t *planes, float *sums)
 {
     bool finite = true;

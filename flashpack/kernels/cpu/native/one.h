@@ -78,7 +78,7 @@ inline void rows_of_one(const fp_matrix &m, const Shape &s, int64_t row, const A
             store_strip(scales[r], own_scales);
 #if defined(FP_PLANES)
             if (FORMAT == MXFP4)
-                sums[r] = add_strip(sums[r], multiplied(own_scales, all_lanes(-MXFP4_SHIFT)), load_strip(a.sums + group));
+                sums[r] = add_strip(sums[r], own_scales, multiplied(load_strip(a.sums + group), all_lanes(-MXFP4_SHIFT)));
 #endif
             if (FORMAT != MXFP4) {
                 prefetch(bias_source(m, first) + next);

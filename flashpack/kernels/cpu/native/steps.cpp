@@ -124,7 +124,7 @@ static float number(const uint8_t *numbers, int type, int64_t i)
 {
     if (type == FP_F32)
         return reinterpret_cast<const float *>(numbers)[i];
-    const uint16_t word = reinterpret_cast<const uint16_t *>(numbers)[i];
+    const uint16_t word = reinterpret_cast<const word16 *>(numbers)[i];
     return type == FP_BF16 ? float_of((uint32_t)word << 16) : half_to_float(word);
 }
 
@@ -160,7 +160,7 @@ static int resident(
     void *workers, fp_resident *layer, const float *x, const int32_t *chosen, const float *weights, float *outputs,
     float *out)
 {
-    enum { MOST = 64 };
+    enum { MOST = FP_MOST_RESIDENT };
     fp_resident &l = *layer;
     const int32_t count = l.beside_count + l.top_k;
     if (l.beside_count < 0 || l.top_k < 0 || count < 1 || count > MOST)

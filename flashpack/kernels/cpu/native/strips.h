@@ -1,5 +1,5 @@
-/* What scales and biases of several units become for products with many tokens: in plain C++, for levels without
- * instructions of their own. Needs Strip and MOST_WEIGHT. */
+/* What becomes of scales and biases of several units together: in plain C++, for levels without instructions of their
+ * own. Needs Strip and MOST_WEIGHT. */
 
 namespace {
 

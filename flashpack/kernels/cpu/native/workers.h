@@ -67,12 +67,12 @@ struct Workers {
 };
 
 /* kernels.cpp */
-extern "C" int flashpack_linear(
+FP_EXPORT int flashpack_linear(
     void *workers, const float *x, int64_t tokens, const fp_matrix *matrices, int count, float *const *out);
-extern "C" int flashpack_experts(
+FP_EXPORT int flashpack_experts(
     void *workers, const float *x, int64_t tokens, const fp_expert *const *experts, const int32_t *counts, int count,
     const int32_t *rows, int function, float limit, float *out);
-extern "C" void flashpack_combine(
+FP_EXPORT void flashpack_combine(
     void *workers, const float *outputs, const int32_t *places, const float *weights, int64_t tokens, int64_t top_k,
     int64_t width, float *out);
 
