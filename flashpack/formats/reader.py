@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 from functools import cached_property
@@ -147,7 +146,7 @@ class Pack:
         if entry.path not in self._maps:
             fd = self.open_dense(entry.path)
             try:
-                self._maps[entry.path] = _map(fd)
+                self._maps[entry.path] = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
             finally:
                 os.close(fd)
         count = entry.nbytes // np.dtype(NUMPY[entry.dtype]).itemsize
@@ -174,16 +173,6 @@ class Pack:
         """Bytes of all expert records, padding included, as they lie in memory."""
         kinds = self.manifest.record_kinds
         return sum(count * kinds[k].stride for layer in self.manifest.layers for k, count in layer.kinds)
-
-
-def _map(fd: int) -> mmap.mmap:
-    """A file of weights, for reading, in huge pages where the system has them for files: finding the places of small
-    pages takes some percent of a token's time."""
-    mapping = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            mapping.madvise(mmap.MADV_HUGEPAGE)
-    return mapping
 
 
 class Shard:
