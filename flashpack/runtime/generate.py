@@ -116,7 +116,9 @@ def generate(
     watch = _Watch(Text(tokenizer, on_text, stops, stop, logprobs), timing, runtime, cancelled)
     prefix = prefix_cache.take(ids) if prefix_cache else Prefix()
     reused = len(prefix.ids)
-    chain = [p for p in (logprobs, constraint) if p] + processors(sampling, len(ids), str(model.device))
+    chain = [p for p in (logprobs, constraint) if p] + processors(
+        sampling, len(ids), str(model.device), model.generation_config
+    )
     most = min(max_tokens, runtime.context - len(ids))
     runtime.store.cancelled = cancelled
     out = None

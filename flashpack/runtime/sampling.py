@@ -1,20 +1,28 @@
-"""How tokens are chosen: transformers' processors of logits, in its own order."""
+"""How tokens are chosen: as transformers chooses them, but only among those that can be chosen.
+
+transformers sorts all logits for ``top_p``, and draws a random number for each: 13 ms a token for the settings that
+Qwen recommends and its 248,320 tokens, 31 ms for ``top_p`` alone, where finding the largest takes one.
+"""
 
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
     GenerationConfig,
     LogitsProcessor,
     MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from flashpack.errors import UsageError
@@ -24,6 +32,9 @@ if TYPE_CHECKING:
 
 
 GREEDY = 1e-5
+
+SOME_CANDIDATES = 1024
+"""So many of the largest logits are looked at first, where ``top_k`` does not say how many."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +117,68 @@ class _Penalties(LogitsProcessor):
         return scores
 
 
-def processors(sampling: Sampling, prompt: int, device: str) -> list[LogitsProcessor]:
-    """What to do with the logits of each token after a prompt of so many tokens."""
+class Draw(LogitsProcessor):
+    """Chooses a token as transformers' warpers and its draw would: temperature, ``top_k``, ``top_p``, ``min_p``, each
+    of what the one before left. The others' scores become -inf, so that the best one is the one chosen."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._how = sampling
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        ids, weights = self.candidates(scores[0])
+        sums = weights.cumsum(0)
+        if not 0 < sums[-1] < math.inf:
+            raise ValueError("the logits are not numbers")
+        place = torch.searchsorted(sums, torch.rand(1, dtype=torch.float64) * sums[-1], right=True)
+        token = ids[min(int(place), len(ids) - 1)]
+        chosen = torch.full_like(scores, -math.inf)
+        chosen[0, token] = 0
+        return chosen
+
+    def candidates(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Of scores [vocabulary], float32: the tokens that may be chosen, and numbers in proportion to their
+        probabilities (float64, on the CPU)."""
+        how, count = self._how, len(scores)
+        if not how.top_k and how.top_p >= 1 and not how.min_p:
+            return torch.arange(count), _weights(scores / how.temperature)
+        some = min(count, how.top_k or SOME_CANDIDATES)
+        while True:
+            best = scores.topk(some)
+            logits = best.values / how.temperature
+            weights, all_here = _weights(logits), some == count or bool(how.top_k)
+            kept = some
+            if how.top_p < 1:
+                before = weights.cumsum(0) - weights
+                total = before[-1] + weights[-1]
+                if not all_here:
+                    scaled = (scores / how.temperature).logsumexp(0) - logits[0]
+                    total = scaled.double().exp().cpu()
+                kept = int((before < how.top_p * total).sum())
+            if how.min_p:
+                kept = min(kept, int((weights >= how.min_p).sum()))
+            if kept < some or all_here:
+                kept = max(1, kept)
+                return best.indices[:kept].cpu(), weights[:kept]
+            some = min(count, 16 * some)
+
+
+def _weights(logits: Tensor) -> Tensor:
+    """Probabilities over the largest one."""
+    return (logits - logits.max()).double().exp().cpu()
+
+
+def processors(
+    sampling: Sampling, prompt: int, device: str, base: GenerationConfig | None = None
+) -> list[LogitsProcessor]:
+    """What to do with the logits of each token after a prompt of so many tokens; ``base``: the pack's configuration."""
     made: list[Any] = []
     if sampling.presence_penalty or sampling.frequency_penalty:
         made.append(_Penalties(prompt, sampling.presence_penalty, sampling.frequency_penalty))
     if sampling.greedy:
         return made
+    rare = _rare(base, device)
+    if not rare:
+        return [*made, Draw(sampling)]
     if sampling.temperature != 1:
         made.append(TemperatureLogitsWarper(sampling.temperature))
     if sampling.top_k:
@@ -121,6 +187,18 @@ def processors(sampling: Sampling, prompt: int, device: str) -> list[LogitsProce
         made.append(TopPLogitsWarper(sampling.top_p))
     if sampling.min_p:
         made.append(MinPLogitsWarper(sampling.min_p))
+    return [*made, *rare, Draw(Sampling(1.0))]
+
+
+def _rare(base: GenerationConfig | None, device: str) -> list[Any]:
+    """What only transformers does, if a pack asks for it; after the usual ones, as there."""
+    made: list[Any] = []
+    if base is not None and base.typical_p is not None and base.typical_p < 1:
+        made.append(TypicalLogitsWarper(base.typical_p))
+    if base is not None and base.epsilon_cutoff:
+        made.append(EpsilonLogitsWarper(base.epsilon_cutoff))
+    if base is not None and base.eta_cutoff:
+        made.append(EtaLogitsWarper(base.eta_cutoff, device=device))
     return made
 
 
@@ -129,8 +207,9 @@ def config_of(
 ) -> GenerationConfig:
     """The pack's configuration with neutral values for what ``processors`` do."""
     config = copy.deepcopy(base)
-    config.do_sample = not sampling.greedy
+    config.do_sample = False  # ``Draw`` leaves one token
     config.temperature, config.top_p, config.top_k, config.min_p = 1.0, 1.0, 0, None
+    config.typical_p, config.epsilon_cutoff, config.eta_cutoff = None, None, None
     config.return_dict_in_generate = True
     config.max_new_tokens = max_tokens
     config.max_length = None

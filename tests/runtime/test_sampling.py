@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import flashpack
 from flashpack.errors import UsageError
 from flashpack.runtime.generate import generate
-from flashpack.runtime.sampling import Sampling, processors
+from flashpack.runtime.sampling import Draw, Sampling, processors
 from flashpack.runtime.tokenizer import load_tokenizer
 from tests.conftest import TRAINED, PackOf
 
@@ -28,31 +36,100 @@ def tokenizer() -> Any:
     return load_tokenizer(TRAINED)
 
 
-@pytest.mark.parametrize(
-    ("options", "repetition"),
-    [
-        ({"temperature": 0.7}, None),
-        ({"temperature": 1.3, "top_k": 5}, None),
-        ({"temperature": 1.0, "top_p": 0.4}, None),
-        ({"temperature": 2.0, "top_k": 50, "top_p": 0.9, "min_p": 0.02}, None),
-        ({"temperature": 1.0}, 1.5),  # what the pack says of it holds
-    ],
-)
-def test_the_library_draws_the_same(
-    model: PreTrainedModel, tokenizer: Any, options: dict[str, Any], repetition: float | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(model.generation_config, "repetition_penalty", repetition)
-    found = generate(model, tokenizer, IDS, 20, Sampling(seed=11, **options)).tokens
-    config = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=True, max_new_tokens=20, pad_token_id=0, eos_token_id=model.generation_config.eos_token_id,
-        repetition_penalty=repetition, **({"top_k": 0} | options),
-    )  # fmt: skip
-    torch.manual_seed(11)
-    whole: Any = model
-    inputs = torch.tensor([IDS])
-    expected = whole.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=config)
-    assert found == expected[0, len(IDS) :].tolist()
+CHOICES: list[dict[str, Any]] = [
+    {"temperature": 0.7},
+    {"temperature": 1.3, "top_k": 5},
+    {"temperature": 1.0, "top_p": 0.4},
+    {"temperature": 0.2, "top_p": 0.95},
+    {"temperature": 3.0, "top_p": 0.999},
+    {"temperature": 1.0, "top_p": 0.0},
+    {"temperature": 0.6, "top_k": 20, "top_p": 0.95},
+    {"temperature": 1.0, "min_p": 0.05},
+    {"temperature": 4.0, "min_p": 0.001},
+    {"temperature": 2.0, "top_k": 50, "top_p": 0.9, "min_p": 0.02},
+    {"temperature": 1.0, "top_k": 10_000},
+]
+
+
+def librarys(scores: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1, min_p: float = 0) -> Any:
+    """Probabilities [vocabulary] after transformers' warpers."""
+    chain: list[Any] = [TemperatureLogitsWarper(temperature)]
+    chain += [TopKLogitsWarper(top_k)] if top_k else []
+    chain += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    chain += [MinPLogitsWarper(min_p)] if min_p else []
+    left = scores[None].clone()
+    for warper in chain:
+        left = warper(torch.zeros(1, 1, dtype=torch.long), left)
+    return left[0].double().softmax(0)
+
+
+@pytest.mark.parametrize("options", CHOICES, ids=str)
+@pytest.mark.parametrize(("vocabulary", "spread"), [(7, 1.0), (900, 2.0), (5000, 0.1), (50_000, 3.0)])
+def test_tokens_have_the_probabilities_that_the_library_gives_them(
+    options: dict[str, Any], vocabulary: int, spread: float
+) -> None:
+    """Flat ones, too, of which more are kept than are looked at first; and with tokens that are forbidden."""
+    for seed, forbidden in ((0, 0), (1, vocabulary // 2), (2, vocabulary - 1)):
+        generator = torch.Generator().manual_seed(seed)
+        scores = torch.randn(vocabulary, generator=generator) * spread
+        scores[torch.randperm(vocabulary, generator=generator)[:forbidden]] = -torch.inf
+        expected = librarys(scores, **options)
+        ids, weights = Draw(Sampling(**options)).candidates(scores)
+        found = torch.zeros(vocabulary, dtype=torch.float64)
+        found[ids] = weights / weights.sum()
+        # Where the sum of probabilities is nearly at its bound, rounding decides about a token.
+        assert (found - expected).abs().sum() <= 2e-3
+        assert abs(int((found > 0).sum()) - int((expected > 0).sum())) <= max(1, vocabulary // 200)
+        sorted_out = (found > 0) != (expected > 0)
+        assert sorted_out.sum() == 0 or options.get("top_p", 1) < 1
+
+
+def test_a_draw_is_in_proportion_to_the_probabilities() -> None:
+    scores = torch.tensor([[1.0, -torch.inf, 0.0, 2.0, -1.0]])
+    draw = Draw(Sampling(0.8))
+    torch.manual_seed(3)
+    counts = torch.zeros(5)
+    for _ in range(20_000):
+        chosen = draw(torch.zeros(1, 1), scores)
+        assert chosen.isfinite().sum() == 1
+        counts[chosen.argmax()] += 1
+    expected = (scores[0] / 0.8).softmax(0)
+    assert (counts / 20_000 - expected).abs().max() < 0.012  # more than three standard deviations
+    assert counts[1] == 0
+
+
+@pytest.mark.parametrize("scores", [[torch.nan, 1.0], [torch.inf, 1.0], [-torch.inf, -torch.inf]])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.5}, {"top_k": 2}])
+def test_logits_that_are_no_numbers_are_said_to_be_none(scores: list[float], options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="not numbers"):
+        Draw(Sampling(1.0, **options))(torch.zeros(1, 1), torch.tensor([scores]))
+
+
+def test_what_the_pack_says_of_repetition_holds(
+    model: PreTrainedModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = generate(model, tokenizer, IDS, 20, Sampling(0.3, seed=11)).tokens
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", 100.0)
+    found = generate(model, tokenizer, IDS, 20, Sampling(0.3, seed=11)).tokens
+    assert len(set(found)) == len(found) == 20
+    assert found != plain
+
+
+def test_what_only_the_library_does_holds(
+    model: PreTrainedModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a cutoff that leaves one token, the best one is chosen whatever the temperature."""
+    greedy = generate(model, tokenizer, IDS, 12).tokens
+    hot = Sampling(5.0, top_k=40, top_p=0.99, min_p=0.001, seed=2)
+    assert generate(model, tokenizer, IDS, 12, hot).tokens != greedy
+    monkeypatch.setattr(model.generation_config, "epsilon_cutoff", 0.999)
+    assert generate(model, tokenizer, IDS, 12, hot).tokens == greedy
+    names = [type(p).__name__ for p in processors(hot, 5, "cpu", model.generation_config)]
+    kinds = ["Temperature", "TopK", "TopP", "MinP", "Epsilon"]
+    assert names == [*(f"{kind}LogitsWarper" for kind in kinds), "Draw"]
+    config = GenerationConfig(typical_p=0.5, eta_cutoff=0.1)  # type: ignore[no-untyped-call]
+    names = [type(p).__name__ for p in processors(Sampling(1.0), 5, "cpu", config)]
+    assert names == ["TypicalLogitsWarper", "EtaLogitsWarper", "Draw"]
 
 
 def test_seeds_repeat_and_differ(model: PreTrainedModel, tokenizer: Any) -> None:
@@ -68,7 +145,9 @@ def test_penalties_count_the_answer_only() -> None:
 
 def test_neutral_values_do_nothing() -> None:
     assert processors(Sampling(), 3, "cpu") == []
-    assert processors(Sampling(temperature=1.0), 3, "cpu") == []
+    ids, weights = Draw(Sampling(temperature=1.0)).candidates(torch.tensor([0.0, 3.0, 0.0]))
+    assert ids.tolist() == [0, 1, 2]
+    assert weights.tolist() == pytest.approx([math.exp(-3), 1, math.exp(-3)])
 
 
 def test_the_smallest_temperature_is_greedy(model: PreTrainedModel, tokenizer: Any) -> None:

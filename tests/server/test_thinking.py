@@ -75,8 +75,8 @@ def thinks(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = server.session.tokenizer("two numbers</think>", add_special_tokens=False)["input_ids"]
     real = sampling.processors
 
-    def processors(how: Any, prompt: int, device: str) -> list[Any]:
-        return [Script(prompt, ids), *real(how, prompt, device)]
+    def processors(how: Any, prompt: int, *others: Any) -> list[Any]:
+        return [Script(prompt, ids), *real(how, prompt, *others)]
 
     monkeypatch.setattr("flashpack.runtime.generate.processors", processors)
 
