@@ -49,11 +49,13 @@ HitRate = Callable[[dict[int, int]], float]
 
 @dataclass(frozen=True)
 class Computing:
-    """A token with all its experts in memory. Seconds; ``experts`` are part of ``token``, and 0 where kernels only
-    begin when they are called: there it is not known, and nothing is taken to overlap. ``weights``: bytes of weights
-    that it needs. ``io``: how this machine reads the pack, ``why`` why."""
+    """A token with all its experts in memory. Seconds; ``token`` layer by layer, as where others are missing, and
+    ``at_once``, as where none ever is. ``experts`` are part of ``token``, and 0 where kernels only begin when they are
+    called: there it is not known, and nothing is taken to overlap. ``weights``: bytes of weights that it needs.
+    ``io``: how this machine reads the pack, ``why`` why."""
 
     token: float
+    at_once: float
     experts: float
     weights: int
     kernels: str
@@ -126,19 +128,25 @@ def computing(model: PreTrainedModel) -> Computing:
     whole: Any = model
     runtime = whole.flashpack
     _choose_always_the_same(model)
-    feed = Feed(model, [1, 2, 3, 4])
-    for _ in range(WARM):
-        feed(1)
-    stats = runtime.store.stats
-    stats.reset()
-    times = sorted(feed(1) for _ in range(TOKENS))
-    total = stats.total()
-    if total.misses:
-        raise AssertionError("experts of one token do not stay in memory")
-    token = times[TOKENS // 2]
-    weights = _weights(model)
-    experts = 0.0 if runtime.store.asynchronous else min(token, total.hit_seconds / TOKENS)
-    return Computing(token, experts, weights, runtime.kernels, runtime.decoding, stats.io, stats.why)
+    feed, stats = Feed(model, [1, 2, 3, 4]), runtime.store.stats
+
+    def token() -> float:
+        for _ in range(WARM):
+            feed(1)
+        stats.reset()
+        times = sorted(feed(1) for _ in range(TOKENS))
+        if stats.total().misses:
+            raise AssertionError("experts of one token do not stay in memory")
+        return times[TOKENS // 2]
+
+    at_once = token()
+    if runtime.decoder:
+        runtime.decoder.together = None
+    by_layer = token()
+    experts = 0.0 if runtime.store.asynchronous else min(by_layer, stats.total().hit_seconds / TOKENS)
+    return Computing(
+        by_layer, at_once, experts, _weights(model), runtime.kernels, runtime.decoding, stats.io, stats.why
+    )
 
 
 def _choose_always_the_same(model: PreTrainedModel) -> None:
@@ -221,7 +229,7 @@ def estimate(
         longer += sum(max(each, burst) for burst in seconds) + each * (len(misses) - len(bursts))
         tokens += 1
     if not tokens:
-        return Estimate(memory, budget, min(1.0, even), found, 0.0, 0.0, measured.token)
+        return Estimate(memory, budget, min(1.0, even), found, 0.0, 0.0, measured.at_once)
     token = measured.token - measured.experts + longer / tokens
     return Estimate(memory, budget, min(1.0, even), found, read / tokens, reading / tokens, token)
 
