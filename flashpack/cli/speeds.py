@@ -65,8 +65,8 @@ def say_forecast(found: Forecast) -> None:
     say("")
     say(
         f"seconds per token = {1e3 * (c.token - c.experts):.1f} ms + sum over the layers of max(experts, reading); the "
-        f"experts of all layers take {1e3 * c.experts:.1f} ms; {1e3 * c.at_once:.1f} ms where all are in memory: measured "
-        f"here ({c.kernels}; {c.io} reads: {c.why})"
+        f"experts of all layers take {1e3 * c.experts:.1f} ms; or {1e3 * c.at_once:.1f} ms, where all are in memory: "
+        f"measured here ({c.kernels}; {c.io} reads: {c.why})"
     )
     say(
         f"no memory makes it faster than {found.memory_rate / c.weights:.3g} tokens per second: a token needs "

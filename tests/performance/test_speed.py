@@ -27,7 +27,7 @@ from flashpack.runtime.rates import Rate
 from tests.cli.test_cli import in_process as flashpack
 from tests.conftest import TRAINED, PackOf, source_of
 
-TOKEN = Computing(token=0.010, at_once=0.009, experts=0.004, weights=10**6, kernels="k", decoding="d", io="direct", why="")
+TOKEN = Computing(0.010, at_once=0.009, experts=0.004, weights=10**6, kernels="k", decoding="d", io="direct", why="")
 
 
 class Drive:
