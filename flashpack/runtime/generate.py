@@ -116,9 +116,6 @@ def generate(
     watch = _Watch(Text(tokenizer, on_text, stops, stop, logprobs), timing, runtime, cancelled)
     prefix = prefix_cache.take(ids) if prefix_cache else Prefix()
     reused = len(prefix.ids)
-    chain = [p for p in (logprobs, constraint) if p] + processors(
-        sampling, len(ids), str(model.device), model.generation_config
-    )
     most = min(max_tokens, runtime.context - len(ids))
     runtime.store.cancelled = cancelled
     out = None
@@ -127,12 +124,13 @@ def generate(
             if prefix_cache:
                 _read(model_, prefix, ids, branch, prefix_cache.limit)
             inputs = torch.tensor([ids], device=model_.device)
+            chosen = processors(sampling, len(ids), str(model.device), model.generation_config)
             out = model_.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 generation_config=config_of(model.generation_config, sampling, most, tokenizer),
                 stopping_criteria=StoppingCriteriaList([watch]),
-                logits_processor=LogitsProcessorList(chain),
+                logits_processor=LogitsProcessorList([*(p for p in (logprobs, constraint) if p), *chosen]),
                 past_key_values=prefix.cache,
             )
     except CancelledError:

@@ -272,9 +272,21 @@ def test_a_generation_config_of_the_wrong_types_is_refused(pack_copy: PackCopy, 
     assert f"generation_config.json: {next(iter(changes))} is" in refusal(pack)
 
 
+@pytest.mark.parametrize("changes", [{"typical_p": -1.0}, {"epsilon_cutoff": 2.0}, {"eta_cutoff": -0.5}])
+def test_cutoffs_that_there_cannot_be_are_refused(pack_copy: PackCopy, changes: dict[str, Any]) -> None:
+    pack = pack_copy("trained")
+    change_json(pack, "generation_config.json", do_sample=True, **changes)
+    with pytest.raises(FormatError, match=next(iter(changes))):
+        generate(flashpack.load(pack, memory="smallest", context=32), load_tokenizer(pack), [5], 2, Sampling(1.0))
+
+
 @pytest.mark.parametrize(
     ("value", "sampling", "message"),
-    [(1e308, Sampling(), ""), (-1e9, Sampling(), ""), (-1e9, Sampling(temperature=1.0), "cannot be computed: .*nan")],
+    [
+        (1e308, Sampling(), ""),
+        (-1e9, Sampling(), ""),
+        (-1e9, Sampling(temperature=1.0), "cannot be computed: .*not numbers"),
+    ],
 )
 def test_a_model_that_computes_nonsense_ends_in_a_result_or_in_one_line(
     pack_copy: PackCopy, value: float, sampling: Sampling, message: str
