@@ -130,7 +130,7 @@ class Draw(LogitsProcessor):
         if not 0 < sums[-1] < math.inf:
             raise ValueError("the logits are not numbers")
         place = torch.searchsorted(sums, torch.rand(1, dtype=torch.float64) * sums[-1], right=True)
-        token = ids[min(int(place), len(ids) - 1)]
+        token = int(ids[min(int(place), len(ids) - 1)])
         chosen = torch.full_like(scores, -math.inf)
         chosen[0, token] = 0
         return chosen
@@ -152,7 +152,7 @@ class Draw(LogitsProcessor):
                 total = before[-1] + weights[-1]
                 if not all_here:
                     scaled = (scores / how.temperature).logsumexp(0) - logits[0]
-                    total = scaled.double().exp().cpu()
+                    total = scaled.cpu().double().exp()
                 kept = int((before < how.top_p * total).sum())
             if how.min_p:
                 kept = min(kept, int((weights >= how.min_p).sum()))
@@ -164,7 +164,7 @@ class Draw(LogitsProcessor):
 
 def _weights(logits: Tensor) -> Tensor:
     """Probabilities over the largest one."""
-    return (logits - logits.max()).double().exp().cpu()
+    return (logits - logits.max()).cpu().double().exp()  # Metal has no float64
 
 
 def processors(

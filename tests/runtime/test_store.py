@@ -107,6 +107,20 @@ def test_a_watcher_knows_at_any_time_where_records_are(pack_of: PackOf) -> None:
     store.close()
 
 
+def test_a_step_begins_with_all_that_has_been_read(pack_of: PackOf) -> None:
+    """Also what nobody has waited for."""
+    _, store = open_store(pack_of("qwen3_moe"), 5)
+    here: list[tuple[int, int]] = []
+    store.watch(lambda key, record: here.append(key))
+    store.warm({(0, 3): 0.5, (2, 1): 0.25})
+    while store._pool.landed.qsize() < 2:
+        time.sleep(0.001)
+    assert here == []
+    store.begin()
+    assert sorted(here) == [(0, 3), (2, 1)]
+    store.close()
+
+
 def test_what_was_found_and_used_counts_as_a_request(pack_of: PackOf) -> None:
     _, store = open_store(pack_of("qwen3_moe"), 6)
     list(stream(store, 0, [0, 1]))
