@@ -10,14 +10,17 @@ ifeq ($(shell uname -s),Linux)
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: demo test check docs venv clean
+.PHONY: demo test clang check docs venv clean
 
 demo: venv
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh
 
-test: check
+test: clang check
 	@echo "== tests"
 	@$(BIN)/python -m pytest -q -n auto --dist loadfile
+
+clang: venv
+	@$(BIN)/python -m tests.metal.emulator
 
 check: venv
 	@echo "== lint, types, layers"

@@ -50,7 +50,7 @@ class Trace:
         self._row_of_layer = {layer.index: i for i, layer in enumerate(layers)}
         self.position = 0
         if whole.flashpack.decoder:
-            whole.flashpack.decoder.together = None
+            whole.flashpack.decoder.fused = None
         self._install()
 
     def _rows(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:

@@ -158,14 +158,14 @@ class ResidentStep(Protocol):
     def __call__(self) -> None: ...
 
 
-class Stretches(Protocol):
+class Fusion(Protocol):
     """Layers computed in one call, without coming back to the caller for their experts."""
 
     def resident(
         self, x: torch.Tensor, activation: Activation, experts: int, chosen: torch.Tensor | None,
         weights: torch.Tensor | None, beside: Sequence[RecordView], outputs: torch.Tensor, out: torch.Tensor | None,
     ) -> ResidentStep | None:  # fmt: skip
-        """What ``experts`` and ``combine`` do, for the last step of a group of a ``stretch``; with the same bits.
+        """What ``experts`` and ``combine`` do, for the last step of a group of a fused call; with the same bits.
 
         ``experts``: how many the layer has, ``chosen`` their numbers (int32; None: the layer has only ``beside``, the
         networks that every token uses). ``outputs``: rows of ``beside``, then of the chosen; ``weights``: of the
@@ -178,7 +178,7 @@ class Stretches(Protocol):
         """Given its number, a row of ``matrix``, widened; None for encodings that are not known here."""
         ...
 
-    def stretch(self, groups: Sequence[Sequence[Step]], after: Sequence[Step]) -> Callable[[], int]:
+    def fuse(self, groups: Sequence[Sequence[Step]], after: Sequence[Step]) -> Callable[[], int]:
         """All groups, each of which ends with a resident step, and ``after``, in one call. It stops at an expert that
         is not in memory, and returns how many groups are done; of the next one only the resident step is left then."""
         ...
@@ -195,7 +195,7 @@ class Steps(Protocol):
     device: torch.device
 
     @property
-    def stretches(self) -> Stretches | None:
+    def fusion(self) -> Fusion | None:
         """None where records are not in memory that the steps can be left alone with."""
         ...
 

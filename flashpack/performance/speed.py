@@ -141,7 +141,7 @@ def computing(model: PreTrainedModel) -> Computing:
 
     at_once = token()
     if runtime.decoder:
-        runtime.decoder.together = None
+        runtime.decoder.fused = None
     by_layer = token()
     experts = 0.0 if runtime.store.asynchronous else min(by_layer, stats.total().hit_seconds / TOKENS)
     return Computing(
@@ -173,13 +173,13 @@ def _choose_always_the_same(model: PreTrainedModel) -> None:
             chosen = layer.block.router.chosen
             first = torch.arange(len(chosen)).to(chosen)
             layer.block.prefer = lambda chosen=chosen, first=first: chosen.copy_(first)
-            if decoder.together:  # which does not ask ``prefer``: the only row of a matrix takes the choice's place
-                row_of = decoder.board.steps.stretches.row
+            if decoder.fused:  # which does not ask ``prefer``: the only row of a matrix takes the choice's place
+                row_of = decoder.board.steps.fusion.row
                 row = row_of(first.view(1, -1).view(torch.float32), chosen.view(torch.float32))
                 row.given(0)
                 layer.choosing.append(row)
-    if decoder and decoder.together:
-        decoder.make_together()
+    if decoder and decoder.fused:
+        decoder.fuse()
 
 
 def _weights(model: PreTrainedModel) -> int:

@@ -64,10 +64,10 @@ class RoutingRecorder:
         ]
         own = [module.flashpack for module in modules]
         decoder = self._runtime.decoder
-        blocks, together = (decoder.experts, decoder.together) if decoder else ([], None)
+        blocks, fused = (decoder.experts, decoder.fused) if decoder else ([], None)
         try:
             if decoder:
-                decoder.together = None
+                decoder.fused = None
             for module, routed in zip(modules, own, strict=True):
                 module.flashpack = self._noting(routed)
             for block in blocks:
@@ -79,7 +79,7 @@ class RoutingRecorder:
             for block in blocks:
                 block.routed = block._routed
             if decoder:
-                decoder.together = together
+                decoder.fused = fused
 
     def took(self, tokens: Sequence[int], first: int, prompt: int) -> None:
         """``tokens`` have gone through the model, at the places of the context from ``first`` on; so many of them in

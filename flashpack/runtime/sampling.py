@@ -117,7 +117,7 @@ class _Penalties(LogitsProcessor):
         return scores
 
 
-class Draw(LogitsProcessor):
+class Sampler(LogitsProcessor):
     """Chooses a token as transformers' warpers and its draw would: temperature, ``top_k``, ``top_p``, ``min_p``, each
     of what the one before left. The others' scores become -inf, so that the best one is the one chosen."""
 
@@ -167,9 +167,7 @@ def _weights(logits: Tensor) -> Tensor:
     return (logits - logits.max()).cpu().double().exp()  # Metal has no float64
 
 
-def processors(
-    sampling: Sampling, prompt: int, device: str, base: GenerationConfig | None = None
-) -> list[LogitsProcessor]:
+def processors(sampling: Sampling, prompt: int, device: str, base: GenerationConfig) -> list[LogitsProcessor]:
     """What to do with the logits of each token after a prompt of so many tokens; ``base``: the pack's configuration."""
     made: list[Any] = []
     if sampling.presence_penalty or sampling.frequency_penalty:
@@ -178,7 +176,7 @@ def processors(
         return made
     rare = _rare(base, device)
     if not rare:
-        return [*made, Draw(sampling)]
+        return [*made, Sampler(sampling)]
     if sampling.temperature != 1:
         made.append(TemperatureLogitsWarper(sampling.temperature))
     if sampling.top_k:
@@ -187,17 +185,17 @@ def processors(
         made.append(TopPLogitsWarper(sampling.top_p))
     if sampling.min_p:
         made.append(MinPLogitsWarper(sampling.min_p))
-    return [*made, *rare, Draw(Sampling(1.0))]
+    return [*made, *rare, Sampler(Sampling(1.0))]
 
 
-def _rare(base: GenerationConfig | None, device: str) -> list[Any]:
+def _rare(base: GenerationConfig, device: str) -> list[Any]:
     """What only transformers does, if a pack asks for it; after the usual ones, as there."""
     made: list[Any] = []
-    if base is not None and base.typical_p is not None and base.typical_p < 1:
+    if base.typical_p is not None and base.typical_p < 1:
         made.append(TypicalLogitsWarper(base.typical_p))
-    if base is not None and base.epsilon_cutoff:
+    if base.epsilon_cutoff:
         made.append(EpsilonLogitsWarper(base.epsilon_cutoff))
-    if base is not None and base.eta_cutoff:
+    if base.eta_cutoff:
         made.append(EtaLogitsWarper(base.eta_cutoff, device=device))
     return made
 
@@ -207,7 +205,7 @@ def config_of(
 ) -> GenerationConfig:
     """The pack's configuration with neutral values for what ``processors`` do."""
     config = copy.deepcopy(base)
-    config.do_sample = False  # ``Draw`` leaves one token
+    config.do_sample = False  # ``Sampler`` leaves one token
     config.temperature, config.top_p, config.top_k, config.min_p = 1.0, 1.0, 0, None
     config.typical_p, config.epsilon_cutoff, config.eta_cutoff = None, None, None
     config.return_dict_in_generate = True

@@ -167,7 +167,6 @@ class ExpertStore:
         begun = time.perf_counter()
         self._last_layer = layer
         stats = self.stats.layers[layer]
-        self._settle()
         for stride, cache in self._caches.items():
             if some := [e for e in experts if self._stride((layer, e)) == stride]:
                 cache.use(layer, some)

@@ -101,7 +101,7 @@ class Timing:
         self._kernels = modules[0].flashpack.kernels
         alone = set()
         if runtime.decoder:
-            runtime.decoder.together = None
+            runtime.decoder.fused = None
             lean = [(i, layer) for i, layer in enumerate(runtime.decoder.layers) if isinstance(layer, LeanLayer)]
             for i, layer in lean:
                 self._take_apart(i, layer, runtime.decoder.board.steps)

@@ -147,8 +147,8 @@ def test_computing_is_measured_with_all_experts_of_a_token_in_memory(
     """Both ways to decode: flashpack's, in one call once the experts are there, and the library's; with an embedding
     that is the head, too, or is not."""
     done: list[int] = []
-    stretch = steps._Stretch.__call__
-    monkeypatch.setattr(steps._Stretch, "__call__", lambda one: (done.append(stretch(one)), done[-1])[1])
+    call = steps._FusedCall.__call__
+    monkeypatch.setattr(steps._FusedCall, "__call__", lambda one: (done.append(call(one)), done[-1])[1])
     folder = pack_of(name)
     pack = Pack(folder)
     model: Any = load(folder, context=64, reference=reference, prefetch=False)

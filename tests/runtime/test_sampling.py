@@ -19,7 +19,7 @@ from transformers import (
 import flashpack
 from flashpack.errors import UsageError
 from flashpack.runtime.generate import generate
-from flashpack.runtime.sampling import Draw, Sampling, processors
+from flashpack.runtime.sampling import Sampler, Sampling, processors
 from flashpack.runtime.tokenizer import load_tokenizer
 from tests.conftest import TRAINED, PackOf
 
@@ -74,7 +74,7 @@ def test_tokens_have_the_probabilities_that_the_library_gives_them(
         scores = torch.randn(vocabulary, generator=generator) * spread
         scores[torch.randperm(vocabulary, generator=generator)[:forbidden]] = -torch.inf
         expected = librarys(scores, **options)
-        ids, weights = Draw(Sampling(**options)).candidates(scores)
+        ids, weights = Sampler(Sampling(**options)).candidates(scores)
         found = torch.zeros(vocabulary, dtype=torch.float64)
         found[ids] = weights / weights.sum()
         # Where the sum of probabilities is nearly at its bound, rounding decides about a token.
@@ -86,7 +86,7 @@ def test_tokens_have_the_probabilities_that_the_library_gives_them(
 
 def test_a_draw_is_in_proportion_to_the_probabilities() -> None:
     scores = torch.tensor([[1.0, -torch.inf, 0.0, 2.0, -1.0]])
-    draw = Draw(Sampling(0.8))
+    draw = Sampler(Sampling(0.8))
     torch.manual_seed(3)
     counts = torch.zeros(5)
     for _ in range(20_000):
@@ -102,7 +102,7 @@ def test_a_draw_is_in_proportion_to_the_probabilities() -> None:
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.5}, {"top_k": 2}])
 def test_logits_that_are_no_numbers_are_said_to_be_none(scores: list[float], options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="not numbers"):
-        Draw(Sampling(1.0, **options))(torch.zeros(1, 1), torch.tensor([scores]))
+        Sampler(Sampling(1.0, **options))(torch.zeros(1, 1), torch.tensor([scores]))
 
 
 def test_what_the_pack_says_of_repetition_holds(
@@ -126,10 +126,10 @@ def test_what_only_the_library_does_holds(
     assert generate(model, tokenizer, IDS, 12, hot).tokens == greedy
     names = [type(p).__name__ for p in processors(hot, 5, "cpu", model.generation_config)]
     kinds = ["Temperature", "TopK", "TopP", "MinP", "Epsilon"]
-    assert names == [*(f"{kind}LogitsWarper" for kind in kinds), "Draw"]
+    assert names == [*(f"{kind}LogitsWarper" for kind in kinds), "Sampler"]
     config = GenerationConfig(typical_p=0.5, eta_cutoff=0.1)  # type: ignore[no-untyped-call]
     names = [type(p).__name__ for p in processors(Sampling(1.0), 5, "cpu", config)]
-    assert names == ["TypicalLogitsWarper", "EtaLogitsWarper", "Draw"]
+    assert names == ["TypicalLogitsWarper", "EtaLogitsWarper", "Sampler"]
 
 
 def test_seeds_repeat_and_differ(model: PreTrainedModel, tokenizer: Any) -> None:
@@ -138,14 +138,14 @@ def test_seeds_repeat_and_differ(model: PreTrainedModel, tokenizer: Any) -> None
 
 
 def test_penalties_count_the_answer_only() -> None:
-    (penalty,) = processors(Sampling(presence_penalty=0.5, frequency_penalty=0.25), 3, "cpu")
+    (penalty,) = processors(Sampling(presence_penalty=0.5, frequency_penalty=0.25), 3, "cpu", GenerationConfig())  # type: ignore[no-untyped-call]
     scores = penalty(torch.tensor([[1, 2, 3, 4, 4, 2]]), torch.zeros(1, 6))
     assert scores.tolist() == [[0, 0, -0.75, 0, -1.0, 0]]
 
 
 def test_neutral_values_do_nothing() -> None:
-    assert processors(Sampling(), 3, "cpu") == []
-    ids, weights = Draw(Sampling(temperature=1.0)).candidates(torch.tensor([0.0, 3.0, 0.0]))
+    assert processors(Sampling(), 3, "cpu", GenerationConfig()) == []  # type: ignore[no-untyped-call]
+    ids, weights = Sampler(Sampling(temperature=1.0)).candidates(torch.tensor([0.0, 3.0, 0.0]))
     assert ids.tolist() == [0, 1, 2]
     assert weights.tolist() == pytest.approx([math.exp(-3), 1, math.exp(-3)])
 

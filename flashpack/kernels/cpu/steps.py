@@ -98,7 +98,7 @@ class _ResidentStep(NativeStep):
         return float(self.native.seconds)
 
 
-class _Stretch:
+class _FusedCall:
     """``ends``: how many calls lie before each resident step, the one itself included."""
 
     def __init__(self, step: NativeStep, ends: list[int]) -> None:
@@ -123,7 +123,7 @@ class NativeSteps:
         self._handle = kernels.workers.handle
 
     @property
-    def stretches(self) -> NativeSteps:
+    def fusion(self) -> NativeSteps:
         return self
 
     def products(
@@ -250,12 +250,12 @@ class NativeSteps:
         addresses = ctypes.addressof(native), out.data_ptr()
         return self._step("row", addresses, (0,), 0.0, (native, matrix, out), _RowStep)
 
-    def stretch(self, groups: Sequence[Sequence[Step]], after: Sequence[Step]) -> Callable[[], int]:
+    def fuse(self, groups: Sequence[Sequence[Step]], after: Sequence[Step]) -> Callable[[], int]:
         made = [[step for step in group if isinstance(step, NativeStep)] for group in (*groups, after)]
         assert sum(map(len, made)) == sum(map(len, groups)) + len(after)
         calls = [[call for step in group for call in step.calls] for group in made]
         step = NativeStep(self._library, self._handle, [call for some in calls for call in some], made)
-        return _Stretch(step, list(itertools.accumulate(map(len, calls[:-1]))))
+        return _FusedCall(step, list(itertools.accumulate(map(len, calls[:-1]))))
 
     def read(self, array: Tensor) -> list[int]:
         numbers: list[int] = array.tolist()

@@ -18,7 +18,7 @@ from flashpack.kernels.metal.layouts import MATRICES, NONE, Placed
 class ProductSteps:
     """Those of ``kernels.interface.Steps`` that multiply by stored matrices, and what belongs to experts."""
 
-    stretches = None
+    fusion = None
 
     def __init__(self, kernels: MetalKernels) -> None:
         self.device = kernels.device

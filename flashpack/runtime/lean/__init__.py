@@ -23,9 +23,9 @@ from flashpack.kernels import Kernels
 from flashpack.runtime.lean.blocks import Experts
 from flashpack.runtime.lean.board import Board, NotLean, Token, library_calls, norm_of
 from flashpack.runtime.lean.cache import RoomyLayer
+from flashpack.runtime.lean.fused import FusedToken
 from flashpack.runtime.lean.layers import LeanLayer, PlainLayer
 from flashpack.runtime.lean.prefer import Preference
-from flashpack.runtime.lean.together import Together
 from flashpack.skeleton import ExpertsModule
 
 TOLERANCE = 1e-3
@@ -38,7 +38,7 @@ _PROBES = 3
 class LeanDecoder:
     """A model's layers, ``lean_layers`` of them as steps; ``NotLean`` if the model is built in another way.
 
-    ``together``: computes all layers at once where it can. None: they are called one by one, as they must be where a
+    ``fused``: computes all layers at once where it can. None: they are called one by one, as they must be where a
     part of one has been replaced.
     """
 
@@ -70,15 +70,15 @@ class LeanDecoder:
         for layer, later in itertools.pairwise(self.layers):
             if isinstance(layer, LeanLayer) and isinstance(later, LeanLayer):
                 layer.expects(later)
-        self.together: Together | None = None
+        self.fused: FusedToken | None = None
         self._norm = self.board.steps.add_norm(
             self.board.x, self.board.y, *norm_of(self._decoder.norm, hidden), self.board.normed
         )
 
-    def make_together(self) -> None:
-        """Set ``together``; ``NotLean`` where it cannot be had."""
+    def fuse(self) -> None:
+        """Set ``fused``; ``NotLean`` where it cannot be had."""
         embedding, store = self._decoder.embed_tokens, self.experts[0].store
-        self.together = Together(self.board, self.layers, store, embedding, self._norm, self._head)
+        self.fused = FusedToken(self.board, self.layers, store, embedding, self._norm, self._head)
 
     @property
     def lean_layers(self) -> int:
@@ -99,7 +99,7 @@ class LeanDecoder:
     def logits(self, ids: Tensor, cache: Any) -> Tensor:
         """ids [1, 1], after what ``cache`` holds -> [1, 1, vocabulary]."""
         token = self._token(ids, cache)
-        found = None if self.together is None else self.together(token)
+        found = None if self.fused is None else self.fused(token)
         if found is not None:
             return found.view(1, 1, -1)
         self.board.x.copy_(self._decoder.embed_tokens(ids).view(-1))
@@ -152,7 +152,7 @@ def install(
             block.prefer = Preference(block, prefer)
     elif decoder.experts:
         with contextlib.suppress(NotLean):
-            decoder.make_together()
+            decoder.fuse()
     whole: Any = model
     library_forward = whole.forward
 

@@ -9,7 +9,7 @@
  *
  * Primitives: Codes, unpack<FORMAT>(bytes); reorder(order, activations); Lanes (float32), none(), factor<SPLIT>(scales,
  * unit), mul_add(sum, Lanes, factor), total(Lanes); for few tokens dot(Codes, activations) -> Lanes, or, with FP_PLANES,
- * fine_dot<FORMAT>(bytes, planes) -> Lanes, reorder_planes, multiplied, all_lanes, MXFP4_SHIFT; Sums (int32),
+ * fine_dot<FORMAT>(bytes, planes) -> Lanes, reorder_planes, multiplied, all_lanes; Sums (int32),
  * converted(Sums) -> Lanes, MOST_WEIGHT, TILE_ROWS, TILE_TOKENS, store_weights<SHIFT>(Codes, scales, biases),
  * dots<R, T>(weights, tokens) -> Sums; Floats (eight float32), none8, all8, load8, store8, add8, mul_add8, total8,
  * widen8<TYPE>; Strip (16 float32), widen_strip<TYPE>, powers_of_two, load_strip, store_strip, add_strip, spread<GROUP>,

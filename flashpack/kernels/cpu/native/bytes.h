@@ -35,10 +35,10 @@ inline void unpack_bytes(
                 biases[r] = row_of(biases_of<GROUP>(m, own, some, all));
         }
         transpose(scales, columns);
-        const float twelve = -12; /* bytes are so much more than twice the value */
+        const float shift = -MXFP4_SHIFT;
         for (int i = 0; i < WORDS; i++) {
             part.scales[g + i] = lanes_of(columns[i]);
-            part.biases[g + i] = multiplied(part.scales[g + i], factor<false>(&twelve, 0));
+            part.biases[g + i] = multiplied(part.scales[g + i], factor<false>(&shift, 0));
         }
         if (FORMAT != MXFP4) {
             transpose(biases, columns);

@@ -115,6 +115,9 @@ enum { SEGMENT = 32, ROWS = 4, TOKENS = 64 };
 /* So many tokens are taken one by one: to unpack weights for them would cost more. */
 enum { FEW_TOKENS = 3 };
 
+/* So much more than twice the value are MXFP4's codes as bytes, which have no sign. */
+enum { MXFP4_SHIFT = 12 };
+
 /* Units whose scales are taken together for products with many tokens. */
 enum { PART = 8 };
 

@@ -382,8 +382,6 @@ inline void reorder(int order, const int16_t *in, int16_t *out)
             out + 32 * i, _mm512_permutex2var_epi16(low, _mm512_load_si512(from + 32 * i), high));
 }
 
-enum { MXFP4_SHIFT = 12 }; /* so much larger are the codes of fine_dot than twice the values */
-
 /* Of a unit's byte, as fine_dot unpacks them: the number of its code. */
 constexpr int plane_number(int order, int byte)
 {

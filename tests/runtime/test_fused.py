@@ -17,7 +17,7 @@ from flashpack.kernels import get_kernels
 from flashpack.kernels.cpu.native import compute
 from flashpack.runtime import dense
 from flashpack.runtime.lean.board import NotLean
-from flashpack.runtime.lean.together import Together
+from flashpack.runtime.lean.fused import FusedToken
 from flashpack.runtime.routing import RoutingRecorder
 from flashpack.runtime.timing import Timing
 from tests.conftest import PackOf
@@ -33,30 +33,30 @@ WHOLE = ["qwen3_moe", "qwen3_moe_dense_first_tied", "trained", "qwen2_moe", "mix
 
 def loaded(pack: Any, **options: Any) -> Any:
     model: Any = flashpack.load(pack, warm=False, **options)
-    assert model.flashpack.decoder.together is not None
+    assert model.flashpack.decoder.fused is not None
     return model
 
 
 def counted(model: Any) -> list[int]:
-    """How many layers each stretch from now on does."""
-    together, done = model.flashpack.decoder.together, []
-    real = together._stretch
+    """How many layers each fused call from now on does."""
+    fused, done = model.flashpack.decoder.fused, []
+    real = fused._fused
 
-    def stretch() -> int:
+    def call() -> int:
         done.append(real())
         return done[-1]
 
-    together._stretch = stretch
+    fused._fused = call
     return done
 
 
 def layer_by_layer(model: Any, ids: Tensor, prompt: int) -> Tensor:
     decoder = model.flashpack.decoder
-    together, decoder.together = decoder.together, None
+    fused, decoder.fused = decoder.fused, None
     try:
         return decode(model, ids, prompt)[0]
     finally:
-        decoder.together = together
+        decoder.fused = fused
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -124,19 +124,19 @@ def test_while_experts_are_read_ahead_layers_are_called_one_by_one(pack_of: Pack
 def test_whoever_replaces_a_part_has_layers_called_one_by_one(pack_of: PackOf) -> None:
     model = loaded(pack_of("trained"), prefetch=False)
     decoder, ids = model.flashpack.decoder, some_ids(8)
-    together = decoder.together
+    fused = decoder.fused
     recorder = RoutingRecorder(model)
     with recorder.watching():
-        assert decoder.together is None
+        assert decoder.fused is None
         decode(model, ids, 3)
-    assert decoder.together is together
+    assert decoder.fused is fused
     assert [len(x) for x in recorder._layers[0].experts] == [3, 1, 1, 1, 1, 1]
     timing = Timing(model)
-    assert decoder.together is None
+    assert decoder.fused is None
     decode(model, ids, 3)
     assert timing.split(5, 1.0).total["attention"][0] > 0
     preferring: Any = flashpack.load(pack_of("trained"), prefer_cached=0.5)
-    assert preferring.flashpack.decoder.together is None
+    assert preferring.flashpack.decoder.fused is None
 
 
 def test_a_cancelled_token_computes_nothing(pack_of: PackOf) -> None:
@@ -169,19 +169,19 @@ def test_a_router_without_numbers_is_said_to_be_one(pack_of: PackOf) -> None:
 
 
 def test_what_is_no_step_leaves_the_layers_one_by_one(pack_of: PackOf) -> None:
-    """A head or an embedding of another kind, a layer that is the library's, kernels without stretches."""
+    """A head or an embedding of another kind, a layer that is the library's, kernels without fusion."""
     decoder = loaded(pack_of("qwen3_moe", "q4", "q4")).flashpack.decoder
     board, layers, store = decoder.board, decoder.layers, decoder.experts[0].store
     embedding, norm, head = decoder._decoder.embed_tokens, decoder._norm, decoder._head
-    Together(board, layers, store, embedding, norm, head)
+    FusedToken(board, layers, store, embedding, norm, head)
     plain = torch.nn.Linear(8, 8)
     for arguments in ((layers, store, plain, norm, head), (layers, store, embedding, norm, plain)):
         with pytest.raises(NotLean, match="the embedding or the head"):
-            Together(board, *arguments)
+            FusedToken(board, *arguments)
     with pytest.raises(NotLean, match="a layer is the library's"):
-        Together(board, [*layers, object()], store, embedding, norm, head)  # type: ignore[list-item]
+        FusedToken(board, [*layers, object()], store, embedding, norm, head)  # type: ignore[list-item]
     shape = 8, len(board.x)
     stored = stored_matrix(random_matrix(*shape, MXFP4, 0)[0], MXFP4, shape)
     odd = dense.PackedEmbedding(get_kernels("cpu"), stored, torch.float32)
     with pytest.raises(NotLean, match="the embedding is stored"):
-        Together(board, layers, store, odd, norm, head)
+        FusedToken(board, layers, store, odd, norm, head)
