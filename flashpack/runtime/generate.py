@@ -128,7 +128,7 @@ def generate(
             out = model_.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
-                generation_config=config_of(model.generation_config, sampling, most, tokenizer),
+                generation_config=config_of(model.generation_config, most, tokenizer),
                 stopping_criteria=StoppingCriteriaList([watch]),
                 logits_processor=LogitsProcessorList([*(p for p in (logprobs, constraint) if p), *chosen]),
                 past_key_values=prefix.cache,

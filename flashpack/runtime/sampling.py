@@ -200,14 +200,12 @@ def _rare(base: GenerationConfig, device: str) -> list[Any]:
     return made
 
 
-def config_of(
-    base: GenerationConfig, sampling: Sampling, max_tokens: int, tokenizer: PreTrainedTokenizerBase
-) -> GenerationConfig:
-    """The pack's configuration with neutral values for what ``processors`` do."""
+def config_of(base: GenerationConfig, max_tokens: int, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """The pack's configuration without what ``processors`` do."""
     config = copy.deepcopy(base)
     config.do_sample = False  # ``Sampler`` leaves one token
-    config.temperature, config.top_p, config.top_k, config.min_p = 1.0, 1.0, 0, None
-    config.typical_p, config.epsilon_cutoff, config.eta_cutoff = None, None, None
+    for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+        setattr(config, name, None)
     config.return_dict_in_generate = True
     config.max_new_tokens = max_tokens
     config.max_length = None

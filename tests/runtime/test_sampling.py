@@ -19,7 +19,7 @@ from transformers import (
 import flashpack
 from flashpack.errors import UsageError
 from flashpack.runtime.generate import generate
-from flashpack.runtime.sampling import Sampler, Sampling, processors
+from flashpack.runtime.sampling import Sampler, Sampling, config_of, processors
 from flashpack.runtime.tokenizer import load_tokenizer
 from tests.conftest import TRAINED, PackOf
 
@@ -130,6 +130,13 @@ def test_what_only_the_library_does_holds(
     config = GenerationConfig(typical_p=0.5, eta_cutoff=0.1)  # type: ignore[no-untyped-call]
     names = [type(p).__name__ for p in processors(Sampling(1.0), 5, "cpu", config)]
     assert names == ["TypicalLogitsWarper", "EtaLogitsWarper", "Sampler"]
+
+
+def test_the_library_is_told_nothing_that_it_would_warn_of(tokenizer: Any) -> None:
+    numbers = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "typical_p": 0.5}
+    base = GenerationConfig(do_sample=True, epsilon_cutoff=0.1, eta_cutoff=0.1, **numbers)  # type: ignore[no-untyped-call]
+    config: Any = config_of(base, 8, tokenizer)
+    config.validate(strict=True)
 
 
 def test_seeds_repeat_and_differ(model: PreTrainedModel, tokenizer: Any) -> None:
