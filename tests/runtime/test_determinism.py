@@ -12,7 +12,7 @@ import torch
 
 import flashpack
 from flashpack.kernels.cpu.pool import pool
-from flashpack.runtime import threads
+from flashpack.runtime import budget, threads
 from tests.conftest import ROOT, PackOf
 
 SCRIPT = """
@@ -91,15 +91,18 @@ def test_attention_has_the_same_bits_on_any_number_of_threads(
 
 
 @pytest.mark.parametrize("experts", ["source", "q4", "q3"])
-def test_every_arena_size_gives_the_same_bits(pack_of: PackOf, experts: str) -> None:
+def test_every_arena_size_gives_the_same_bits(pack_of: PackOf, monkeypatch: pytest.MonkeyPatch, experts: str) -> None:
+    # What this process holds changes between the loads, and the arenas with it: more than these budgets differ.
+    divide = budget.divide
+    monkeypatch.setattr(budget, "divide", lambda pack, base, *more: divide(pack, 2**28, *more))
     pack = pack_of("trained", experts)
     ids = torch.randint(0, 4096, (1, 40), generator=torch.Generator().manual_seed(2))
     results, arenas = [], set()
+    smallest = flashpack.load(pack, memory="smallest").flashpack.budget.total
     for extra in (0, 3 * 2**15, 2**20, 2**22, 2**30):
-        smallest = flashpack.load(pack, memory="smallest").flashpack.budget.total
-        model = flashpack.load(pack, memory=smallest + 2**22 + extra)
+        model = flashpack.load(pack, memory=smallest + extra)
         arenas.add(model.flashpack.budget.arena)
         with torch.inference_mode():
             results += [model(ids).logits.numpy() for _ in range(2)]
-    assert len(arenas) >= 3
+    assert len(arenas) == 5
     assert all(np.array_equal(results[0], r) for r in results)
