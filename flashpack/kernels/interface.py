@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from flashpack.formats.records import Encoding, RecordKind
+    from flashpack.kernels.cpu.arena import PrefaultedMemory
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swiglu_oai")
 """Functions that kernels may have built in: of the gate, times up; ``swiglu_oai`` is GPT-OSS's, clamped at a limit.
@@ -337,8 +338,8 @@ class Kernels(Protocol):
         """Rows of ``weight``: ids [...] -> [..., in], in ``dtype``."""
         ...
 
-    def arena(self, size: int) -> Arena:
-        """Memory for records of ``size`` bytes in all."""
+    def arena(self, size: int, early: PrefaultedMemory | None = None) -> Arena:
+        """Memory for records of ``size`` bytes in all; ``early``: the process's own, if the device's is no other."""
         ...
 
     def steps(self) -> Steps | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import Cache, PretrainedConfig, PreTrainedModel
 
+    from flashpack.kernels.cpu.arena import PrefaultedMemory
     from flashpack.runtime.budget import Budget
     from flashpack.runtime.lean import LeanDecoder
     from flashpack.runtime.profile import Profile
@@ -31,6 +34,9 @@ DEFAULT_CONTEXT = 8192
 
 _BUFFER_BYTES = 64 * 2**20
 """What computed buffers (rotary frequencies) may take beside as much as the dense part."""
+
+_EARLY_LEAST, _EARLY = 2**26, 2**30
+"""Bytes of an arena that may be taken before experts are asked for, and of one that is too small for that."""
 
 CHECKS = ("first", "always", "never")
 """When an expert's record is compared with its digest: when it is first read, at every read, or not at all."""
@@ -156,26 +162,29 @@ def load(
     config = config.get_text_config(decoder=True)
     work = sequences * working_bytes(model, sites, str(opened.folder)) + scratch_bytes(opened, profile.readers)
     context = context_length(config, context)
-    with library_errors(f"{opened.folder}: the model of config.json cannot be computed"):
-        prefix_memory = 0 if prefix_memory is None else max(prefix_memory, kv_bytes(model, 1))
-        cache = sequences * kv_bytes(model, context) + prefix_memory
-        kind: Any = type(model)
-        own_cache = None if kind._supports_default_dynamic_cache() else cache_class(model)
-        if experts_per_token is not None:
-            topk.check_fewer(model, sites, experts_per_token)
-        _fill_buffers(model, opened.dense_bytes)
-    base = usage().anonymous
-    dense.fill(model, opened, sites, kernels, dtype)
-    if not kernels.asynchronous:  # else the dense part is memory of the process, which the budget counts as such
+    with _prefaulting(None if kernels.asynchronous else _prefaulted(opened, memory)) as early:
+        with library_errors(f"{opened.folder}: the model of config.json cannot be computed"):
+            prefix_memory = 0 if prefix_memory is None else max(prefix_memory, kv_bytes(model, 1))
+            cache = sequences * kv_bytes(model, context) + prefix_memory
+            kind: Any = type(model)
+            own_cache = None if kind._supports_default_dynamic_cache() else cache_class(model)
+            if experts_per_token is not None:
+                topk.check_fewer(model, sites, experts_per_token)
+            _fill_buffers(model, opened.dense_bytes)
         base = usage().anonymous
+        dense.fill(model, opened, sites, kernels, dtype)
+    if not kernels.asynchronous:  # else the dense part is memory of the process, which the budget counts as such
+        base = usage().anonymous - (early.taken if early else 0)
     total = parse_size(memory) if memory not in (None, "smallest") else memory
     # Memory that a GPU uses is wired; what is left to the page cache caches experts, too (docs/metal.md).
-    unasked = spare() // 2 if kernels.asynchronous else spare()
+    unasked = spare() // 2 if kernels.asynchronous else spare() + (early.taken if early else 0)
     budget = budgets.divide(opened, base, cache, work, total, unasked)
     ahead = (
         prefetch and profile.prefetch and prefer_cached is None and not kernels.asynchronous
     )  # guesses cost a wait for the device
-    store = ExpertStore(opened, kernels, budget.slots, check, ahead, profile)
+    store = ExpertStore(opened, kernels, budget.slots, check, ahead, profile, early)
+    if early is not None:
+        early.take(min(budget.arena, _EARLY))
     remembered = opened if history.wanted(warm) else None
     if remembered:
         store.warm(history.read(opened))
@@ -198,6 +207,32 @@ def load(
     model.flashpack = runtime
     weakref.finalize(model, _finish, store, remembered)
     return model
+
+
+def _prefaulted(pack: Pack, memory: int | str | None) -> tuple[PrefaultedMemory, int] | None:
+    """Memory for experts, and how much of what the arena will probably get may be taken before the model is made."""
+    from flashpack.kernels.cpu.arena import PrefaultedMemory
+    from flashpack.runtime.budget import stride_counts
+
+    if memory == "smallest":
+        return None
+    total = spare() if memory is None else parse_size(memory)
+    size = min(total, sum(stride * count for stride, count in stride_counts(pack.manifest).items()))
+    return (PrefaultedMemory(size), min(total // 4, _EARLY)) if size >= _EARLY_LEAST else None
+
+
+@contextmanager
+def _prefaulting(memory: tuple[PrefaultedMemory, int] | None) -> Iterator[PrefaultedMemory | None]:
+    """Take memory meanwhile; when it is over, in whatever way, no more is taken."""
+    if memory is None:
+        yield None
+        return
+    early, most = memory
+    early.take(most)
+    try:
+        yield early
+    finally:
+        early.stop()
 
 
 def _finish(store: ExpertStore, remembered: Pack | None) -> None:

@@ -20,6 +20,7 @@ from queue import Empty
 from flashpack.errors import CancelledError
 from flashpack.formats import Pack
 from flashpack.kernels import Kernels, RecordView
+from flashpack.kernels.cpu.arena import PrefaultedMemory
 from flashpack.runtime.cache import ExpertCache, Key
 from flashpack.runtime.memory import available
 from flashpack.runtime.prefetch import Guesses
@@ -48,7 +49,7 @@ class ExpertStore:
     ``slots``: number of records of each stride that the arena holds (``Budget.slots``). ``check``: ``"first"``
     compares a record with its digest when it is first read, ``"always"`` at every read, ``"never"`` not at all; a
     record that fails never reaches a kernel, and its read raises ``IntegrityError``. ``prefetch``: whether
-    ``prefetch`` reads anything. ``profile``: how files are read.
+    ``prefetch`` reads anything. ``profile``: how files are read. ``early``: memory for the arena.
     ``cancelled``, if somebody sets it, is asked before each request, which raises ``CancelledError`` when it says yes.
     """
 
@@ -60,11 +61,13 @@ class ExpertStore:
         check: str = "first",
         prefetch: bool = False,
         profile: Profile | None = None,
+        early: PrefaultedMemory | None = None,
     ) -> None:
         profile = profile or Profile()
         self._kernels = kernels
-        room = available()
-        self._arena = kernels.arena(sum(stride * count for stride, count in slots.items()))
+        room = available() + (early.taken if early else 0)
+        self._arena = kernels.arena(sum(stride * count for stride, count in slots.items()), early)
+        self._early = early
         self._records = Records(pack, check, self._arena, room, kernels.asynchronous, profile.io)
         self._caches: dict[int, ExpertCache] = {}
         self._free = dict(slots)
@@ -99,6 +102,9 @@ class ExpertStore:
         if self.cancelled is not None and self.cancelled():
             raise CancelledError("cancelled")
         begun = time.perf_counter()
+        if self._early is not None:
+            self._early.stop()  # from now on the reads take what they need
+            self._early = None
         self._unread.clear()
         if layer <= self._last_layer or not self.stats.steps:
             self._step(begun)
@@ -229,6 +235,8 @@ class ExpertStore:
 
     def close(self) -> None:
         """Stop reading and close the files; harmless if repeated."""
+        if self._early is not None:
+            self._early.stop()
         self._pool.close()
         self._records.close()
 

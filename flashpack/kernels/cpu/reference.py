@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashpack.formats.records import Encoding, Projection, RecordKind, Section
-from flashpack.kernels.cpu.arena import HostArena
+from flashpack.kernels.cpu.arena import HostArena, PrefaultedMemory
 from flashpack.kernels.cpu.pool import one_thread, pool
 from flashpack.kernels.cpu.widen import aligned, block, cut, group_numbers, widen
 from flashpack.kernels.interface import Activation, Arena, RecordView, Steps, StoredMatrix
@@ -107,8 +107,8 @@ class ReferenceKernels:
                 widen(part, out)
         return wide.to(dtype).view(*ids.shape, wide.shape[1])
 
-    def arena(self, size: int) -> Arena:
-        return HostArena(size)
+    def arena(self, size: int, early: PrefaultedMemory | None = None) -> Arena:
+        return HostArena(size, early)
 
     def steps(self) -> Steps | None:
         return None

@@ -294,7 +294,7 @@ class MetalKernels:
             found = self._kernels[whole] = getattr(self.library(kind or name), whole)
         return found
 
-    def arena(self, size: int) -> Arena:
+    def arena(self, size: int, early: object = None) -> Arena:
         from flashpack.kernels.metal.arena import MetalArena
 
         return MetalArena(self.gpu, size)
