@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from flashpack.runtime import budget as budgets
 from flashpack.runtime import experts
-from flashpack.runtime.kv import kv_bytes
+from flashpack.runtime.kv import cache_size
 from flashpack.runtime.load import context_length, working_bytes
 from flashpack.runtime.memory import usage
 from flashpack.runtime.profile import profile_of
@@ -59,7 +59,7 @@ def smallest_budget(
     context = context_length(model.config.get_text_config(decoder=True), context)
     use_experts(model, experts.NAME)
     with library_errors("the model of config.json cannot be computed"):
-        kv = kv_bytes(model, context)
+        kv = cache_size(model).bytes(context)
     work = working_bytes(model, sites, "config.json")
     work += readers * max(strides) if compressed else 0
     return budgets.smallest(base, dense_bytes, kv, work, strides), context

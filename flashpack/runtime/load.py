@@ -124,7 +124,7 @@ def load(
     from flashpack.runtime import budget as budgets
     from flashpack.runtime import dense, experts, lean
     from flashpack.runtime import warm as history
-    from flashpack.runtime.kv import cache_class, kv_bytes
+    from flashpack.runtime.kv import cache_size
     from flashpack.runtime.profile import profile_of
     from flashpack.runtime.records import scratch_bytes
     from flashpack.runtime.store import ExpertStore
@@ -164,10 +164,11 @@ def load(
     context = context_length(config, context)
     with _prefaulting(None if kernels.asynchronous else _prefaulted(opened, memory)) as early:
         with library_errors(f"{opened.folder}: the model of config.json cannot be computed"):
-            prefix_memory = 0 if prefix_memory is None else max(prefix_memory, kv_bytes(model, 1))
-            cache = sequences * kv_bytes(model, context) + prefix_memory
+            measured = cache_size(model)
+            prefix_memory = 0 if prefix_memory is None else max(prefix_memory, measured.bytes(1))
+            cache = sequences * measured.bytes(context) + prefix_memory
             kind: Any = type(model)
-            own_cache = None if kind._supports_default_dynamic_cache() else cache_class(model)
+            own_cache = None if kind._supports_default_dynamic_cache() else measured.kind
             if experts_per_token is not None:
                 topk.check_fewer(model, sites, experts_per_token)
             _fill_buffers(model, opened.dense_bytes)

@@ -39,7 +39,7 @@ def check_fewer(model: PreTrainedModel, sites: list[ExpertsModule], wanted: int)
     """
     from torch import Tensor
 
-    from flashpack.runtime.kv import cache_class
+    from flashpack.runtime.kv import cache_of
 
     numbers: set[int] = set()
 
@@ -48,7 +48,7 @@ def check_fewer(model: PreTrainedModel, sites: list[ExpertsModule], wanted: int)
         numbers.update(t.shape[-1] for t in tensors if not t.is_floating_point())
 
     hooks = [site.module.register_forward_pre_hook(note, with_kwargs=True) for site in sites]
-    cache_class(model)  # takes a token through it
+    cache_of(model, 1)  # takes a token through it
     for hook in hooks:
         hook.remove()
     if numbers != {wanted}:
