@@ -27,11 +27,12 @@ def calibrate(
     """
     quiet_libraries()
     from flashpack.formats import Pack
+
+    recipe = Pack(pack).manifest.recipe  # what follows takes seconds to import
     from flashpack.runtime.calibrate import calibrate as record
 
     if not text:
         note(f"note: calibrating on a small text of ours, {gb(TEXT.stat().st_size)}; --text takes your own")
-    recipe = Pack(pack).manifest.recipe
     if recipe.get("experts") != "source" or recipe.get("dense") != "source":
         note("note: this pack was rounded, so what it computes is not quite the model's; better a pack made with")
         note("note: flashpack convert SRC --experts source --dense source")

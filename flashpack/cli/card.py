@@ -47,10 +47,11 @@ def card(
     """
     quiet_libraries(source or "")
     from flashpack.formats import Pack
+
+    opened = Pack(pack)  # what follows takes seconds to import
     from flashpack.hub.push import check_name
 
     name = None if repo is None else check_name(repo)
-    opened = Pack(pack)
     require_whole(pack, "there is no card for it")
     print(written(opened, sums_of(opened), name, base_model, license, source, evaluations), end="")
 

@@ -60,9 +60,9 @@ def chat(
     quiet_libraries()
     from flashpack.runtime import template
 
+    loading.compute_with(threads, pack)
     template.start()  # is ready by the time the model is
     offered = _tools(tools, shell)
-    loading.compute_with(threads, pack)
     loading.say_first_use(device)
     from flashpack.runtime.session import Session
 

@@ -51,6 +51,9 @@ def eval(
     if scratch is not None and not scratch.is_dir():
         raise UsageError(f"--scratch {scratch}: not a folder")
     ignored = [_argument(name) for name in ignore]
+    from flashpack.formats import Pack
+
+    Pack(pack)  # what follows takes seconds to import
     from flashpack.runtime import load
     from flashpack.runtime.score import Divergence, divergence, perplexity, read_windows
     from flashpack.runtime.toolcalls import SYSTEM, read_cases, tool_calls

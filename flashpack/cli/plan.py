@@ -134,13 +134,15 @@ def _look(
     from flashpack.converter.convert import bound, default_out
     from flashpack.converter.execute import default_workers
     from flashpack.converter.folder import is_remote
-    from flashpack.converter.forecast import forecast
-    from flashpack.performance.roofline import roofline, weights_of
-    from flashpack.runtime.forecast import smallest_budget
     from flashpack.runtime.memory import available, spare, usage
 
     chosen = Options(*options)
     source = bound(src)
+    # These take seconds to import: a source that is none is said before.
+    from flashpack.converter.forecast import forecast
+    from flashpack.performance.roofline import roofline, weights_of
+    from flashpack.runtime.forecast import smallest_budget
+
     try:
         told = forecast(
             source, chosen, out or default_out(src), overwrite, workers or default_workers(), is_remote(src)

@@ -38,12 +38,13 @@ def push(
     """
     quiet_libraries(source or "" if dry_run else "hf://")
     from flashpack.formats import Pack
+
+    opened = Pack(pack)  # what follows takes seconds to import
     from flashpack.hub.push import check_name
     from flashpack.hub.push import push as run_push
 
     name = check_name(repo)
     text = None if card is None else _text(card)
-    opened = Pack(pack)
     require_whole(pack, "nothing was sent")
     sums = sums_of(opened)
     if text is None:

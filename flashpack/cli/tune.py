@@ -35,6 +35,8 @@ def tune(
     """
     quiet_libraries()
     from flashpack.formats import Pack
+
+    opened = Pack(pack)  # what follows takes seconds to import
     from flashpack.performance import speed
     from flashpack.performance.tune import tune as find
     from flashpack.runtime import profile
@@ -42,7 +44,6 @@ def tune(
     from flashpack.runtime.memory import parse_size, spare
     from flashpack.runtime.predict import text_of
 
-    opened = Pack(pack)
     path = profile.path_of(opened)
     if forget:
         profile.remove(opened)
