@@ -196,7 +196,7 @@ inline void store_strip(float *out, Strip strip)
 }
 
 /* What follows in memory is read with it if there is as much. */
-template <int TYPE> inline Strip widen_strip(const uint8_t *source, int64_t first, int64_t count, int64_t all)
+template <int TYPE> FP_INLINE Strip widen_strip(const uint8_t *source, int64_t first, int64_t count, int64_t all)
 {
     alignas(32) static const int32_t mask[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
     constexpr int bytes = TYPE == FP_F32 ? 4 : 2;
