@@ -38,9 +38,7 @@ def bench(
     hot experts. Close other programs: they take processor, drive and memory.
     """
     quiet_libraries()
-    from flashpack.formats import Pack
-
-    Pack(pack)  # what follows takes seconds to import
+    loading.opened(pack)
     from flashpack.performance.bench import bench as measure
     from flashpack.performance.bench import charts
     from flashpack.performance.plots import check_plot, draw

@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from flashpack.cli import loading
 from flashpack.cli.console import answer_json, gb, note, progress_bar, quiet_libraries, say
 
 TEXT = Path(__file__).parent / "calibration.txt"
@@ -26,9 +27,7 @@ def calibrate(
     Take text like that which the model will see, all kinds of it: what is missing gets worse.
     """
     quiet_libraries()
-    from flashpack.formats import Pack
-
-    recipe = Pack(pack).manifest.recipe  # what follows takes seconds to import
+    recipe = loading.opened(pack).manifest.recipe
     from flashpack.runtime.calibrate import calibrate as record
 
     if not text:

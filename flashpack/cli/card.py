@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flashpack.cli import loading
 from flashpack.cli.bars import Bars
 from flashpack.cli.console import note, quiet_libraries
 
@@ -46,9 +47,7 @@ def card(
     push send it.
     """
     quiet_libraries(source or "")
-    from flashpack.formats import Pack
-
-    opened = Pack(pack)  # what follows takes seconds to import
+    opened = loading.opened(pack)
     from flashpack.hub.push import check_name
 
     name = None if repo is None else check_name(repo)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from flashpack.cli import loading
 from flashpack.cli.bars import Bars
 from flashpack.cli.console import answer_json, gb, note, quiet_libraries, say
 from flashpack.errors import UsageError
@@ -51,9 +52,7 @@ def eval(
     if scratch is not None and not scratch.is_dir():
         raise UsageError(f"--scratch {scratch}: not a folder")
     ignored = [_argument(name) for name in ignore]
-    from flashpack.formats import Pack
-
-    Pack(pack)  # what follows takes seconds to import
+    loading.opened(pack)
     from flashpack.runtime import load
     from flashpack.runtime.score import Divergence, divergence, perplexity, read_windows
     from flashpack.runtime.toolcalls import SYSTEM, read_cases, tool_calls

@@ -1,4 +1,4 @@
-"""What ``run``, ``chat`` and ``serve`` have in common: options for loading a pack, and what is said of it."""
+"""What commands that open a pack have in common: options for loading it, and what is said of it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from flashpack.errors import UsageError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from flashpack.formats import Pack
     from flashpack.runtime.load import Runtime
 
 Context = Annotated[int | None, typer.Option(min=1, help="Tokens of context. Default: the model's, at most 8192.")]
@@ -42,12 +43,18 @@ def switch(thinking: str | None) -> bool | None:
     return None if thinking is None else thinking == "on"
 
 
+def opened(pack: Path) -> Pack:
+    """``pack``, before a command imports what takes seconds: a folder that is none is said at once."""
+    from flashpack.formats import Pack
+
+    return Pack(pack)
+
+
 def compute_with(threads: int | None, pack: Path) -> None:
     """Before ``pack`` is loaded: the threads that were asked for, or that ``tune`` found best."""
-    from flashpack.formats import Pack
     from flashpack.runtime.profile import profile_of
 
-    threads = threads or profile_of(Pack(pack)).threads
+    threads = threads or profile_of(opened(pack)).threads
     if threads is not None:
         import torch
 

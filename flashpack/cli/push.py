@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from flashpack.cli import loading
 from flashpack.cli.bars import Bars
 from flashpack.cli.card import Base, Evaluations, License, Source, quiet_hub, require_whole, sums_of, written
 from flashpack.cli.console import answer_json, gb, quiet_libraries, say
@@ -37,9 +38,7 @@ def push(
     is huggingface_hub's affair: 'hf auth login', or HF_TOKEN.
     """
     quiet_libraries(source or "" if dry_run else "hf://")
-    from flashpack.formats import Pack
-
-    opened = Pack(pack)  # what follows takes seconds to import
+    opened = loading.opened(pack)
     from flashpack.hub.push import check_name
     from flashpack.hub.push import push as run_push
 

@@ -48,9 +48,7 @@ def serve(
     if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable()):
         raise UsageError("--api-key: an empty key, or one with characters that no header can carry")
     quiet_libraries()
-    from flashpack.formats import Pack
-
-    Pack(pack)  # what follows takes seconds to import
+    loading.opened(pack)
     from flashpack.runtime import template
     from flashpack.runtime.memory import parse_size
 

@@ -62,10 +62,8 @@ def trace(
     if plot is not None:
         raise UsageError("--plot draws what --simulate finds: record first, then flashpack trace --simulate FILE")
     quiet_libraries()
-    from flashpack.formats import Pack
+    loading.opened(pack)
     from flashpack.formats.routing import check_new, write_routing
-
-    Pack(pack)  # what follows takes seconds to import
     from flashpack.runtime.routing import record
 
     target = out or Path(f"{pack.resolve().name.removesuffix('.flashpack')}.routing")

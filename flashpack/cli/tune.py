@@ -34,9 +34,7 @@ def tune(
     changes what the model says. Close other programs. FLASHPACK_PROFILE=0 does without what was found.
     """
     quiet_libraries()
-    from flashpack.formats import Pack
-
-    opened = Pack(pack)  # what follows takes seconds to import
+    opened = loading.opened(pack)
     from flashpack.performance import speed
     from flashpack.performance.tune import tune as find
     from flashpack.runtime import profile

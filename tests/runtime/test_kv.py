@@ -48,13 +48,12 @@ def test_the_size_is_that_of_all_layers(family: str, changes: dict[str, Any], mo
     assert found.more > 0
 
 
-def test_layers_that_are_alike_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_are_alike_are_computed_once() -> None:
     assert kv._likes(list(model_of("qwen3_moe", num_hidden_layers=5).model.layers), None) == [0] * 5
     kinds = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
     model = model_of("qwen3_5_moe_text", layer_types=kinds, num_hidden_layers=4)
     layers: Sequence[nn.Module] = list(model.get_decoder().layers)  # type: ignore[no-untyped-call]
-    config = model.config
-    assert kv._likes(layers, config) == [0, 1, 0, 1]
+    assert kv._likes(layers, model.config) == [0, 1, 0, 1]
     seen: list[int] = []
     for i, layer in enumerate(layers):
         layer.get_submodule("mlp").register_forward_hook(lambda *_, _i=i: seen.append(_i))
@@ -84,7 +83,7 @@ def test_layers_of_other_sizes_or_settings_are_not_alike() -> None:
     assert likes(layer(), layer(index=1), types=["full", "sliding"]) == [0, 1]
 
 
-def test_a_model_that_cannot_be_computed_so_is_computed_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_computed_so_is_computed_whole() -> None:
     model = model_of("qwen3_moe", num_hidden_layers=3)
     expected = kv.cache_size(model)
     layers = list(model.get_decoder().layers)  # type: ignore[no-untyped-call]

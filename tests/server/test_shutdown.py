@@ -45,15 +45,8 @@ def test_a_signal_ends_the_server_and_its_streams(pack_of: PackOf, number: signa
 
 def test_a_port_in_use_is_said_before_the_model_is_loaded(pack_of: PackOf) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        command = [
-            sys.executable,
-            "-m",
-            "flashpack",
-            "serve",
-            str(pack_of("trained")),
-            "--port",
-            str(taken.getsockname()[1]),
-        ]
+        options = ["serve", str(pack_of("trained")), "--port", str(taken.getsockname()[1])]
+        command = [sys.executable, "-m", "flashpack", *options]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "--port 0" in done.stderr
