@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 
@@ -84,7 +84,7 @@ def _bytes(cache: object) -> int:
 
 def _is_by_layer(cache: Any, layers: int) -> bool:
     """Whether all that is kept belongs to one of the model's layers each, in their order."""
-    return type(cache) is DynamicCache and len(cache.layers) == layers and _bytes(cache) == _bytes(cache.layers)
+    return len(getattr(cache, "layers", ())) == layers and _bytes(cache) == _bytes(cache.layers)
 
 
 def _likes(layers: Sequence[nn.Module], config: object) -> list[int]:

@@ -64,23 +64,26 @@ def test_layers_that_are_alike_are_computed_once() -> None:
 
 def test_layers_of_other_sizes_or_settings_are_not_alike() -> None:
     def likes(*layers: nn.Module, types: list[str] | None = None) -> list[int]:
+        for i, one in enumerate(layers):
+            for name, value in {"layer_idx": i, **getattr(one, "changes", {})}.items():
+                setattr(one, name, value)
         return kv._likes(layers, type("C", (), {"layer_types": types}))
 
-    def layer(width: int = 4, index: int = 0, **settings: Any) -> nn.Module:
-        made = nn.Sequential(nn.Linear(4, width), nn.SiLU())
-        settings["layer_idx"] = index
-        for name, value in settings.items():
-            setattr(made, name, value)
+    def layer(width: int = 4, **settings: Any) -> nn.Module:
+        made: Any = nn.Sequential(nn.Linear(4, width), nn.SiLU())
+        made.changes = settings
+        assert isinstance(made, nn.Module)
         return made
 
-    assert likes(layer(), layer(index=1), layer(index=2)) == [0, 0, 0]
-    assert likes(layer(), layer(index=7)) == [0, 1]  # its index is none: it is a setting
+    assert likes(layer(), layer(), layer()) == [0, 0, 0]
+    assert likes(layer(), layer(layer_idx=7)) == [0, 1]  # its index is none: it is a setting
     assert likes(layer(), layer(5)) == [0, 1]
     assert likes(layer(), layer(window=8), layer(window=8), layer(window=9)) == [0, 1, 1, 3]
-    assert likes(layer(), layer(types=["a"])) == [0, 1]
+    assert likes(layer(), layer(), layer(types=["a"])) == [0, 0, 2]
     assert likes(layer(), layer().double()) == [0, 1]
     assert likes(layer(), nn.Sequential(nn.Linear(4, 4), nn.ReLU())) == [0, 1]
-    assert likes(layer(), layer(index=1), types=["full", "sliding"]) == [0, 1]
+    assert likes(layer(), layer(), types=["full", "sliding"]) == [0, 1]
+    assert likes(layer(), layer(), types=["full", "full"]) == [0, 0]
 
 
 def test_a_model_that_cannot_be_computed_so_is_computed_whole() -> None:

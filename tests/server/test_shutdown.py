@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 
@@ -45,11 +43,11 @@ def test_a_signal_ends_the_server_and_its_streams(pack_of: PackOf, number: signa
     assert "Traceback" not in errors
 
 
-def test_a_port_in_use_is_said_before_the_model_is_loaded(pack_of: PackOf, tmp_path: Path) -> None:
-    pack = shutil.copytree(pack_of("trained"), tmp_path / "pack")
-    (pack / "config.json").write_text("{}")  # opens, and cannot be loaded
+def test_a_port_in_use_is_said_before_the_model_is_loaded(pack_of: PackOf) -> None:
+    pack = str(pack_of("trained"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        options = ["serve", str(pack), "--port", str(taken.getsockname()[1])]
+        # With so little memory no model can be loaded.
+        options = ["serve", pack, "--memory", "1MB", "--port", str(taken.getsockname()[1])]
         command = [sys.executable, "-m", "flashpack", *options]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
