@@ -82,8 +82,23 @@ def test_layers_of_other_sizes_or_settings_are_not_alike() -> None:
     assert likes(layer(), layer(), layer(types=["a"])) == [0, 0, 2]
     assert likes(layer(), layer().double()) == [0, 1]
     assert likes(layer(), nn.Sequential(nn.Linear(4, 4), nn.ReLU())) == [0, 1]
+    assert likes(layer(), nn.Sequential(nn.Linear(4, 4), nn.SiLU())) == [0, 0]
+    wider = layer()
+    wider.register_buffer("sinks", torch.zeros(5))
+    narrow = layer()
+    narrow.register_buffer("sinks", torch.zeros(4))
+    assert likes(layer(), wider, narrow) == [0, 1, 2]
     assert likes(layer(), layer(), types=["full", "sliding"]) == [0, 1]
     assert likes(layer(), layer(), types=["full", "full"]) == [0, 0]
+
+
+def test_what_a_cache_keeps_beside_its_layers_is_no_layers() -> None:
+    cache = kv.cache_of(model_of("qwen3_moe", num_hidden_layers=3), 1)
+    assert kv._is_by_layer(cache, 3)
+    assert not kv._is_by_layer(cache, 4)
+    cache.beside = [torch.zeros(7)]
+    assert not kv._is_by_layer(cache, 3)
+    assert not kv._is_by_layer({"states": torch.zeros(7)}, 3)
 
 
 def test_a_model_that_cannot_be_computed_so_is_computed_whole() -> None:
