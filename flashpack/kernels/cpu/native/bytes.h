@@ -6,7 +6,8 @@
  *
  * Primitives beside those of body.h: LANES, BLOCKS (of rows at once), BYTE_TOKENS; Words (32 bits of each row), Row (eight
  * words of one), load_row, transpose(rows) -> words, low_nibbles, high_nibbles, shifted (MXFP4's values, twice, and 12 more);
- * row_of(Strip), lanes_of(Words), multiplied(Lanes, Lanes), in_order(Lanes); byte_dots<B, T, STEPS> -> Sums.
+ * row_of(Strip), lanes_of(Words), multiplied(Lanes, Lanes), in_order(Lanes); byte_dots<MOST,
+ * B, T, STEPS> -> Sums, for codes up to MOST.
  */
 
 namespace {
@@ -46,19 +47,17 @@ inline void unpack_bytes(
                 part.biases[g + i] = lanes_of(columns[i]);
         }
     }
-    /* The same place of the rows after these. */
-    for (int r = 0; r < LANES; r++) {
-        const int64_t next = row + r + LANES * BLOCKS;
-        for (int64_t byte = 0; byte < 32 * (end - unit); byte += 64)
-            prefetch(m.weight + (next * m.width + 64 * unit) / 2 + byte);
-        prefetch_numbers(m, next * s.groups + group);
-    }
+    for (int r = 0; r < LANES; r++)
+        prefetch_numbers(m, (row + r + LANES * BLOCKS) * s.groups + group);
     for (int64_t u = unit; u < end; u++) {
         Row rows[LANES];
         Words words[WORDS];
         for (int r = 0; r < LANES; r++) {
             const int64_t own = row + r < last ? row + r : last - 1;
             rows[r] = load_row(m.weight + (own * m.width + 64 * u) / 2, s.width - 64 * u < 64);
+            /* The same place of the rows after these. */
+            if (u % 2 == 0)
+                prefetch(m.weight + ((row + r + LANES * BLOCKS) * m.width + 64 * u) / 2);
         }
         transpose(rows, words);
         for (int i = 0; i < WORDS; i++) {
@@ -69,9 +68,9 @@ inline void unpack_bytes(
     }
 }
 
-/* LANES * B rows times T tokens over the units of a part: to sums[block][token]. */
-template <int GROUP, int B, int T>
-inline void byte_tile(
+/* LANES * B rows times T tokens over the units of a part: to sums[block][token]. On its own it has all registers. */
+template <int MOST, int GROUP, int B, int T>
+__attribute__((noinline)) void byte_tile(
     const Part *parts, int64_t unit, int64_t end, int64_t group, const Activations *tokens, Lanes (*sums)[TOKENS])
 {
     constexpr int pieces = GROUP == 32 ? 2 : 1, steps = 2 * WORDS / pieces;
@@ -85,7 +84,7 @@ inline void byte_tile(
             for (int b = 0; b < B; b++)
                 codes[b] = parts[b].codes[u - unit] + piece * steps;
             Sums products[B][T];
-            byte_dots<B, T, steps>(codes, tokens, 64 * u + 4 * piece * steps, products);
+            byte_dots<MOST, B, T, steps>(codes, tokens, 64 * u + 4 * piece * steps, products);
             const int64_t g = 64 * u / GROUP + piece - group, at = pieces * u + piece;
             for (int b = 0; b < B; b++)
                 for (int t = 0; t < T; t++) {
@@ -100,7 +99,7 @@ inline void byte_tile(
             sums[b][t] = own[b][t];
 }
 
-template <int GROUP, int B>
+template <int MOST, int GROUP, int B>
 inline void byte_tiles(
     const Part *parts, int64_t unit, int64_t end, int64_t group, const Activations *tokens, int count,
     Lanes (*sums)[TOKENS])
@@ -108,11 +107,11 @@ inline void byte_tiles(
     typedef Lanes Block[TOKENS];
     int t = 0;
     for (; t + BYTE_TOKENS <= count; t += BYTE_TOKENS)
-        byte_tile<GROUP, B, BYTE_TOKENS>(parts, unit, end, group, tokens + t, (Block *)&sums[0][t]);
+        byte_tile<MOST, GROUP, B, BYTE_TOKENS>(parts, unit, end, group, tokens + t, (Block *)&sums[0][t]);
     for (; t + 2 <= count; t += 2)
-        byte_tile<GROUP, B, 2>(parts, unit, end, group, tokens + t, (Block *)&sums[0][t]);
+        byte_tile<MOST, GROUP, B, 2>(parts, unit, end, group, tokens + t, (Block *)&sums[0][t]);
     for (; t < count; t++)
-        byte_tile<GROUP, B, 1>(parts, unit, end, group, tokens + t, (Block *)&sums[0][t]);
+        byte_tile<MOST, GROUP, B, 1>(parts, unit, end, group, tokens + t, (Block *)&sums[0][t]);
 }
 
 /* Up to LANES * BLOCKS rows times up to TOKENS tokens. */
@@ -121,6 +120,7 @@ void rows_of_bytes(
     const fp_matrix &m, const Shape &s, int64_t row, int64_t last, const Activations *tokens, int count, float *out,
     int64_t stride)
 {
+    constexpr int most = FORMAT == MXFP4 ? 24 : 15;
     Part parts[BLOCKS];
     alignas(64) Lanes sums[BLOCKS][TOKENS];
     last = last - row < LANES * BLOCKS ? last : row + LANES * BLOCKS;
@@ -133,10 +133,10 @@ void rows_of_bytes(
         for (int b = 0; b < blocks; b++)
             unpack_bytes<FORMAT, GROUP>(m, s, row + LANES * b, last, unit, end, parts[b]);
         if (blocks == BLOCKS)
-            byte_tiles<GROUP, BLOCKS>(parts, unit, end, group, tokens, count, sums);
+            byte_tiles<most, GROUP, BLOCKS>(parts, unit, end, group, tokens, count, sums);
         else
             for (int b = 0; b < blocks; b++)
-                byte_tiles<GROUP, 1>(parts + b, unit, end, group, tokens, count, sums + b);
+                byte_tiles<most, GROUP, 1>(parts + b, unit, end, group, tokens, count, sums + b);
     }
     for (int b = 0; b < blocks; b++)
         for (int t = 0; t < count; t++) {
@@ -144,7 +144,10 @@ void rows_of_bytes(
             alignas(64) float own[LANES];
             const Lanes ordered = in_order(sums[b][t]);
             memcpy(own, &ordered, sizeof own);
-            memcpy(out + t * stride + first, own, (left < LANES ? left : LANES) * sizeof(float));
+            if (left >= LANES)
+                memcpy(out + t * stride + first, own, sizeof own);
+            else
+                memcpy(out + t * stride + first, own, left * sizeof(float));
         }
 }
 

@@ -141,9 +141,9 @@ void add_shape(std::vector<Prepared> &all, Workers &w, const Shape &shape, int64
 /* Rows of a piece of work: enough to be worth a thread's while, few enough for equal shares. */
 int64_t piece_rows(int64_t rows, int64_t width)
 {
-    const int64_t wanted = (1 << 16) / (width > 0 ? width : 1) / ROWS * ROWS; /* 32 KiB of 4 bits */
-    const int64_t least = 8 * ROWS;
-    return wanted < least ? least : wanted > rows && rows > 0 ? (rows + ROWS - 1) / ROWS * ROWS : wanted;
+    enum { LEAST = 32 };
+    const int64_t wanted = (1 << 16) / (width > 0 ? width : 1) / LEAST * LEAST; /* 32 KiB of 4 bits */
+    return wanted < LEAST ? LEAST : wanted > rows && rows > 0 ? (rows + LEAST - 1) / LEAST * LEAST : wanted;
 }
 
 struct Piece {
@@ -202,7 +202,7 @@ void some_experts(
             if (expert.gated == 2)
                 second[starts[e] + i] = find(inputs, shape_of(expert.second)).at(x + t * width, t);
         }
-        int64_t step = piece_rows(expert.down.width, width) / (expert.gated ? 2 : 1);
+        int64_t step = piece_rows(expert.down.width, width);
         for (int64_t r = 0; r < expert.down.width; r += step)
             pieces.push_back({e, (int32_t)r, (int32_t)(r + step < expert.down.width ? r + step : expert.down.width)});
         step = piece_rows(expert.down.rows, expert.down.width);

@@ -12,8 +12,10 @@
 namespace {
 
 /* Units whose products are summed as integers, 32 in each sum. */
-enum { BLOCK = 4, MOST_WEIGHT = 4095, TILE_ROWS = 2, TILE_TOKENS = 3 };
+enum { BLOCK = 4, MOST_WEIGHT = 4095, TILE_ROWS = 4, TILE_TOKENS = 2 };
 
+/* Zen 3 computes prompts faster with what comes into the first cache, tokens as fast as with the second. */
+#define PREFETCH_TO _MM_HINT_T0
 #include "floats_x86.inc"
 
 typedef __m256i Sums;
@@ -263,7 +265,7 @@ inline void whole_numbers(
     }
 }
 
-enum { LANES = 8, BLOCKS = 1, BYTE_TOKENS = 4 };
+enum { LANES = 8, BLOCKS = 2, BYTE_TOKENS = 4 };
 
 typedef __m256i Words;
 typedef __m256i Row;
@@ -332,31 +334,40 @@ inline Lanes multiplied(Lanes a, Lanes b)
 
 /* Sums of STEPS words' products: of B blocks of rows, from codes[b] on, and T tokens, from a byte of theirs on.
  *
- * Products of four words are summed in 16 bits: at most 4 * 2 * 24 * 127. */
-template <int B, int T, int STEPS>
-inline void byte_dots(const Words *const *codes, const Activations *tokens, int64_t byte, Sums (*products)[T])
+ * Products of codes up to MOST are summed in 16 bits first, of as many words as fit. */
+template <int MOST, int B, int T, int STEPS>
+FP_INLINE void byte_dots(const Words *const *codes, const Activations *tokens, int64_t byte, Sums (*products)[T])
 {
-    for (int b = 0; b < B; b++)
-        for (int t = 0; t < T; t++)
-            products[b][t] = _mm256_setzero_si256();
+    constexpr int together = 8 * 2 * MOST * 127 <= INT16_MAX ? 8 : 4;
+    static_assert(together * 2 * MOST * 127 <= INT16_MAX && STEPS % together == 0, "16 bits");
     const __m256i ones = _mm256_set1_epi16(1);
-    for (int i = 0; i < STEPS; i += 4)
-        for (int b = 0; b < B; b++) {
-            __m256i weights[4];
-            for (int k = 0; k < 4; k++)
-                weights[k] = codes[b][i + k];
+    const int8_t *bytes[T];
+    for (int t = 0; t < T; t++)
+        bytes[t] = tokens[t].bytes + byte;
+    for (int i = 0; i < STEPS; i += together) {
+        __m256i pairs[B][T];
+        for (int k = 0; k < together; k++) {
+            __m256i weights[B];
+            for (int b = 0; b < B; b++)
+                weights[b] = codes[b][i + k];
             for (int t = 0; t < T; t++) {
-                __m256i pairs = _mm256_setzero_si256();
-                for (int k = 0; k < 4; k++) {
-                    int32_t word;
-                    memcpy(&word, tokens[t].bytes + byte + 4 * (i + k), sizeof word);
-                    const __m256i some = _mm256_maddubs_epi16(weights[k], _mm256_set1_epi32(word));
-                    pairs = k ? _mm256_add_epi16(pairs, some) : some;
+                int32_t word;
+                memcpy(&word, bytes[t] + 4 * (i + k), sizeof word);
+                const __m256i activations = _mm256_set1_epi32(word);
+                for (int b = 0; b < B; b++) {
+                    const __m256i some = _mm256_maddubs_epi16(weights[b], activations);
+                    pairs[b][t] = k ? _mm256_add_epi16(pairs[b][t], some) : some;
+                    __asm__("" : "+x"(pairs[b][t])); /* in this order: see dots */
                 }
-                products[b][t] = _mm256_add_epi32(products[b][t], _mm256_madd_epi16(pairs, ones));
-                __asm__("" : "+x"(products[b][t])); /* in this order: see dots */
             }
         }
+        for (int b = 0; b < B; b++)
+            for (int t = 0; t < T; t++) {
+                const __m256i sums = _mm256_madd_epi16(pairs[b][t], ones);
+                products[b][t] = i ? _mm256_add_epi32(products[b][t], sums) : sums;
+                __asm__("" : "+x"(products[b][t]));
+            }
+    }
 }
 
 /* A unit's activations in the order of its codes. */

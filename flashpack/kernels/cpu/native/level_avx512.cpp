@@ -22,6 +22,8 @@ namespace {
 /* Units whose products are summed as integers, 32 in each sum. */
 enum { BLOCK = 8, MOST_WEIGHT = 4095, TILE_ROWS = 4, TILE_TOKENS = 3 };
 
+/* Zen 4 computes tokens much faster with the second cache: the first can wait for few lines at once. */
+#define PREFETCH_TO _MM_HINT_T1
 #include "floats_x86.inc"
 
 typedef __m512i Sums;
@@ -331,7 +333,7 @@ inline Lanes multiplied(Lanes a, Lanes b)
 }
 
 /* Sums of STEPS words' products: of B blocks of rows, from codes[b] on, and T tokens, from a byte of theirs on. */
-template <int B, int T, int STEPS>
+template <int, int B, int T, int STEPS>
 inline void byte_dots(const Words *const *codes, const Activations *tokens, int64_t byte, Sums (*products)[T])
 {
     for (int b = 0; b < B; b++)
