@@ -112,6 +112,9 @@ extern const Level level_neon;
 /* Products take so many units, rows and tokens at a time: what lies in between stays in the first caches. */
 enum { SEGMENT = 32, ROWS = 4, TOKENS = 64 };
 
+/* From one unpacked row to the next: a multiple of 4 KB would have them share few sets of the first cache. */
+enum { ROW_PITCH = 64 * SEGMENT + 32 };
+
 /* So many tokens are taken one by one: to unpack weights for them would cost more. */
 enum { FEW_TOKENS = 3 };
 

@@ -146,7 +146,7 @@ inline Lanes converted(Sums sums)
 
 template <int R, int T>
 inline void dots(
-    const int16_t (*rows)[64 * SEGMENT], const Activations *tokens, int64_t own, int64_t unit, int64_t count,
+    const int16_t (*rows)[ROW_PITCH], const Activations *tokens, int64_t own, int64_t unit, int64_t count,
     Sums (*sums)[T])
 {
     for (int r = 0; r < R; r++)

@@ -42,7 +42,7 @@ inline void unpack_part(
 /* R unpacked rows times T tokens, over the units of a segment. */
 template <int R, int T>
 inline void tile(
-    const int16_t (*weights)[64 * SEGMENT], const float (*worth)[SEGMENT / BLOCK], int64_t begin, int64_t end,
+    const int16_t (*weights)[ROW_PITCH], const float (*worth)[SEGMENT / BLOCK], int64_t begin, int64_t end,
     const Activations *tokens, int first, Lanes (*sums)[TOKENS])
 {
     tokens += first;
@@ -66,7 +66,7 @@ inline void tile(
 
 template <int R, int T>
 inline int tiles(
-    const int16_t (*weights)[64 * SEGMENT], const float (*worth)[SEGMENT / BLOCK], int64_t begin, int64_t end,
+    const int16_t (*weights)[ROW_PITCH], const float (*worth)[SEGMENT / BLOCK], int64_t begin, int64_t end,
     const Activations *tokens, int first, int count, Lanes (*sums)[TOKENS])
 {
     for (; first + T <= count; first += T)
@@ -80,7 +80,7 @@ void rows_of_many(
     const fp_matrix &m, const Shape &s, int64_t row, int rows, const Activations *tokens, int count, float *out,
     int64_t stride)
 {
-    alignas(64) int16_t weights[ROWS][64 * SEGMENT];
+    alignas(64) int16_t weights[ROWS][ROW_PITCH];
     float worth[ROWS][SEGMENT / BLOCK];
     alignas(64) Lanes sums[ROWS][TOKENS];
     for (int r = 0; r < rows; r++)
