@@ -121,11 +121,9 @@ def address(expert: Expert) -> int:
     return ctypes.addressof(expert)
 
 
-@functools.cache
-def library() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
+def declared(found: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with the types of its functions; ``OSError`` if it was built from another version."""
     try:
-        found = load("_kernels")
         if found.flashpack_kernels_abi() != ABI:
             raise OSError("_kernels was built from another version; install flashpack again")
         pointer, number, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -139,9 +137,18 @@ def library() -> ctypes.CDLL | str:
         found.flashpack_combine.argtypes = [pointer, pointer, pointer, pointer, wide, wide, wide, pointer]
         found.flashpack_combine.restype = None
         found.flashpack_run.argtypes = [pointer, pointer, number]
-    except (OSError, AttributeError) as e:
-        return str(e)
+    except AttributeError as e:
+        raise OSError(str(e)) from e
     return found
+
+
+@functools.cache
+def library() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    try:
+        return declared(load("_kernels"))
+    except OSError as e:
+        return str(e)
 
 
 def best_level() -> int | None:
@@ -161,12 +168,12 @@ def status() -> str:
 class Workers:
     """Threads with working memory. Arguments are addresses (``data_ptr()``) of contiguous float32 and int32 arrays.
 
-    ``level``: a number up to ``best_level()``, 0 for plain C++; by default the best. Only to be made if there is a
-    ``library``. Kept for the life of the process.
+    ``level``: a number up to ``best_level()``, 0 for plain C++; by default the best. ``found``: a ``declared`` library,
+    by default ``library``, without which this is not to be made. Kept for the life of the process.
     """
 
-    def __init__(self, threads: int, level: int | None = None) -> None:
-        found = library()
+    def __init__(self, threads: int, level: int | None = None, found: ctypes.CDLL | str | None = None) -> None:
+        found = library() if found is None else found
         if isinstance(found, str):
             raise RuntimeError(found)
         self.library = found
