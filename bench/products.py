@@ -20,10 +20,11 @@ from common import head, machine, median, show
 
 from flashpack.kernels.cpu.arena import HostArena
 from flashpack.kernels.cpu.native import compute
+from flashpack.kernels.interface import ACTIVATIONS
 
 WIDTH, INNER, ROWS, GROUP = 2048, 768, 4096, 64
 EXPERTS = 64
-SILU = 0
+SILU = ACTIVATIONS.index("silu")
 TURNS, SECONDS = 12, 0.1
 EXPERT_TOKENS, MATRIX_TOKENS = (1, 4, 16, 64), (1, 64, 256)
 
@@ -110,10 +111,6 @@ def same(builds: dict[str, compute.Workers], calls: Iterator[Call], out: torch.T
     return all(torch.equal(results[0], r) for r in results)
 
 
-def workers_of(path: Path | None, threads: int, level: int) -> compute.Workers:
-    return compute.Workers(threads, level, compute.declared(ctypes.CDLL(str(path.resolve()))) if path else None)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -121,7 +118,15 @@ def main() -> None:
     args = parser.parse_args()
     best = compute.best_level()
     if best is None:
-        raise SystemExit(compute.status())
+        parser.error(compute.status())
+    if args.threads < 1:
+        parser.error("--threads is at least 1")
+    libraries: dict[str, ctypes.CDLL | str] = {"here": compute.library()}
+    for path in args.beside:
+        try:
+            libraries[str(path)] = compute.declared(ctypes.CDLL(str(path.resolve())))
+        except OSError as e:
+            parser.error(f"{path} is no build of these kernels: {e}")
     torch.manual_seed(1)
     memory = Memory()
     experts = []
@@ -131,12 +136,8 @@ def main() -> None:
     matrix = memory.matrix(ROWS, WIDTH)
     print(f"{machine()}; {args.threads} threads")
     print(f"Billions of products a second, medians of {TURNS} turns, extremes in brackets")
-    for level in range(1, best + 1):
-        builds = {"here": workers_of(None, args.threads, level)}
-        builds |= {
-            path.stem if path.stem not in builds else str(path): workers_of(path, args.threads, level)
-            for path in args.beside
-        }
+    for level in range(min(1, best), best + 1):
+        builds = {name: compute.Workers(args.threads, level, found) for name, found in libraries.items()}
         print(f"\n{builds['here'].name}")
         head("", *builds, *(f"here / {name}" for name in list(builds)[1:]))
         out = torch.zeros(MATRIX_TOKENS[-1] * ROWS + 16 * EXPERT_TOKENS[-1] * WIDTH)

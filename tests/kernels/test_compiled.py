@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -166,7 +167,10 @@ def gated(name: str) -> Activation:
     return Activation(lambda x: FORMULAS[name](*x.chunk(2, dim=-1)), name, 2.0)
 
 
-def random_record(kernels: ReferenceKernels, projections: list[Projection], seed: int = 0) -> object:
+def random_record(
+    kernels: ReferenceKernels, projections: list[Projection], seed: int = 0, weights: int | None = None
+) -> object:
+    """``weights``: all bytes of codes are that."""
     kind = RecordKind(tuple(projections))
     buffer = RecordBuffer(kind)
     for i, p in enumerate(projections):
@@ -177,6 +181,8 @@ def random_record(kernels: ReferenceKernels, projections: list[Projection], seed
         for part, array in parts.items():
             section = buffer.sections[f"{p.name}.{part}"]
             section[:] = array.view(section.dtype)
+            if part == "weight" and weights is not None:
+                section.view(np.uint8)[:] = weights
     return kernels.view_record(torch.from_numpy(buffer.data), kind)
 
 
@@ -213,12 +219,14 @@ def in_bytes(x: np.ndarray, count: int) -> np.ndarray:
     return (np.rint(parts / scale) * scale).reshape(x.shape)
 
 
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("encoding", [e for e in [*AFFINE, *DQ, MXFP4] if e.bits == 4], ids=str)
-def test_experts_of_four_bits_with_many_tokens(encoding: Encoding) -> None:
+def test_experts_of_four_bits_with_many_tokens(encoding: Encoding, level: int) -> None:
     """Whole and half units, more tokens than a tile and a block have, activations rounded to bytes or not."""
     native = NativeKernels(2)
+    native.workers = compute.Workers(2, level)
     group = encoding.group_size
-    rounded = takes_bytes(encoding, LEVELS[-1])
+    rounded = takes_bytes(encoding, level)
     for hidden, inner in ((group, 3 * group), (9 * group, group), (5 * group, 11 * group)):
         shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
         records = [
@@ -238,6 +246,46 @@ def test_experts_of_four_bits_with_many_tokens(encoding: Encoding) -> None:
         alone = torch.empty(4, hidden)
         native.experts(x, records[:1], [[9, 69, 0, 8]], gated("silu"), alone)
         assert torch.equal(alone, out[[9, 69, 0, 8]])
+
+
+FOUR_BITS = [MXFP4, Encoding("affine", "BF16", 4, 64), Encoding("affine", "F32", 4, 32)]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("encoding", FOUR_BITS, ids=str)
+@pytest.mark.parametrize("inner", [1, 7, 24, 45, 77])
+def test_rows_beside_whole_blocks(inner: int, encoding: Encoding, level: int) -> None:
+    """Rows of packed gates are any number where the matrix after them is not packed."""
+    native, reference = NativeKernels(2), ReferenceKernels(1)
+    native.workers = compute.Workers(2, level)
+    projections = [Projection(n, (inner, 128), encoding) for n in ("gate", "up")]
+    projections.append(Projection("down", (128, inner), Encoding("raw", "BF16", 0, 0)))
+    x, rows = normal(7, 128), [[0, 1, 2, 3, 4, 5, 6], [6, 2, 4, 1]]
+    results = []
+    for kernels in (native, reference):
+        out = torch.full((11, 128), float("nan"))
+        kernels.experts(x, [random_record(kernels, projections, seed) for seed in (0, 5)], rows, gated("silu"), out)
+        results.append(out)
+    assert (results[0] - results[1]).norm() <= 3e-2 * results[1].norm()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("encoding", FOUR_BITS, ids=str)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_sums_fit(sign: int, encoding: Encoding, level: int) -> None:
+    """All activations and all codes are the largest: sums of few bits would wrap around."""
+    native, reference = NativeKernels(1), ReferenceKernels(1)
+    native.workers = compute.Workers(1, level)
+    projections = [Projection("up", (64, 256), encoding), Projection("down", (256, 64), encoding)]
+    activation = Activation(lambda h: F.relu(h).square(), "relu2")
+    for weights in (0x77, 0xFF):  # MXFP4's 6 and -6, and what is large for integers
+        results = []
+        for kernels in (native, reference):
+            out = torch.full((9, 256), float("nan"))
+            record = random_record(kernels, projections, 2, weights)
+            kernels.experts(sign * torch.ones(9, 256), [record], [list(range(9))], activation, out)
+            results.append(out)
+        assert (results[0] - results[1]).abs().max() <= 1e-2 * results[1].abs().max()
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -362,3 +410,17 @@ def test_what_is_built_by_hand_for_emulated_processors_still_can_be() -> None:
     names = set(re.findall(r"flashpack_\w+", tool))
     assert "flashpack_run" in names
     assert [name for name in names if not hasattr(compute.library(), name)] == []
+
+
+@pytest.mark.parametrize(
+    "functions", [{"flashpack_kernels_abi": lambda: compute.ABI - 1}, {}], ids=["version", "other"]
+)
+def test_a_library_of_another_version_is_not_used(
+    functions: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compute, "load", lambda name: SimpleNamespace(**functions))
+    found = compute.library.__wrapped__()
+    assert isinstance(found, str)
+    assert "another version" in found or "flashpack_kernels_abi" in found
+    with pytest.raises(RuntimeError, match=re.escape(found)):
+        compute.Workers(1, found=found)

@@ -6,8 +6,8 @@
  *
  * Primitives beside those of body.h: LANES, BLOCKS (of rows at once), BYTE_TOKENS; Words (32 bits of each row), Row (eight
  * words of one), load_row, transpose(rows) -> words, low_nibbles, high_nibbles, shifted (MXFP4's values, twice, and 12 more);
- * row_of(Strip), lanes_of(Words), multiplied(Lanes, Lanes), in_order(Lanes); byte_dots<MOST,
- * B, T, STEPS> -> Sums, for codes up to MOST.
+ * row_of(Strip), lanes_of(Words), multiplied(Lanes, Lanes), in_order(Lanes); byte_dots<MOST, B, T, STEPS> -> Sums, of codes
+ * up to MOST.
  */
 
 namespace {
@@ -47,6 +47,7 @@ inline void unpack_bytes(
                 part.biases[g + i] = lanes_of(columns[i]);
         }
     }
+    /* The same place of the rows after these; of their codes below. */
     for (int r = 0; r < LANES; r++)
         prefetch_numbers(m, (row + r + LANES * BLOCKS) * s.groups + group);
     for (int64_t u = unit; u < end; u++) {
@@ -55,7 +56,6 @@ inline void unpack_bytes(
         for (int r = 0; r < LANES; r++) {
             const int64_t own = row + r < last ? row + r : last - 1;
             rows[r] = load_row(m.weight + (own * m.width + 64 * u) / 2, s.width - 64 * u < 64);
-            /* The same place of the rows after these. */
             if (u % 2 == 0)
                 prefetch(m.weight + ((row + r + LANES * BLOCKS) * m.width + 64 * u) / 2);
         }
@@ -141,13 +141,12 @@ void rows_of_bytes(
     for (int b = 0; b < blocks; b++)
         for (int t = 0; t < count; t++) {
             const int64_t first = LANES * b, left = last - row - first;
-            alignas(64) float own[LANES];
             const Lanes ordered = in_order(sums[b][t]);
-            memcpy(own, &ordered, sizeof own);
+            float *const to = out + t * stride + first;
             if (left >= LANES)
-                memcpy(out + t * stride + first, own, sizeof own);
+                memcpy(to, &ordered, sizeof ordered); /* of a known size: no call */
             else
-                memcpy(out + t * stride + first, own, left * sizeof(float));
+                memcpy(to, &ordered, left * sizeof(float));
         }
 }
 

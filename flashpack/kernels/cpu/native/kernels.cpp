@@ -138,12 +138,12 @@ void add_shape(std::vector<Prepared> &all, Workers &w, const Shape &shape, int64
     all.push_back(Prepared(*w.level, w.scratch, shape, tokens, uses));
 }
 
-/* Rows of a piece of work: enough to be worth a thread's while, few enough for equal shares. */
-int64_t piece_rows(int64_t rows, int64_t width)
+/* Rows of a piece of work: enough to be worth a thread's while, few enough for equal shares; whole blocks of any level. */
+int64_t piece_rows(int64_t width)
 {
-    enum { LEAST = 32 };
-    const int64_t wanted = (1 << 16) / (width > 0 ? width : 1) / LEAST * LEAST; /* 32 KiB of 4 bits */
-    return wanted < LEAST ? LEAST : wanted > rows && rows > 0 ? (rows + LEAST - 1) / LEAST * LEAST : wanted;
+    enum { BLOCK_ROWS = 32 };
+    const int64_t wanted = (1 << 16) / width / BLOCK_ROWS * BLOCK_ROWS; /* 32 KiB of 4 bits */
+    return wanted < BLOCK_ROWS ? BLOCK_ROWS : wanted;
 }
 
 struct Piece {
@@ -202,10 +202,10 @@ void some_experts(
             if (expert.gated == 2)
                 second[starts[e] + i] = find(inputs, shape_of(expert.second)).at(x + t * width, t);
         }
-        int64_t step = piece_rows(expert.down.width, width);
+        int64_t step = piece_rows(width);
         for (int64_t r = 0; r < expert.down.width; r += step)
             pieces.push_back({e, (int32_t)r, (int32_t)(r + step < expert.down.width ? r + step : expert.down.width)});
-        step = piece_rows(expert.down.rows, expert.down.width);
+        step = piece_rows(expert.down.width);
         for (int64_t r = 0; r < expert.down.rows; r += step)
             down_pieces.push_back({e, (int32_t)r, (int32_t)(r + step < expert.down.rows ? r + step : expert.down.rows)});
     }
@@ -300,7 +300,7 @@ FP_EXPORT int flashpack_linear(
         std::vector<Activations *> activations(count);
         for (int i = 0; i < count; i++) {
             add_shape(inputs, w, shape_of(matrices[i]), tokens, {tokens <= FEW_TOKENS, tokens > FEW_TOKENS, false});
-            const int64_t step = piece_rows(matrices[i].rows, width);
+            const int64_t step = piece_rows(width);
             for (int64_t r = 0; r < matrices[i].rows; r += step)
                 pieces.push_back({i, (int32_t)r, (int32_t)(r + step < matrices[i].rows ? r + step : matrices[i].rows)});
         }

@@ -14,8 +14,6 @@ namespace {
 /* Units whose products are summed as integers, 32 in each sum. */
 enum { BLOCK = 4, MOST_WEIGHT = 4095, TILE_ROWS = 4, TILE_TOKENS = 2 };
 
-/* Zen 3 computes prompts faster with what comes into the first cache, tokens as fast as with the second. */
-#define PREFETCH_TO _MM_HINT_T0
 #include "floats_x86.inc"
 
 typedef __m256i Sums;

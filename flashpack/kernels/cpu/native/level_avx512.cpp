@@ -22,8 +22,6 @@ namespace {
 /* Units whose products are summed as integers, 32 in each sum. */
 enum { BLOCK = 8, MOST_WEIGHT = 4095, TILE_ROWS = 4, TILE_TOKENS = 3 };
 
-/* Zen 4 computes tokens much faster with the second cache: the first can wait for few lines at once. */
-#define PREFETCH_TO _MM_HINT_T1
 #include "floats_x86.inc"
 
 typedef __m512i Sums;
