@@ -142,16 +142,30 @@ def test_nothing_is_read_behind_a_matrix(encoding: Encoding, level: int) -> None
     rows = whole_rows(3, width, encoding)
     parts, decoded = random_matrix(rows, width, encoding, seed=1)
     weight = stored_matrix(parts, encoding, (rows, width))
-    matrix = matrix_of(weight)
-    assert matrix is not None
-    end = parts["weight"].tobytes()
-    place[4 * page - len(end) : 4 * page] = end
-    matrix.weight = start + 4 * page - len(end)
-    for tokens in (1, 3):
-        x = normal(tokens, width)
-        out = torch.empty(tokens, rows)
-        compute.Workers(1, level).linear(x.data_ptr(), tokens, matrix, out.data_ptr())
-        assert np.allclose(out, x.numpy() @ decoded.T, rtol=1e-3, atol=1e-3 * np.abs(decoded).max() * width**0.5)
+    up, ids = normal(width, rows, 1), torch.arange(5, dtype=torch.int32)
+    first, count = matrix_of(up), torch.tensor([5], dtype=torch.int32)
+    assert first is not None
+    workers = compute.Workers(1, level)
+    for part in parts.keys() & {"weight", "scales", "biases"}:
+        matrix = matrix_of(weight)
+        assert matrix is not None
+        end = parts[part].tobytes()
+        place[4 * page - len(end) : 4 * page] = end
+        setattr(matrix, part, start + 4 * page - len(end))
+        for tokens in (1, 3, 5):
+            x = normal(tokens, width)
+            out = torch.empty(tokens, rows)
+            workers.linear(x.data_ptr(), tokens, matrix, out.data_ptr())
+            assert np.allclose(out, x.numpy() @ decoded.T, rtol=1e-3, atol=1e-3 * np.abs(decoded).max() * width**0.5)
+        # Experts are multiplied in another way: here by the matrix after the activation, with more than a few tokens.
+        x, out = normal(5, rows, 2), torch.empty(5, rows)
+        expert = compute.Expert(first, compute.Matrix(), matrix, 0)
+        workers.experts(
+            x.data_ptr(), 5, [compute.address(expert)], count.data_ptr(), ids.data_ptr(), ACTIVATIONS.index("relu2"),
+            float("inf"), out.data_ptr(),
+        )  # fmt: skip
+        expected = F.relu(x @ up.T).square().numpy() @ decoded.T
+        assert np.linalg.norm(out.numpy() - expected) <= 3e-2 * np.linalg.norm(expected)
 
 
 FORMULAS = {
@@ -253,19 +267,24 @@ FOUR_BITS = [MXFP4, Encoding("affine", "BF16", 4, 64), Encoding("affine", "F32",
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("encoding", FOUR_BITS, ids=str)
-@pytest.mark.parametrize("inner", [1, 7, 24, 45, 77])
-def test_rows_beside_whole_blocks(inner: int, encoding: Encoding, level: int) -> None:
-    """Rows of packed gates are any number where the matrix after them is not packed."""
+@pytest.mark.parametrize("size", [1, 7, 24, 45, 77])
+@pytest.mark.parametrize("packed", ["before", "after"])
+def test_rows_beside_whole_blocks(packed: str, size: int, encoding: Encoding, level: int) -> None:
+    """Packed matrices before or after the activation have any number of rows where the others are not packed."""
     native, reference = NativeKernels(2), ReferenceKernels(1)
     native.workers = compute.Workers(2, level)
-    projections = [Projection(n, (inner, 128), encoding) for n in ("gate", "up")]
-    projections.append(Projection("down", (128, inner), Encoding("raw", "BF16", 0, 0)))
-    x, rows = normal(7, 128), [[0, 1, 2, 3, 4, 5, 6], [6, 2, 4, 1]]
+    raw = Encoding("raw", "BF16", 0, 0)
+    hidden, inner, first, second = (128, size, encoding, raw) if packed == "before" else (size, 128, raw, encoding)
+    projections = [Projection(n, (inner, hidden), first) for n in ("gate", "up")]
+    projections.append(Projection("down", (hidden, inner), second))
+    x, rows = normal(7, hidden), [[0, 1, 2, 3, 4, 5, 6], [6, 2, 4, 1]]
     results = []
     for kernels in (native, reference):
-        out = torch.full((11, 128), float("nan"))
-        kernels.experts(x, [random_record(kernels, projections, seed) for seed in (0, 5)], rows, gated("silu"), out)
-        results.append(out)
+        out = torch.full((12, hidden), float("nan"))
+        records = [random_record(kernels, projections, seed) for seed in (0, 5)]
+        kernels.experts(x, records, rows, gated("silu"), out[:11])
+        assert out[11].isnan().all()
+        results.append(out[:11])
     assert (results[0] - results[1]).norm() <= 3e-2 * results[1].norm()
 
 
