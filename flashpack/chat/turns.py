@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from flashpack.chat.conversation import INTERRUPTED, Conversation
 from flashpack.chat.tools import Declined, Tools
@@ -92,30 +92,11 @@ class Chat:
 
     def _answer(self) -> bool:
         """One answer and the calls in it; whether there is to be another."""
-        how = replace(self.sampling, seed=random.getrandbits(63) if self.seed is None else self.seed)
         self.generating(True)
         try:
-            response, result = self.session.answer(
-                self.conversation.prompt(), self.tools.schemas, self.view.event, self.thinking,
-                max_tokens=self.max_tokens, sampling=how, cancelled=self.cancelled,
-            )  # fmt: skip
+            calls = self._said()
         finally:
             self.generating(False)
-        if result.finish == "cancelled" and not result.tokens:
-            return self._taken_back()
-        self.totals.add(result)
-        self.view.answered(result)
-        message = response.message()
-        if result.finish != "stop":
-            message.pop("tool_calls", None)
-            message[INTERRUPTED] = True
-            self.conversation.messages.append(message)
-            self.view.remark(self._why_cut(result))
-            return False
-        calls = message.get("tool_calls", [])
-        for number, call in enumerate(calls):
-            call["id"] = f"call_{len(self.conversation.messages)}_{number}"
-        self.conversation.messages.append(message)
         stopped = False
         for call in calls:
             name, arguments = call["function"]["name"], call["function"]["arguments"]
@@ -133,7 +114,32 @@ class Chat:
             )
         return bool(calls) and not stopped
 
-    def _taken_back(self) -> bool:
+    def _said(self) -> list[dict[str, Any]]:
+        """One answer, as it is shown and as it stays in the conversation; the calls in it that are to be made."""
+        how = replace(self.sampling, seed=random.getrandbits(63) if self.seed is None else self.seed)
+        response, result = self.session.answer(
+            self.conversation.prompt(), self.tools.schemas, self.view.event, self.thinking,
+            max_tokens=self.max_tokens, sampling=how, cancelled=self.cancelled,
+        )  # fmt: skip
+        if result.finish == "cancelled" and not result.tokens:
+            self._take_back()
+            return []
+        self.totals.add(result)
+        self.view.answered(result)
+        message = response.message()
+        calls: list[dict[str, Any]] = message.get("tool_calls", [])
+        if result.finish != "stop":
+            message.pop("tool_calls", None)
+            message[INTERRUPTED] = True
+            calls = []
+        for number, call in enumerate(calls):
+            call["id"] = f"call_{len(self.conversation.messages)}_{number}"
+        self.conversation.messages.append(message)
+        if result.finish != "stop":
+            self.view.remark(self._why_cut(result))
+        return calls
+
+    def _take_back(self) -> None:
         """Stopped before a word was said: what nobody has read yet is not read at the next turn either."""
         messages = self.conversation.messages
         if messages[-1]["role"] == "user":
@@ -141,7 +147,6 @@ class Chat:
             self.view.remark("stopped before the answer began; what you said is taken back")
         else:
             self.view.remark("stopped before the answer began; what the tool returned stays in the conversation")
-        return False
 
     def _why_cut(self, result: Result) -> str:
         context = self.session.runtime.context

@@ -152,6 +152,11 @@ def _talk(chat: Chat, screen: Screen, said: int) -> None:
             note(f"flashpack: {e}")
             if e.code == "context":
                 note("the conversation is as it was before; /reset begins anew")
+        except KeyboardInterrupt:  # between an answer and the next prompt, or in a command
+            screen.failed()
+            if not typed:
+                raise
+            screen.remark("stopped")
         said = loading.say_notices(chat.session.runtime, said)
 
 

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +24,8 @@ from flashpack.chat.editor import editor, history
 from flashpack.chat.shell import shell_tool
 from flashpack.chat.tools import Tools
 from flashpack.chat.turns import ROUNDS, Chat
-from flashpack.cli.chat import _Interrupt
+from flashpack.cli.chat import _Interrupt, _talk
+from flashpack.cli.chat_screen import Screen
 from flashpack.errors import ContextError, UsageError
 from flashpack.runtime.generate import Result
 from flashpack.runtime.responses import Event
@@ -323,3 +326,33 @@ def test_an_interruption_is_of_one_answer() -> None:
     assert not interrupt.came()
     interrupt.during(False)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interruption_that_comes_after_the_last_word_loses_nothing(chat_of: MakeChat) -> None:
+    interrupt = _Interrupt()
+    chat, heard = chat_of(cancelled=interrupt.came, generating=interrupt.during)
+    answered = heard.answered
+    heard.answered = lambda result: os.kill(os.getpid(), signal.SIGINT) or answered(result)  # type: ignore[method-assign]
+    chat.turn("What is the capital of France?")
+    assert [m["role"] for m in chat.conversation.messages] == ["user", "assistant"]
+    assert len(heard.results) == 1
+
+
+def test_an_interruption_between_answers_leads_to_the_next_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def turn(text: str) -> None:
+        said.append(text)
+        if text == "one":
+            raise KeyboardInterrupt
+
+    talk: Any = SimpleNamespace(turn=turn, session=SimpleNamespace(runtime=SimpleNamespace(notices=[])))
+    monkeypatch.setattr(sys.modules["flashpack.cli.chat"], "_lines", lambda screen: iter(["one", "two"]))
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    _talk(talk, Screen(), 0)
+    assert said == ["one", "two"]
+    said.clear()
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: False))
+    with pytest.raises(KeyboardInterrupt):
+        _talk(talk, Screen(), 0)
+    assert said == ["one"]

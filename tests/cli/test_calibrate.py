@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from typer.testing import CliRunner
 
 from flashpack.cli import app
 from flashpack.formats.calibration import Calibration
+from tests import commands
 from tests.conftest import ROOT, PackOf
 
 DOCS = ROOT / "tests" / "data" / "docs.txt"
@@ -57,7 +57,7 @@ def test_an_error_is_one_line_and_leaves_nothing(exact: Path, tmp_path: Path) ->
 
 
 def test_ctrl_c_leaves_nothing(exact: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "flashpack", "calibrate", exact, "--text", DOCS, "--out", tmp_path / "a.calib"]
+    command = [commands.flashpack(), "calibrate", exact, "--text", DOCS, "--out", tmp_path / "a.calib"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 60
     while not list(tmp_path.iterdir()) and time.monotonic() < until:

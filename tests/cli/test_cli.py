@@ -6,7 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,11 +14,18 @@ from typer.testing import CliRunner
 
 from flashpack.cli import app
 from flashpack.formats import Pack
+from tests import commands
 from tests.conftest import ROOT, TRAINED, PackOf
 
+COLD = (sys.executable, "-m", "flashpack")
+"""The command as it is installed: Python, its imports and all."""
 
-def flashpack(*arguments: object, cwd: Path = ROOT, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "flashpack", *map(str, arguments)]
+
+def flashpack(
+    *arguments: object, cwd: Path = ROOT, stdin: str = "", program: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, in which everything is imported already if it is not ``COLD``."""
+    command = [*(program or [commands.flashpack()]), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, check=False, capture_output=True, text=True, input=stdin)
 
 
@@ -33,7 +40,7 @@ def in_process(*arguments: object, cwd: Path = ROOT, stdin: str = "") -> subproc
 
 
 def test_convert_verify_inspect_run(tmp_path: Path) -> None:
-    done = flashpack("convert", TRAINED, cwd=tmp_path)
+    done = flashpack("convert", TRAINED, cwd=tmp_path, program=COLD)
     assert done.returncode == 0, done.stderr
     pack = tmp_path / "tiny-qwen3.5-moe.flashpack"
     identity = Pack(pack).identity
@@ -45,7 +52,8 @@ def test_convert_verify_inspect_run(tmp_path: Path) -> None:
     shown = flashpack("inspect", pack)
     assert identity in shown.stdout
     assert "gate.scales" in shown.stdout
-    answer = flashpack("run", pack, "--prompt", "What is 922 plus 291?", "--memory", "smallest")
+    asked = ("--prompt", "What is 922 plus 291?", "--memory", "smallest")
+    answer = flashpack("run", pack, *asked, program=COLD)
     assert answer.returncode == 0, answer.stderr
     call = answer.stdout.split("<tool_call>")[1].split("</tool_call>")[0]
     assert json.loads(call) == {"name": "calculator", "arguments": {"expression": "922 + 291"}}

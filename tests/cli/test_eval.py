@@ -6,12 +6,12 @@ import json
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests import commands
 from tests.cli.test_cli import flashpack, in_process
 from tests.conftest import CHECKPOINTS, ROOT, TRAINED, PackOf
 
@@ -104,7 +104,7 @@ def test_not_a_pack(tmp_path: Path) -> None:
 
 def test_an_interruption_leaves_nothing(pack: Path, tmp_path: Path) -> None:
     command = [
-        sys.executable, "-m", "flashpack", "eval", pack, "--against", TRAINED, "--text", DATA / "docs.txt",
+        commands.flashpack(), "eval", pack, "--against", TRAINED, "--text", DATA / "docs.txt",
         "--windows", "200", "--scratch", tmp_path,
     ]  # fmt: skip
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -18,6 +18,7 @@ from flashpack.cli.console import harmless, visible
 from flashpack.formats.checksums import hexdigest
 from flashpack.formats.manifest import Manifest
 from flashpack.formats.writer import commit
+from tests import commands
 from tests.cli.test_cli import flashpack
 from tests.conftest import ROOT
 from tests.strangers import change_json, rewrite
@@ -118,7 +119,7 @@ main()
 
 
 def test_generated_text_cannot_command_a_terminal_and_reaches_a_pipe_unchanged(pack_copy: PackCopy) -> None:
-    command = [sys.executable, "-c", SCRIPT, str(pack_copy("trained"))]
+    command = [commands.python(), "-c", SCRIPT, str(pack_copy("trained"))]
     piped = subprocess.run(command, cwd=ROOT, check=False, capture_output=True)
     assert piped.stdout == b"hello\x1b]0;owned\x07\n\tworld"
     ours, theirs = pty.openpty()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import flashpack
 from flashpack.converter import notes, units
 from flashpack.converter.report import Report
 from flashpack.formats.constants import JOURNAL
+from tests import commands
 from tests.conftest import ROOT, TRAINED, contents
 from tests.http_server import serve
 
@@ -165,7 +165,7 @@ def test_what_a_kill_in_the_middle_of_a_layer_makes_to_be_fetched_again_is_bound
 ) -> None:
     """No more than was read ahead, here the rest of the layer. SIGKILL after 32 experts of one and 12 of the next."""
     site, server = serve(TRAINED)
-    command = [sys.executable, "-c", KILLED, site.url, str(tmp_path / "out")]
+    command = [commands.python(), "-c", KILLED, site.url, str(tmp_path / "out")]
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == -signal.SIGKILL
     before = site.bytes_of()
     flashpack.convert(site.url, tmp_path / "out")

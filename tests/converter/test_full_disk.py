@@ -19,6 +19,7 @@ from flashpack.converter.journal import Journal
 from flashpack.errors import OutputError
 from flashpack.formats import verify
 from flashpack.formats.constants import MANIFEST
+from tests import commands
 from tests.conftest import ROOT, TRAINED, PackOf
 from tests.converter.killing import contents, finished_files
 
@@ -191,7 +192,7 @@ main()
 def test_a_write_that_fails_in_the_middle_is_one_line_and_resumable(tmp_path: Path) -> None:
     """A file-size limit stands in for a full disk where mounting is not permitted: writes fail with EFBIG."""
     out = tmp_path / "out"
-    command = [sys.executable, "-c", LIMITED, TRAINED, out]
+    command = [commands.python(), "-c", LIMITED, TRAINED, out]
     failed = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     check_failure((failed.returncode, failed.stderr), out)
     assert flashpack.convert(TRAINED, out)

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from flashpack.converter.journal import Journal
 from flashpack.errors import FlashpackError, NotAPackError, OutputError
 from flashpack.formats import Pack, verify
 from flashpack.formats.constants import JOURNAL, MANIFEST, MANIFEST_DIGEST
+from tests import commands
 from tests.conftest import CHECKPOINTS, ROOT, TRAINED, PackOf
 from tests.converter.killing import contents
 
@@ -79,7 +79,7 @@ for number in range(8):
 
 def test_of_several_starters_in_one_folder_exactly_one_converts(tmp_path: Path) -> None:
     """Real processes, released at once, with and without --overwrite."""
-    command = [sys.executable, "-c", STARTERS, SMALL, tmp_path]
+    command = [commands.python(), "-c", STARTERS, SMALL, tmp_path]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     rounds = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rounds) == 8

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import flashpack
 from flashpack.converter.recode import recode
 from flashpack.errors import IntegrityError, OutputError, UsageError
 from flashpack.formats import Pack, verify
+from tests import commands
 from tests.conftest import CHECKPOINTS, ROOT, contents
 from tests.formats.test_repair import damage_record, damage_tensors
 from tests.formats.test_verify import flip
@@ -94,7 +94,7 @@ module.recode(sys.argv[1], sys.argv[2], "zstd", workers=1)
 @pytest.mark.parametrize("moment", [1, 5, 8])
 def test_a_killed_recode_continues(packs: tuple[Path, Path], tmp_path: Path, moment: int) -> None:
     out = tmp_path / "out"
-    script = [sys.executable, "-c", KILLED, str(packs[0]), str(out), str(moment)]
+    script = [commands.python(), "-c", KILLED, str(packs[0]), str(out), str(moment)]
     assert subprocess.run(script, cwd=ROOT, check=False).returncode == -signal.SIGKILL
     finished = {p: p.stat().st_mtime_ns for p in (out / "experts").glob("*.safetensors")}
     with pytest.raises(OutputError, match="codec zstd -> raw"):

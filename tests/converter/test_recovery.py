@@ -21,6 +21,7 @@ from flashpack.converter.journal import Journal
 from flashpack.errors import NotAPackError, OutputError
 from flashpack.formats import Pack, verify
 from flashpack.formats.constants import JOURNAL
+from tests import commands
 from tests.conftest import CHECKPOINTS, ROOT, TRAINED, PackOf
 from tests.converter.killing import KILLS, contents, identity_of
 
@@ -69,7 +70,7 @@ def test_a_real_interrupt_leaves_a_resumable_folder(tmp_path: Path) -> None:
         "units.ShardWriter.write = write\nimport sys\nsys.argv[0] = 'flashpack'\n"
         "from flashpack.cli import main\nmain()\n"
     )
-    command = [sys.executable, "-c", slow, "convert", str(TRAINED), str(out), "--workers", "1"]
+    command = [commands.python(), "-c", slow, "convert", str(TRAINED), str(out), "--workers", "1"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while not (out / "experts" / "layer-0001.safetensors").exists():
         assert process.poll() is None

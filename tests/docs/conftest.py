@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.commands import prepared
 from tests.docs.hub import hub
 from tests.docs.place import Shelf, readers
-from tests.docs.shell import prepared
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,6 +22,7 @@ from flashpack.formats import Pack, verify
 from flashpack.formats.constants import MANIFEST, MANIFEST_DIGEST
 from flashpack.formats.donor import PackDonor
 from flashpack.formats.repair import repair
+from tests import commands
 from tests.conftest import CHECKPOINTS, PackOf, contents
 from tests.formats.test_verify import flip
 
@@ -356,7 +356,7 @@ def test_a_killed_repair_leaves_nothing_worse_and_the_next_one_ends_it(
 ) -> None:
     pack, good = pack_copy("qwen3_moe"), pack_of("qwen3_moe")
     everything(pack)
-    script = [sys.executable, "-c", KILLED, str(pack), str(good), str(moment)]
+    script = [commands.python(), "-c", KILLED, str(pack), str(good), str(moment)]
     subprocess.run(script, check=False, capture_output=True)
     if (pack / MANIFEST).exists():
         kinds = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 import flashpack
 from flashpack.kernels.cpu.pool import pool
 from flashpack.runtime import budget, threads
+from tests import commands
 from tests.conftest import ROOT, PackOf
 
 SCRIPT = """
@@ -39,7 +39,7 @@ for variant in variants:
 
 def digests(pack: Path, state: str, *variants: str) -> list[str]:
     """One per variant ("threads,memory"), all computed in one new process."""
-    command = [sys.executable, "-c", SCRIPT, str(pack), state, *variants]
+    command = [commands.python(), "-c", SCRIPT, str(pack), state, *variants]
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
 
 

@@ -6,18 +6,18 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 
 import pytest
 
+from tests import commands
 from tests.cli.test_cli import in_process
 from tests.conftest import PackOf
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_server_and_its_streams(pack_of: PackOf, number: signal.Signals) -> None:
-    command = [sys.executable, "-m", "flashpack", "serve", str(pack_of("trained"))]
+    command = [commands.flashpack(), "serve", str(pack_of("trained"))]
     command += ["--port", "0", "--memory", "smallest"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         killer = threading.Timer(300, process.kill)  # a server that hangs fails the test, and does not hold it
@@ -48,7 +48,7 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded(pack_of: PackOf) -> No
     with socket.create_server(("127.0.0.1", 0)) as taken:
         # With so little memory no model can be loaded.
         options = ["serve", pack, "--memory", "1MB", "--port", str(taken.getsockname()[1])]
-        command = [sys.executable, "-m", "flashpack", *options]
+        command = [commands.flashpack(), *options]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "--port 0" in done.stderr

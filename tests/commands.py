@@ -1,12 +1,15 @@
-"""A shell in which ``flashpack`` and ``python`` start at once: forks of a process that has imported everything.
+"""``flashpack`` and ``python`` that start at once: forks of a process that has imported everything.
 
-Pages have dozens of commands, and each would spend seconds on importing torch and transformers. Where processes do not
-survive a fork (macOS), and for all other Python programs, they are started as usual.
+Tests have dozens of commands in processes of their own, and each would spend seconds on importing torch and
+transformers. Where processes do not survive a fork (macOS), and for all other Python programs, they are started as
+usual.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -15,6 +18,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,15 +41,21 @@ _IMPORTED = (
 
 _CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
-if {name!r} == "python" and not (len(sys.argv) > 1 and sys.argv[1].startswith("block-")):
+if {name!r} == "python" and not (len(sys.argv) > 1 and sys.argv[1].startswith(("block-", "-c"))):
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 channel = socket.socket(socket.AF_UNIX)
 channel.connect({address!r})
 request = json.dumps([[{name!r}, *sys.argv[1:]], os.getcwd(), dict(os.environ)]).encode()
 socket.send_fds(channel, [len(request).to_bytes(4, "big")], [0, 1, 2])
 channel.sendall(request)
-signal.signal(signal.SIGTERM, lambda *_: channel.sendall(b"t"))
-sys.exit(channel.recv(1)[0])
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: channel.sendall(bytes([number])))
+code = int.from_bytes(channel.recv(2), "big", signed=True)
+if code < 0:  # it was ended by a signal
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+sys.exit(code)
 """
 _PLAIN = """#!/bin/sh
 exec {python} {module} "$@"
@@ -65,7 +76,7 @@ def prepared(folder: Path, environment: dict[str, str]) -> Iterator[Path]:
     if not FORKS:
         yield programs
         return
-    command = [sys.executable, "-m", "tests.docs.shell", address]
+    command = [sys.executable, "-m", "tests.commands", address]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stdin=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdin is not None
@@ -74,6 +85,25 @@ def prepared(folder: Path, environment: dict[str, str]) -> Iterator[Path]:
             yield programs
         finally:
             process.stdin.close()
+
+
+@functools.cache
+def _programs() -> Path:
+    """Those for the tests of this process."""
+    stack = contextlib.ExitStack()
+    atexit.register(stack.close)
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    return stack.enter_context(prepared(Path(folder), dict(os.environ)))
+
+
+def flashpack() -> str:
+    """The command."""
+    return str(_programs() / "flashpack")
+
+
+def python() -> str:
+    """Python, in which flashpack, torch and transformers are imported if it is called with ``-c``."""
+    return str(_programs() / "python")
 
 
 def _serve(address: str) -> None:
@@ -106,14 +136,15 @@ def _attend(channel: socket.socket) -> None:
         _become(files, *json.loads(request))
     ended = os.pidfd_open(child)
     while ended not in select.select([ended, channel.fileno()], [], [])[0]:
-        if not channel.recv(1):  # whoever asked has gone
+        number = channel.recv(1)
+        if not number:  # whoever asked has gone
             os.kill(child, signal.SIGKILL)
             break
-        os.kill(child, signal.SIGTERM)
+        os.kill(child, number[0])
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     with contextlib.suppress(OSError):
-        channel.sendall(bytes([code if code >= 0 else 128 - code]))
+        channel.sendall(code.to_bytes(2, "big", signed=True))
     os._exit(0)
 
 
@@ -133,10 +164,16 @@ def _become(files: list[int], arguments: list[str], folder: str, environment: di
 
             app(prog_name="flashpack")
         else:
-            import runpy
-
             sys.path[0] = folder
-            runpy.run_path(arguments[1], run_name="__main__")
+            if sys.argv[0] == "-c":
+                code = sys.argv.pop(1)
+                main = sys.modules["__main__"] = types.ModuleType("__main__")
+                exec(compile(code, "<string>", "exec"), main.__dict__)
+                code = 0
+            else:
+                import runpy
+
+                runpy.run_path(arguments[1], run_name="__main__")
     except SystemExit as e:
         code = e.code
     except BaseException:
