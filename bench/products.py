@@ -1,9 +1,10 @@
-"""Products of the native kernels, by every instruction set of this processor: of experts, and of a matrix.
+"""Products of the native kernels, by every instruction set of this processor: of experts, and of matrices.
 
     python bench/products.py [--threads 2] [--beside OTHER/_kernels.so ...]
 
 Experts have the sizes of Qwen3-30B-A3B's, 4 bits in groups of 64, and come from memory: there are 64, a call has 8 (one
-token) or 16. The matrix is a projection of attention. ``--beside`` compares with other builds of the kernels, in turns
+token) or 16. The matrix is a projection of attention, a fine one one of a recurrent layer, whose activations are never
+rounded to 8 bits. ``--beside`` compares with other builds of the kernels, in turns
 in this process; a line says so where their results are not the same to the bit.
 """
 
@@ -33,15 +34,15 @@ class Memory:
     """Matrices of random codes one after the other in huge pages, as records lie in the arena."""
 
     def __init__(self) -> None:
-        self._arena = HostArena(EXPERTS * 3 * WIDTH * INNER * 5 // 8 + ROWS * WIDTH)
+        self._arena = HostArena(EXPERTS * 3 * WIDTH * INNER * 5 // 8 + 2 * ROWS * WIDTH)
         self._used = 0
 
-    def matrix(self, rows: int, width: int) -> compute.Matrix:
+    def matrix(self, rows: int, width: int, coarse: bool = True) -> compute.Matrix:
         codes = self._take(torch.randint(-(2**63), 2**63 - 1, (rows * width // 16,)))
         scales = torch.rand(rows * width // GROUP) * 0.01
         numbers = [self._take(x.to(torch.bfloat16)) for x in (scales, -8 * scales)]
         return compute.Matrix(
-            codes, *numbers, None, rows, width, compute.KINDS["affine"], 4, GROUP, compute.KINDS["BF16"]
+            codes, *numbers, None, rows, width, compute.KINDS["affine"], 4, GROUP, compute.KINDS["BF16"], 0, coarse
         )
 
     def _take(self, values: torch.Tensor) -> int:
@@ -133,7 +134,7 @@ def main() -> None:
     for _ in range(EXPERTS):
         first, down = memory.matrix(2 * INNER, WIDTH), memory.matrix(WIDTH, INNER)
         experts.append(compute.Expert(first, compute.Matrix(), down, 1))
-    matrix = memory.matrix(ROWS, WIDTH)
+    matrices = {"matrix": memory.matrix(ROWS, WIDTH), "fine matrix": memory.matrix(ROWS, WIDTH, coarse=False)}
     print(f"{machine()}; {args.threads} threads")
     print(f"Billions of products a second, medians of {TURNS} turns, extremes in brackets")
     for level in range(min(1, best), best + 1):
@@ -142,7 +143,8 @@ def main() -> None:
         head("", *builds, *(f"here / {name}" for name in list(builds)[1:]))
         out = torch.zeros(MATRIX_TOKENS[-1] * ROWS + 16 * EXPERT_TOKENS[-1] * WIDTH)
         work = [(f"experts, {n} tokens each", *expert_calls(experts, n, out)) for n in EXPERT_TOKENS]
-        work += [(f"matrix, {n} tokens", *matrix_calls(matrix, n, out)) for n in MATRIX_TOKENS]
+        for name, matrix in matrices.items():
+            work += [(f"{name}, {n} tokens", *matrix_calls(matrix, n, out)) for n in MATRIX_TOKENS]
         for label, calls, products in work:
             if not same(builds, calls, out):
                 print(f"results differ: {label}")

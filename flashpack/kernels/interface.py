@@ -41,7 +41,8 @@ class StoredMatrix:
     """A quantized matrix [out, in] in its stored parts (``formats.records.Encoding.parts``), U32 words as int32.
 
     ``scales`` are as stored: bfloat16, float16, float32 or, where they are small floats, uint8. ``first``: of rows cut
-    from a larger matrix, ``Encoding.first_in_block`` of the first one.
+    from a larger matrix, ``Encoding.first_in_block`` of the first one. ``coarse``: for prompts, kernels may round
+    activations to 8 bits with a scale for each 64, if weights are of 4 bits (experts' they always may).
     """
 
     encoding: Encoding
@@ -51,6 +52,7 @@ class StoredMatrix:
     global_scale: torch.Tensor | None = None
     first: int = 0
     blocks: torch.Tensor | None = None
+    coarse: bool = False
 
     @classmethod
     def of(cls, encoding: Encoding, parts: Mapping[str, torch.Tensor]) -> StoredMatrix:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -150,6 +151,8 @@ def fill(model: PreTrainedModel, pack: Pack, sites: list[ExpertsModule], kernels
         value = stored.value(matrices.get(tied.get(name, name)), tied.get(name, name))
         module = matrix_module(model, name)
         if isinstance(module, nn.Linear):
+            if isinstance(value, StoredMatrix):
+                value = replace(value, coarse=_coarse(model, name))
             modules[name] = PackedLinear(kernels, value, _parameter_dtype(model, name, dtype))
         elif module is not None:
             modules[name] = PackedEmbedding(kernels, value, dtype)
@@ -165,6 +168,19 @@ def fill(model: PreTrainedModel, pack: Pack, sites: list[ExpertsModule], kernels
     for module in model.modules():  # computed buffers
         module._buffers = {n: None if b is None else b.to(kernels.device) for n, b in module._buffers.items()}
     model.requires_grad_(False)
+
+
+def _coarse(model: PreTrainedModel, name: str) -> bool:
+    """Whether what a matrix is multiplied with may be rounded as it is for experts (``StoredMatrix.coarse``).
+
+    Not for the head, whose results are the model's. And not in recurrent layers, which hold convolutions: their states
+    add up what a prompt's tokens are rounded by, and random ones make hundreds of times as much of it.
+    """
+    holder, _, leaf = name.removesuffix(".weight").rpartition(".")
+    module = model.get_submodule(holder)
+    return not any(isinstance(m, nn.Conv1d) for m in module.children()) and (
+        getattr(module, leaf) is not model.get_output_embeddings()
+    )
 
 
 class _Stored:

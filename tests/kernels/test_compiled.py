@@ -42,9 +42,14 @@ DQ = [affine_dq(bits) for bits in (2, 3, 4)]
 
 
 def product(
-    x: Tensor, weight: Tensor | StoredMatrix, level: int, threads: int = 1, bias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor | StoredMatrix,
+    level: int,
+    threads: int = 1,
+    bias: Tensor | None = None,
+    coarse: bool = False,
 ) -> Tensor:
-    matrix = matrix_of(weight, bias)
+    matrix = matrix_of(weight, bias, coarse=coarse)
     assert matrix is not None
     out = torch.full((len(x), weight.shape[0]), float("nan"))
     compute.Workers(threads, level).linear(x.data_ptr(), len(x), matrix, out.data_ptr())
@@ -58,7 +63,7 @@ def whole_rows(rows: int, width: int, encoding: Encoding) -> int:
 
 
 def takes_bytes(encoding: Encoding, level: int) -> bool:
-    """Whether experts' products with several tokens round activations to 8 bits."""
+    """Whether coarse products with several tokens round activations to 8 bits."""
     return encoding.bits == 4 and compute.Workers(1, level).name in ("avx2", "avx512")
 
 
@@ -152,11 +157,13 @@ def test_nothing_is_read_behind_a_matrix(encoding: Encoding, level: int) -> None
         end = parts[part].tobytes()
         place[4 * page - len(end) : 4 * page] = end
         setattr(matrix, part, start + 4 * page - len(end))
-        for tokens in (1, 3, 5):
+        for tokens, coarse in ((1, False), (3, False), (5, False), (5, True)):
+            matrix.coarse = coarse
             x = normal(tokens, width)
             out = torch.empty(tokens, rows)
             workers.linear(x.data_ptr(), tokens, matrix, out.data_ptr())
-            assert np.allclose(out, x.numpy() @ decoded.T, rtol=1e-3, atol=1e-3 * np.abs(decoded).max() * width**0.5)
+            near = (1e-2 if coarse else 1e-3) * np.abs(decoded).max() * width**0.5
+            assert np.allclose(out, x.numpy() @ decoded.T, rtol=1e-3, atol=near)
         # Experts are multiplied in another way: here by the matrix after the activation, with more than a few tokens.
         x, out = normal(5, rows, 2), torch.empty(5, rows)
         expert = compute.Expert(first, compute.Matrix(), matrix, 0)
@@ -260,6 +267,45 @@ def test_experts_of_four_bits_with_many_tokens(encoding: Encoding, level: int) -
         alone = torch.empty(4, hidden)
         native.experts(x, records[:1], [[9, 69, 0, 8]], gated("silu"), alone)
         assert torch.equal(alone, out[[9, 69, 0, 8]])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("encoding", [e for e in [*AFFINE, *DQ, MXFP4] if e.bits == 4], ids=str)
+def test_coarse_products(encoding: Encoding, level: int) -> None:
+    """As experts' with many tokens; with few they are what they would be otherwise."""
+    for rows, units in ((37, 1), (6, 3), (64, 9), (3, 37)):
+        width = encoding.group_size * units
+        rows = whole_rows(rows, width, encoding)
+        parts, decoded = random_matrix(rows, width, encoding, seed=rows)
+        weight = stored_matrix(parts, encoding, (rows, width))
+        x = states(70, width)
+        together = product(x, weight, level, threads=3, coarse=True)
+        if not takes_bytes(encoding, level):
+            assert torch.equal(together, product(x, weight, level))
+        else:
+            expected = in_bytes(x.numpy().astype(np.float64), min(64, encoding.group_size)) @ decoded.T
+            error = np.linalg.norm(together.numpy() - expected, axis=1) / np.linalg.norm(expected, axis=1)
+            assert np.median(error) <= 2e-6
+            assert error.max() <= 5e-3  # a value in the middle between two bytes may be rounded either way
+        for count in (4, 5, 6, 7, 66):
+            assert torch.equal(product(x[-count:], weight, level, coarse=True), together[-count:])
+        for count in (1, 2, 3):
+            assert torch.equal(product(x[:count], weight, level, coarse=True), product(x[:count], weight, level))
+
+
+def test_matrices_of_which_some_are_coarse_in_one_call() -> None:
+    """Of the same width and encoding: each gets its own kind of activations."""
+    encoding = Encoding("affine", "BF16", 4, 64)
+    weight = stored_matrix(random_matrix(40, 256, encoding, seed=1)[0], encoding, (40, 256))
+    found = [matrix_of(weight, coarse=coarse) for coarse in (False, True, False)]
+    x, outs = normal(9, 256), [torch.empty(9, 40) for _ in found]
+    matrices = (compute.Matrix * 3)(*found)
+    addresses = (ctypes.c_void_p * 3)(*(out.data_ptr() for out in outs))
+    workers = compute.Workers(2)
+    assert workers.library.flashpack_linear(workers.handle, x.data_ptr(), 9, matrices, 3, addresses) == 0
+    for coarse, out in zip((False, True, False), outs, strict=True):
+        assert torch.equal(out, product(x, weight, LEVELS[-1], coarse=coarse))
+    assert torch.equal(outs[0], outs[1]) != takes_bytes(encoding, LEVELS[-1])
 
 
 FOUR_BITS = [MXFP4, Encoding("affine", "BF16", 4, 64), Encoding("affine", "F32", 4, 32)]

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+import flashpack
 from flashpack.formats import Pack
-from flashpack.kernels import get_kernels
-from flashpack.runtime.dense import fill
-from tests.conftest import ROOT, extract
+from flashpack.kernels import StoredMatrix, get_kernels
+from flashpack.runtime.dense import PackedLinear, fill
+from tests.conftest import ROOT, PackOf, extract
 
 
 class Tables(PreTrainedModel):
@@ -38,3 +39,12 @@ def test_integers_stay_integers_whatever_the_type_of_the_model(tmp_path: Path) -
         assert found.dtype == dtype
         assert np.array_equal(found.numpy(), pack.map_tensor(name))
     assert abs(int(model.state_dict()["table"].min())) > 2**32
+
+
+def test_what_neither_feeds_recurrent_states_nor_is_the_head_is_coarse(pack_of: PackOf) -> None:
+    model = flashpack.load(pack_of("trained", "q4", "q4"))
+    coarse: dict[bool, set[str]] = {True: set(), False: set()}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear) and isinstance(module.matrix, StoredMatrix):
+            coarse[module.matrix.coarse].add(name.split(".")[-2])
+    assert coarse == {True: {"self_attn", "shared_expert"}, False: {"linear_attn", "lm_head"}}

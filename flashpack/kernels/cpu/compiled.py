@@ -109,7 +109,7 @@ def native_record(view: RecordView) -> NativeRecord:
 def _expert(view: RecordView) -> compute.Expert | None:
     """The library's view of a record; None if there is something in it that the library does not know."""
     biases = (*view.first_bias, view.down_bias)
-    matrices = [matrix_of(m, b) for m, b in zip((*view.first, view.down), biases, strict=True)]
+    matrices = [matrix_of(m, b, coarse=True) for m, b in zip((*view.first, view.down), biases, strict=True)]
     if any(m is None for m in matrices):
         return None
     inner = view.down.shape[1]
@@ -117,8 +117,11 @@ def _expert(view: RecordView) -> compute.Expert | None:
     return compute.Expert(matrices[0], matrices[1] if gated == 2 else compute.Matrix(), matrices[-1], gated)
 
 
-def matrix_of(weight: Tensor | StoredMatrix, add: Tensor | None = None) -> compute.Matrix | None:
-    """The library's view of a matrix, with a bias ``add`` [out]; None if it does not know such a one."""
+def matrix_of(
+    weight: Tensor | StoredMatrix, add: Tensor | None = None, *, coarse: bool = False
+) -> compute.Matrix | None:
+    """The library's view of a matrix, with a bias ``add`` [out]; None if it does not know such a one. ``coarse``: as
+    that of ``StoredMatrix``, whatever is said there."""
     extra = None if add is None else add.data_ptr()
     extra_type = 0 if add is None else compute.KINDS[_NUMBERS[add.dtype]]
     if isinstance(weight, Tensor):
@@ -138,5 +141,5 @@ def matrix_of(weight: Tensor | StoredMatrix, add: Tensor | None = None) -> compu
     biases = None if constants is None else constants.data_ptr()
     return compute.Matrix(
         weight.weight.data_ptr(), weight.scales.data_ptr(), biases, extra, *weight.shape,
-        compute.KINDS[e.name], e.bits, e.group_size, scale_type, extra_type,
+        compute.KINDS[e.name], e.bits, e.group_size, scale_type, extra_type, coarse or weight.coarse,
     )  # fmt: skip

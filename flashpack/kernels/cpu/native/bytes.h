@@ -150,30 +150,50 @@ void rows_of_bytes(
         }
 }
 
-/* Activations as bytes in the order of unpack_bytes: the even ones of eight, then the odd ones. For each unit, or for its
- * halves where groups are of 32: what a byte is worth, and the sum of its values. */
+/* Of each eight bytes the even ones, then the odd ones: the order of unpack_bytes. */
+inline void even_odd(const uint64_t *in, uint64_t *out)
+{
+    for (int i = 0; i < 8; i++) {
+        uint64_t x = in[i];
+        const uint64_t inner = (x ^ (x >> 8)) & 0x0000FF000000FF00;
+        x ^= inner ^ (inner << 8); /* 0 2 1 3 4 6 5 7 */
+        const uint64_t middle = (x ^ (x >> 16)) & 0x00000000FFFF0000;
+        out[i] = x ^ middle ^ (middle << 16);
+    }
+}
+
+/* Activations as bytes in the order of unpack_bytes. For each unit, or for its halves where groups are of 32: what a byte
+ * is worth, and the sum of its values. */
 inline void prepare_bytes(const float *x, const Shape &s, int8_t *bytes, float *scales, float *sums)
 {
     const int pieces = s.group == 32 ? 2 : 1, each = 64 / pieces;
     for (int64_t u = 0; u < s.units; u++) {
         alignas(64) float values[64], piece_values[64];
-        alignas(64) int16_t whole[64], straight[64];
+        alignas(64) int16_t whole[64];
+        alignas(64) int8_t straight[64];
         const float *own = unit_values(x, s, u, values);
         for (int piece = 0; piece < pieces; piece++) {
             int32_t half_sums[2];
             bool finite = true;
-            memset(piece_values, 0, sizeof piece_values);
-            memcpy(piece_values + each * piece, own + each * piece, each * sizeof(float));
-            const float largest = largest64(piece_values, &finite), inverse = 127.0f / largest;
+            const float *part = own;
+            if (pieces > 1) {
+                memset(piece_values, 0, sizeof piece_values);
+                memcpy(piece_values + each * piece, own + each * piece, each * sizeof(float));
+                part = piece_values;
+            }
+            const float largest = largest64(part, &finite), inverse = 127.0f / largest;
             const bool usable = finite && inverse < INFINITY;
-            round64(piece_values, usable ? inverse : 0, whole, half_sums);
-            memcpy(straight + each * piece, whole + each * piece, each * sizeof(int16_t));
+            round64(part, usable ? inverse : 0, whole, half_sums);
+            for (int i = each * piece; i < each * (piece + 1); i++)
+                straight[i] = (int8_t)whole[i];
             const float scale = finite ? (usable ? largest / 127.0f : 0) : NAN;
             scales[pieces * u + piece] = scale;
             sums[pieces * u + piece] = (float)(half_sums[0] + half_sums[1]) * scale;
         }
-        for (int i = 0; i < 64; i++)
-            bytes[64 * u + i] = (int8_t)straight[i / 8 * 8 + i % 4 * 2 + i / 4 % 2];
+        uint64_t in[8], out[8];
+        memcpy(in, straight, sizeof in);
+        even_odd(in, out);
+        memcpy(bytes + 64 * u, out, sizeof out);
     }
 }
 

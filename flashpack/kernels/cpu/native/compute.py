@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from flashpack.kernels.cpu.native.library import load
 
-ABI = 5
+ABI = 6
 """What `flashpack_kernels_abi` must answer: a library left by another version is not used."""
 
 FUNCTIONS = {"linear": 0, "add_norm": 1, "attend": 2, "delta": 3, "route": 4, "combine": 5, "resident": 6, "row": 7}
@@ -37,7 +37,7 @@ class Matrix(ctypes.Structure):
         ("group", ctypes.c_int32),
         ("scale_type", ctypes.c_int32),
         ("add_type", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
+        ("coarse", ctypes.c_int32),
     ]
 
 

@@ -1,7 +1,7 @@
 /* The compute kernels behind a plain C interface: threads, working memory, and the choice of an instruction set. */
 #include "workers.h"
 
-#define FP_ABI 5 /* goes up when anything in kernels.h or below changes; the loader compares it with its own */
+#define FP_ABI 6 /* goes up when anything in kernels.h or below changes; the loader compares it with its own */
 
 namespace {
 
@@ -36,11 +36,12 @@ bool packed(const fp_matrix &m)
 
 Shape shape_of(const fp_matrix &m)
 {
-    Shape s = {m.width, (m.width + 63) / 64, 0, 0, ORDER_STRAIGHT};
+    Shape s = {m.width, (m.width + 63) / 64, 0, 0, ORDER_STRAIGHT, false};
     if (packed(m)) {
         s.group = m.group;
         s.groups = m.width / m.group;
         s.order = m.kind == FP_MXFP4 || m.bits == 4 ? ORDER_NIBBLES : m.bits == 2 ? ORDER_PAIRS : ORDER_STRAIGHT;
+        s.coarse = m.coarse && s.order == ORDER_NIBBLES;
     }
     return s;
 }
@@ -59,9 +60,9 @@ bool valid(const fp_matrix &m)
     return m.kind >= FP_BF16 && m.kind <= FP_F32;
 }
 
-/* What tokens are multiplied with: matrices that get few of them, or many, or networks of experts that get many. */
+/* Whether tokens are multiplied few at a time, or many, or now so and now so. */
 struct Uses {
-    bool few, many, experts;
+    bool few, many;
 };
 
 /* Activations of several tokens in the form that matrices of one shape need. */
@@ -79,13 +80,15 @@ struct Prepared {
     {
         if (!s.group)
             return;
-        const bool as_bytes = uses.experts && level.prepare_bytes && s.order == ORDER_NIBBLES;
-        if (uses.many || (uses.experts && !as_bytes) || (uses.few && !level.planes))
+        const bool as_bytes = uses.many && level.prepare_bytes && s.coarse;
+        if ((uses.many && !as_bytes) || (uses.few && !level.planes))
             codes = scratch.take<int16_t>(64 * s.units * tokens);
         if (uses.few && level.planes)
             planes = scratch.take<int8_t>(128 * s.units * tokens);
-        scales = scratch.take<float>(tokens);
-        sums = scratch.take<float>(groups * tokens);
+        if (codes || planes) {
+            scales = scratch.take<float>(tokens);
+            sums = scratch.take<float>(groups * tokens);
+        }
         if (as_bytes) {
             bytes = scratch.take<int8_t>(64 * s.units * tokens);
             byte_scales = scratch.take<float>(2 * s.units * tokens);
@@ -95,12 +98,13 @@ struct Prepared {
 
     bool fits(const Shape &s) const
     {
-        return s.width == shape.width && s.group == shape.group && (!s.group || s.order == shape.order);
+        return s.width == shape.width && s.group == shape.group &&
+               (!s.group || (s.order == shape.order && s.coarse == shape.coarse));
     }
 
     void fill(const Level &level, const float *x, int64_t token) const
     {
-        if (shape.group)
+        if (codes || planes)
             scales[token] = level.prepare(
                 x, shape, codes ? codes + 64 * shape.units * token : nullptr,
                 planes ? planes + 128 * shape.units * token : nullptr, sums + groups * token);
@@ -116,7 +120,7 @@ struct Prepared {
             return {x, nullptr, nullptr, nullptr, 1, nullptr, nullptr, nullptr};
         return {
             x, codes ? codes + 64 * shape.units * token : nullptr, planes ? planes + 128 * shape.units * token : nullptr,
-            sums + groups * token, scales[token],
+            sums ? sums + groups * token : nullptr, scales ? scales[token] : 0,
             bytes ? bytes + 64 * shape.units * token : nullptr, bytes ? byte_scales + 2 * shape.units * token : nullptr,
             bytes ? byte_sums + 2 * shape.units * token : nullptr};
     }
@@ -166,13 +170,13 @@ void some_experts(
     const Level &level = *w.level;
     std::vector<Prepared> inputs, middles;
     std::vector<int64_t> starts(count + 1, 0);
-    Uses uses = {false, false, false};
+    Uses uses = {false, false};
     for (int e = 0; e < count; e++) {
         starts[e + 1] = starts[e] + tasks[e].count;
         /* Gate and up take TOKENS at once: what is left of them may be few. */
         const int32_t rest = tasks[e].count % TOKENS;
         uses.few |= rest && rest <= FEW_TOKENS;
-        uses.experts |= tasks[e].count > FEW_TOKENS;
+        uses.many |= tasks[e].count > FEW_TOKENS;
     }
     const int64_t pairs = starts[count];
     int64_t inner = 0;
@@ -299,7 +303,7 @@ FP_EXPORT int flashpack_linear(
         std::vector<Piece> pieces;
         std::vector<Activations *> activations(count);
         for (int i = 0; i < count; i++) {
-            add_shape(inputs, w, shape_of(matrices[i]), tokens, {tokens <= FEW_TOKENS, tokens > FEW_TOKENS, false});
+            add_shape(inputs, w, shape_of(matrices[i]), tokens, {tokens <= FEW_TOKENS, tokens > FEW_TOKENS});
             const int64_t step = piece_rows(width);
             for (int64_t r = 0; r < matrices[i].rows; r += step)
                 pieces.push_back({i, (int32_t)r, (int32_t)(r + step < matrices[i].rows ? r + step : matrices[i].rows)});

@@ -3,8 +3,8 @@
  * Activations are float32. For a product with stored codes, the activations of a token are rounded to 15-bit integers
  * (by at most 1/32766 of the largest). Few tokens are multiplied with the codes as they are, in exact integer sums of
  * 64 values: with n values the error is at most sqrt(n) / 56,000 of the norms' product. For more tokens weights are
- * unpacked to 13-bit integers first (many.h); experts of 4 bits are multiplied with bytes where the processor has
- * instructions for that (bytes.h). All else is float32, in a fixed order.
+ * unpacked to 13-bit integers first (many.h); `coarse` matrices and experts of 4 bits are multiplied with bytes where the
+ * processor has instructions for that (bytes.h). All else is float32, in a fixed order.
  */
 #ifndef FLASHPACK_KERNELS_H
 #define FLASHPACK_KERNELS_H
@@ -29,7 +29,7 @@ typedef struct {
     int32_t group;
     int32_t scale_type; /* FP_BF16, FP_F16, FP_F32 or FP_NIBBLES; of affine matrices */
     int32_t add_type;
-    int32_t unused;
+    int32_t coarse; /* of 4 bits: many tokens' activations may be rounded to 8 bits */
 } fp_matrix;
 
 /* An expert's network: rows of gate first, then of up, in `first` ([2I, H]), or in `first` and `second`. */

@@ -63,6 +63,7 @@ struct Shape {
     int64_t groups; /* with a scale each */
     int group;
     int order;
+    bool coarse; /* products with more than FEW_TOKENS tokens may be of bytes */
 };
 
 /* Activations of one token: as they are; as 16-bit integers worth `scale` each, with sums by group, which lie as they are
@@ -84,7 +85,7 @@ struct Level {
     bool planes; /* what up to FEW_TOKENS tokens are multiplied as */
     /* Codes or planes may be null. */
     float (*prepare)(const float *x, const Shape &shape, int16_t *codes, int8_t *planes, float *sums);
-    /* Null, or what experts' products of ORDER_NIBBLES with more than FEW_TOKENS tokens are made with. */
+    /* Null, or what coarse products are made with. */
     void (*prepare_bytes)(const float *x, const Shape &shape, int8_t *bytes, float *scales, float *sums);
     /* rows [first, last) of a matrix times tokens: out[token * stride + row - first]. */
     void (*product)(
