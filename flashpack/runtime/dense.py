@@ -177,10 +177,10 @@ def _coarse(model: PreTrainedModel, name: str) -> bool:
     add up what a prompt's tokens are rounded by, and random ones make hundreds of times as much of it.
     """
     holder, _, leaf = name.removesuffix(".weight").rpartition(".")
+    model_: Any = model
     module = model.get_submodule(holder)
-    return not any(isinstance(m, nn.Conv1d) for m in module.children()) and (
-        getattr(module, leaf) is not model.get_output_embeddings()
-    )
+    recurrent = any(isinstance(m, nn.Conv1d) for m in module.children())
+    return not recurrent and getattr(module, leaf) is not model_.get_output_embeddings()
 
 
 class _Stored:
