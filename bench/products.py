@@ -3,8 +3,8 @@
     python bench/products.py [--threads 2] [--beside OTHER/_kernels.so ...]
 
 Experts have the sizes of Qwen3-30B-A3B's, 4 bits in groups of 64, and come from memory: there are 64, a call has 8 (one
-token) or 16. The matrix is a projection of attention, a fine one one of a recurrent layer, whose activations are never
-rounded to 8 bits. ``--beside`` compares with other builds of the kernels, in turns
+token) or 16. The matrix is a projection of attention, a fine matrix one of a recurrent layer, whose activations are
+never rounded to 8 bits. ``--beside`` compares with other builds of the kernels, in turns
 in this process; a line says so where their results are not the same to the bit.
 """
 

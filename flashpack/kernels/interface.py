@@ -42,7 +42,7 @@ class StoredMatrix:
 
     ``scales`` are as stored: bfloat16, float16, float32 or, where they are small floats, uint8. ``first``: of rows cut
     from a larger matrix, ``Encoding.first_in_block`` of the first one. ``coarse``: for prompts, kernels may round
-    activations to 8 bits with a scale for each 64, if weights are of 4 bits (experts' they always may).
+    activations to 8 bits with a scale for each 64 or 32, if weights are of 4 bits (experts' they always may).
     """
 
     encoding: Encoding

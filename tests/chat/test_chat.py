@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -328,12 +329,22 @@ def test_an_interruption_is_of_one_answer() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """An interruption that comes through fails the test, and does not end all of them."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        pytest.fail("it was interrupted")
+
+
 def test_an_interruption_that_comes_after_the_last_word_loses_nothing(chat_of: MakeChat) -> None:
     interrupt = _Interrupt()
     chat, heard = chat_of(cancelled=interrupt.came, generating=interrupt.during)
     answered = heard.answered
     heard.answered = lambda result: os.kill(os.getpid(), signal.SIGINT) or answered(result)  # type: ignore[method-assign]
-    chat.turn("What is the capital of France?")
+    with uninterrupted():
+        chat.turn("What is the capital of France?")
     assert [m["role"] for m in chat.conversation.messages] == ["user", "assistant"]
     assert len(heard.results) == 1
 
@@ -349,7 +360,8 @@ def test_an_interruption_between_answers_leads_to_the_next_prompt(monkeypatch: p
     talk: Any = SimpleNamespace(turn=turn, session=SimpleNamespace(runtime=SimpleNamespace(notices=[])))
     monkeypatch.setattr(sys.modules["flashpack.cli.chat"], "_lines", lambda screen: iter(["one", "two"]))
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
-    _talk(talk, Screen(), 0)
+    with uninterrupted():
+        _talk(talk, Screen(), 0)
     assert said == ["one", "two"]
     said.clear()
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: False))

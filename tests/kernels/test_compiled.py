@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import re
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -42,14 +43,9 @@ DQ = [affine_dq(bits) for bits in (2, 3, 4)]
 
 
 def product(
-    x: Tensor,
-    weight: Tensor | StoredMatrix,
-    level: int,
-    threads: int = 1,
-    bias: Tensor | None = None,
-    coarse: bool = False,
+    x: Tensor, weight: Tensor | StoredMatrix, level: int, threads: int = 1, bias: Tensor | None = None
 ) -> Tensor:
-    matrix = matrix_of(weight, bias, coarse=coarse)
+    matrix = matrix_of(weight, bias)
     assert matrix is not None
     out = torch.full((len(x), weight.shape[0]), float("nan"))
     compute.Workers(threads, level).linear(x.data_ptr(), len(x), matrix, out.data_ptr())
@@ -278,8 +274,9 @@ def test_coarse_products(encoding: Encoding, level: int) -> None:
         rows = whole_rows(rows, width, encoding)
         parts, decoded = random_matrix(rows, width, encoding, seed=rows)
         weight = stored_matrix(parts, encoding, (rows, width))
+        coarse = replace(weight, coarse=True)
         x = states(70, width)
-        together = product(x, weight, level, threads=3, coarse=True)
+        together = product(x, coarse, level, threads=3)
         if not takes_bytes(encoding, level):
             assert torch.equal(together, product(x, weight, level))
         else:
@@ -288,23 +285,23 @@ def test_coarse_products(encoding: Encoding, level: int) -> None:
             assert np.median(error) <= 2e-6
             assert error.max() <= 5e-3  # a value in the middle between two bytes may be rounded either way
         for count in (4, 5, 6, 7, 66):
-            assert torch.equal(product(x[-count:], weight, level, coarse=True), together[-count:])
+            assert torch.equal(product(x[-count:], coarse, level), together[-count:])
         for count in (1, 2, 3):
-            assert torch.equal(product(x[:count], weight, level, coarse=True), product(x[:count], weight, level))
+            assert torch.equal(product(x[:count], coarse, level), product(x[:count], weight, level))
 
 
 def test_matrices_of_which_some_are_coarse_in_one_call() -> None:
     """Of the same width and encoding: each gets its own kind of activations."""
     encoding = Encoding("affine", "BF16", 4, 64)
     weight = stored_matrix(random_matrix(40, 256, encoding, seed=1)[0], encoding, (40, 256))
-    found = [matrix_of(weight, coarse=coarse) for coarse in (False, True, False)]
-    x, outs = normal(9, 256), [torch.empty(9, 40) for _ in found]
-    matrices = (compute.Matrix * 3)(*found)
+    weights = [replace(weight, coarse=coarse) for coarse in (False, True, False)]
+    x, outs = normal(9, 256), [torch.empty(9, 40) for _ in weights]
+    matrices = (compute.Matrix * 3)(*map(matrix_of, weights))
     addresses = (ctypes.c_void_p * 3)(*(out.data_ptr() for out in outs))
     workers = compute.Workers(2)
     assert workers.library.flashpack_linear(workers.handle, x.data_ptr(), 9, matrices, 3, addresses) == 0
-    for coarse, out in zip((False, True, False), outs, strict=True):
-        assert torch.equal(out, product(x, weight, LEVELS[-1], coarse=coarse))
+    for one, out in zip(weights, outs, strict=True):
+        assert torch.equal(out, product(x, one, LEVELS[-1]))
     assert torch.equal(outs[0], outs[1]) != takes_bytes(encoding, LEVELS[-1])
 
 

@@ -1,7 +1,7 @@
 """Kernels in C++ for what they know: affine and MXFP4 matrices, plain numbers for few tokens. The rest is torch's.
 
-Products with stored codes round the activations of a token to 16-bit integers, whatever the number of tokens
-(native/kernels.h): results do not depend on what is computed together.
+Products with stored codes round the activations of a token, differently for few tokens and for many (native/kernels.h);
+within either, results do not depend on what is computed together.
 """
 
 from __future__ import annotations
@@ -109,19 +109,20 @@ def native_record(view: RecordView) -> NativeRecord:
 def _expert(view: RecordView) -> compute.Expert | None:
     """The library's view of a record; None if there is something in it that the library does not know."""
     biases = (*view.first_bias, view.down_bias)
-    matrices = [matrix_of(m, b, coarse=True) for m, b in zip((*view.first, view.down), biases, strict=True)]
-    if any(m is None for m in matrices):
-        return None
+    matrices = []
+    for weight, bias in zip((*view.first, view.down), biases, strict=True):
+        matrix = matrix_of(weight, bias)
+        if matrix is None:
+            return None
+        matrix.coarse = True
+        matrices.append(matrix)
     inner = view.down.shape[1]
     gated = 2 if len(view.first) == 2 else view.first[0].shape[0] // inner - 1
     return compute.Expert(matrices[0], matrices[1] if gated == 2 else compute.Matrix(), matrices[-1], gated)
 
 
-def matrix_of(
-    weight: Tensor | StoredMatrix, add: Tensor | None = None, *, coarse: bool = False
-) -> compute.Matrix | None:
-    """The library's view of a matrix, with a bias ``add`` [out]; None if it does not know such a one. ``coarse``: as
-    that of ``StoredMatrix``, whatever is said there."""
+def matrix_of(weight: Tensor | StoredMatrix, add: Tensor | None = None) -> compute.Matrix | None:
+    """The library's view of a matrix, with a bias ``add`` [out]; None if it does not know such a one."""
     extra = None if add is None else add.data_ptr()
     extra_type = 0 if add is None else compute.KINDS[_NUMBERS[add.dtype]]
     if isinstance(weight, Tensor):
@@ -141,5 +142,5 @@ def matrix_of(
     biases = None if constants is None else constants.data_ptr()
     return compute.Matrix(
         weight.weight.data_ptr(), weight.scales.data_ptr(), biases, extra, *weight.shape,
-        compute.KINDS[e.name], e.bits, e.group_size, scale_type, extra_type, coarse or weight.coarse,
+        compute.KINDS[e.name], e.bits, e.group_size, scale_type, extra_type, weight.coarse,
     )  # fmt: skip

@@ -3,8 +3,8 @@
  * Activations are float32. For a product with stored codes, the activations of a token are rounded to 15-bit integers
  * (by at most 1/32766 of the largest). Few tokens are multiplied with the codes as they are, in exact integer sums of
  * 64 values: with n values the error is at most sqrt(n) / 56,000 of the norms' product. For more tokens weights are
- * unpacked to 13-bit integers first (many.h); `coarse` matrices and experts of 4 bits are multiplied with bytes where the
- * processor has instructions for that (bytes.h). All else is float32, in a fixed order.
+ * unpacked to 13-bit integers first (many.h); `coarse` matrices of 4 bits, which experts' are, are multiplied with bytes
+ * where the processor has instructions for that (bytes.h). All else is float32, in a fixed order.
  */
 #ifndef FLASHPACK_KERNELS_H
 #define FLASHPACK_KERNELS_H
