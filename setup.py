@@ -20,7 +20,18 @@ HEADERS = (
     "workers",
 )
 LEVELS = ("portable", "avx2", "avx512", "neon")
-FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-trapping-math", "-fvisibility=hidden", "-Wno-psabi", "-pthread"]
+# Python's own flags come first, and many say that integers wrap around: products of 16 bits took a quarter longer.
+FLAGS = [
+    "-O3",
+    "-g0",
+    "-ffp-contract=off",
+    "-fno-trapping-math",
+    "-fno-wrapv",
+    "-fstrict-overflow",
+    "-fvisibility=hidden",
+    "-Wno-psabi",
+    "-pthread",
+]
 
 setup(
     ext_modules=[
@@ -35,7 +46,12 @@ setup(
         Extension(
             "flashpack.kernels.cpu.native._kernels",
             [f"{NATIVE}/{name}.cpp" for name in ("kernels", "steps", *(f"level_{level}" for level in LEVELS))],
-            depends=["flashpack/kernels/blocks.h", *(f"{NATIVE}/{n}.h" for n in HEADERS), f"{NATIVE}/floats_x86.inc"],
+            depends=[
+                "setup.py",
+                "flashpack/kernels/blocks.h",
+                *(f"{NATIVE}/{n}.h" for n in HEADERS),
+                f"{NATIVE}/floats_x86.inc",
+            ],
             extra_compile_args=[*FLAGS, "-std=c++17"],
             extra_link_args=["-pthread"],
             language="c++",

@@ -32,13 +32,16 @@ void packed_product(
     float *out, int64_t stride)
 {
     if (count <= FEW_TOKENS) {
-        int64_t row = first;
-        for (; row + 4 <= last; row += 4)
-            for (int64_t t = 0; t < count; t++)
-                rows_of_one<FORMAT, GROUP, 4>(m, s, row, tokens[t], out + t * stride + row - first);
-        for (; row < last; row++)
-            for (int64_t t = 0; t < count; t++)
-                rows_of_one<FORMAT, GROUP, 1>(m, s, row, tokens[t], out + t * stride + row - first);
+        /* Several tokens take few rows at a time, which are read from memory for the first of them only. */
+        const int64_t step = count == 1 ? last - first : ROWS;
+        for (int64_t row = first; row < last; row += step) {
+            const int64_t end = row + step < last ? row + step : last;
+            for (int64_t t = 0; t < count; t++) {
+                float *own = out + t * stride + row - first;
+                const int64_t next = rows_of_one<FORMAT, GROUP, ROWS>(m, s, row, end, tokens[t], own);
+                rows_of_one<FORMAT, GROUP, 1>(m, s, next, end, tokens[t], own + next - row);
+            }
+        }
         return;
     }
 #if defined(FP_BYTES)

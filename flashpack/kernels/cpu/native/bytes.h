@@ -31,9 +31,9 @@ inline void unpack_bytes(
         const int64_t some = groups - g < WORDS ? groups - g : WORDS;
         for (int r = 0; r < LANES; r++) {
             const int64_t own = (row + r < last ? row + r : last - 1) * s.groups + group + g;
-            scales[r] = row_of(scales_of<FORMAT, GROUP>(m, own, some, all));
+            scales[r] = row_of(scales_of<FORMAT, GROUP>(m, m.scale_type, own, some, all));
             if (FORMAT != MXFP4)
-                biases[r] = row_of(biases_of<GROUP>(m, own, some, all));
+                biases[r] = row_of(biases_of<GROUP>(m, m.scale_type, own, some, all));
         }
         transpose(scales, columns);
         const float shift = -MXFP4_SHIFT;

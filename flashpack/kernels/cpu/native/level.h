@@ -125,6 +125,9 @@ enum { MXFP4_SHIFT = 12 };
 /* Units whose scales are taken together for products with many tokens. */
 enum { PART = 8 };
 
+/* In place of how many numbers a matrix has: 16 can be read. */
+enum { READABLE = -1 };
+
 /* The largest integer of a token's activations. */
 enum { MOST_ACTIVATION = 16383 };
 

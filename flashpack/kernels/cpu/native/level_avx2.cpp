@@ -195,24 +195,35 @@ inline void store_strip(float *out, Strip strip)
     _mm256_store_ps(out + 8, strip.part[1]);
 }
 
+/* The first `count` of 16 numbers, then zeros. */
+inline Strip first_of(Strip strip, int64_t count)
+{
+    alignas(32) static const int32_t mask[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+    for (int i = 0; i < 2; i++)
+        strip.part[i] = _mm256_and_ps(strip.part[i], _mm256_loadu_ps((const float *)(mask + 16 - count + 8 * i)));
+    return strip;
+}
+
+template <int TYPE> inline Strip widen_16(const uint8_t *source, int64_t first)
+{
+    return {{widen8<TYPE>(source, first), widen8<TYPE>(source, first + 8)}};
+}
+
+/* Apart, for it is rare and would have all sums leave their registers. */
+template <int TYPE> __attribute__((noinline)) Strip last_strip(const uint8_t *source, int64_t first, int64_t count)
+{
+    alignas(32) uint8_t space[16 * (TYPE == FP_F32 ? 4 : 2)] = {0};
+    const int64_t bytes = (int64_t)sizeof space / 16;
+    memcpy(space, source + first * bytes, count * bytes);
+    return widen_16<TYPE>(space, 0);
+}
+
 /* What follows in memory is read with it if there is as much. */
 template <int TYPE> FP_INLINE Strip widen_strip(const uint8_t *source, int64_t first, int64_t count, int64_t all)
 {
-    alignas(32) static const int32_t mask[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
-    constexpr int bytes = TYPE == FP_F32 ? 4 : 2;
-    alignas(32) uint8_t space[16 * bytes];
-    if (first + 16 > all) {
-        memset(space, 0, sizeof space);
-        memcpy(space, source + first * bytes, count * bytes);
-        source = space;
-        first = 0;
-    }
-    Strip strip;
-    for (int i = 0; i < 2; i++) {
-        const __m256i own = _mm256_loadu_si256((const __m256i *)(mask + 16 - count + 8 * i));
-        strip.part[i] = _mm256_and_ps(widen8<TYPE>(source, first + 8 * i), _mm256_castsi256_ps(own));
-    }
-    return strip;
+    if (all != READABLE && first + 16 > all)
+        return last_strip<TYPE>(source, first, count);
+    return first_of(widen_16<TYPE>(source, first), count);
 }
 
 /* `count` times factor * 2^(code - 127), NaN for 255, then zeros. */

@@ -20,9 +20,9 @@ inline void unpack_part(
     end = unit + PART < end ? unit + PART : end;
     const int64_t group = groups_before(s, unit), groups = groups_before(s, end) - group;
     const int64_t first = row * s.groups + group, all = m.rows * s.groups, complete = uncopied<FORMAT>(s);
-    const Strip scales = spread<GROUP>(scales_of<FORMAT, GROUP>(m, first, groups, all));
+    const Strip scales = spread<GROUP>(scales_of<FORMAT, GROUP>(m, m.scale_type, first, groups, all));
     const Strip biases =
-        FORMAT == MXFP4 ? Strip{} : spread<GROUP>(biases_of<GROUP>(m, first, groups, all));
+        FORMAT == MXFP4 ? Strip{} : spread<GROUP>(biases_of<GROUP>(m, m.scale_type, first, groups, all));
     whole_numbers(scales, biases, most, 1 << bits, whole_scales, whole_biases, worth);
     const uint8_t *source = m.weight + (row * m.width + 64 * unit) * unit_bytes(FORMAT) / 64;
     /* The same place of rows to come. */

@@ -109,15 +109,16 @@ template <int FORMAT> inline int64_t uncopied(const Shape &s)
 }
 
 /* Bytes of a scale; of a bias, too, but for affine_dq, whose biases are made of the same byte. */
-inline int64_t number_bytes(const fp_matrix &m)
+inline int64_t number_bytes(int kind, int type)
 {
-    return m.kind == FP_MXFP4 || m.scale_type == FP_NIBBLES ? 1 : m.scale_type == FP_F32 ? 4 : 2;
+    return kind == FP_MXFP4 || type == FP_NIBBLES ? 1 : type == FP_F32 ? 4 : 2;
 }
 
 /* Where biases come from: the numbers themselves, or the block's of affine_dq. */
-inline const uint8_t *bias_source(const fp_matrix &m, int64_t first)
+inline const uint8_t *bias_source(const fp_matrix &m, int type, int64_t first)
 {
-    return m.biases + (m.scale_type == FP_NIBBLES ? first / blocks::DQ_GROUPS * blocks::DQ_BYTES : first * number_bytes(m));
+    return m.biases +
+           (type == FP_NIBBLES ? first / blocks::DQ_GROUPS * blocks::DQ_BYTES : first * number_bytes(FP_AFFINE, type));
 }
 
 inline float dq_number(const fp_matrix &m, int64_t group, blocks::DqNumber which)
@@ -168,28 +169,27 @@ FP_INLINE Strip numbers_of(const uint8_t *source, int type, int64_t first, int64
 }
 
 template <int FORMAT, int GROUP>
-FP_INLINE Strip scales_of(const fp_matrix &m, int64_t first, int64_t count, int64_t all)
+FP_INLINE Strip scales_of(const fp_matrix &m, int type, int64_t first, int64_t count, int64_t all)
 {
     if (FORMAT != MXFP4)
-        return GROUP == blocks::DQ_GROUP && m.scale_type == FP_NIBBLES
-                   ? dq_strip<false>(m, first, count)
-                   : numbers_of(m.scales, m.scale_type, first, count, all);
+        return GROUP == blocks::DQ_GROUP && type == FP_NIBBLES ? dq_strip<false>(m, first, count)
+                                                               : numbers_of(m.scales, type, first, count, all);
     return powers_of_two(m.scales + first, count, 0.5f); /* codes are twice the values */
 }
 
-template <int GROUP> FP_INLINE Strip biases_of(const fp_matrix &m, int64_t first, int64_t count, int64_t all)
+template <int GROUP>
+FP_INLINE Strip biases_of(const fp_matrix &m, int type, int64_t first, int64_t count, int64_t all)
 {
-    return GROUP == blocks::DQ_GROUP && m.scale_type == FP_NIBBLES
-               ? dq_strip<true>(m, first, count)
-               : numbers_of(m.biases, m.scale_type, first, count, all);
+    return GROUP == blocks::DQ_GROUP && type == FP_NIBBLES ? dq_strip<true>(m, first, count)
+                                                           : numbers_of(m.biases, type, first, count, all);
 }
 
 /* Asks for a matrix's scales and biases from number `first` on. */
 inline void prefetch_numbers(const fp_matrix &m, int64_t first)
 {
-    prefetch(m.scales + first * number_bytes(m));
+    prefetch(m.scales + first * number_bytes(m.kind, m.scale_type));
     if (m.biases)
-        prefetch(bias_source(m, first));
+        prefetch(bias_source(m, m.scale_type, first));
 }
 
 } // namespace
