@@ -181,6 +181,12 @@ def write_behind(fd: int, offset: int, size: int) -> None:
         os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
 
 
+def read_ahead(fd: int, size: int) -> None:
+    """Have the drive begin with a file that is needed soon, in the background. Only a hint."""
+    if sys.platform == "linux":
+        os.posix_fadvise(fd, 0, size, os.POSIX_FADV_WILLNEED)
+
+
 def sync(fd: int) -> None:
     """Force a file or folder to the drive itself (F_FULLFSYNC on macOS, where fsync stops at the drive's cache)."""
     if sys.platform == "darwin":

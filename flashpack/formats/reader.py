@@ -18,7 +18,7 @@ from flashpack.formats import constants as C
 from flashpack.formats.checksums import digest, hexdigest, hexdigest_of
 from flashpack.formats.dtypes import NUMPY
 from flashpack.formats.entries import FileEntry, Layer, TensorEntry
-from flashpack.formats.files import chunks, open_inside, pread
+from flashpack.formats.files import chunks, open_inside, pread, read_ahead
 from flashpack.formats.manifest import Manifest
 from flashpack.formats.records import RecordKind
 
@@ -152,6 +152,15 @@ class Pack:
         count = entry.nbytes // np.dtype(NUMPY[entry.dtype]).itemsize
         flat = np.frombuffer(self._maps[entry.path], NUMPY[entry.dtype], count, entry.offset)
         return flat.reshape(entry.shape)
+
+    def read_ahead(self) -> None:
+        """Have the system read the dense files in the background: a mapped page comes only when it is touched."""
+        for path in self.manifest.dense_tensors:
+            fd = self.open(path)
+            try:
+                read_ahead(fd, self.files[path].size)
+            finally:
+                os.close(fd)
 
     def open_dense(self, path: str) -> int:
         """A descriptor of a dense file whose header is as the manifest says."""

@@ -118,6 +118,7 @@ def load(
         raise UsageError("--prefer-cached: the library decodes with --reference; leave out one of them")
     opened = Pack(pack, expect)
     opened.check_copies()  # transformers reads them by name
+    opened.read_ahead()  # while libraries are imported and the model is built
 
     import torch
 

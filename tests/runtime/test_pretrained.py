@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +31,27 @@ def test_a_pack_is_a_model(pack_of: PackOf) -> None:
     with torch.inference_mode():
         assert torch.equal(found(IDS).logits, expected(IDS).logits)
     assert found.flashpack.store.stats.steps == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the hint is Linux's")
+def test_dense_files_are_asked_for_before_anything_is_built(pack_of: PackOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int, int, int]] = []
+
+    def advise(fd: int, offset: int, size: int, advice: int) -> None:
+        asked.append((os.readlink(f"/proc/self/fd/{fd}"), offset, size, advice))
+
+    def stop(*_: object) -> None:
+        raise UsageError("built")
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    monkeypatch.setattr(importlib.import_module("flashpack.runtime.load"), "build", stop)
+    pack = pack_of(TRAINED).resolve()
+    with pytest.raises(UsageError, match="built"):
+        flashpack.load(pack)
+    dense = [f for f in pack.iterdir() if f.name.startswith("dense-")]
+    wanted = {(str(f), 0, f.stat().st_size, os.POSIX_FADV_WILLNEED) for f in dense}
+    assert wanted
+    assert wanted == {a for a in asked if a[3] == os.POSIX_FADV_WILLNEED}
 
 
 def test_options_reach_load(pack_of: PackOf) -> None:
