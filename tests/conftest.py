@@ -81,6 +81,8 @@ def pack_of(tmp_path_factory: pytest.TempPathFactory) -> PackOf:
         name: str, experts: str = "auto", dense: str = "auto", group_size: int = 64, quality: str = "default"
     ) -> Path:
         out = folder / f"{name}-{experts}-{dense}-{group_size}-{quality}"
+        if out.parent != folder:
+            raise ValueError(f"{name} is a path: the pack would lie beside it, not among those of the tests")
         if out not in made:
             with FileLock(f"{out}.lock"):
                 if not out.exists():

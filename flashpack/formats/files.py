@@ -184,7 +184,8 @@ def write_behind(fd: int, offset: int, size: int) -> None:
 def read_ahead(fd: int, size: int) -> None:
     """Have the drive begin with a file that is needed soon, in the background. Only a hint."""
     if sys.platform == "linux":
-        os.posix_fadvise(fd, 0, size, os.POSIX_FADV_WILLNEED)
+        with contextlib.suppress(OSError):  # not every file system takes hints
+            os.posix_fadvise(fd, 0, size, os.POSIX_FADV_WILLNEED)
 
 
 def sync(fd: int) -> None:

@@ -45,7 +45,7 @@ def test_dense_files_are_asked_for_before_anything_is_built(pack_of: PackOf, mon
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
     monkeypatch.setattr(importlib.import_module("flashpack.runtime.load"), "build", stop)
-    pack = pack_of(TRAINED).resolve()
+    pack = pack_of("trained").resolve()
     with pytest.raises(UsageError, match="built"):
         flashpack.load(pack)
     dense = [f for f in pack.iterdir() if f.name.startswith("dense-")]
