@@ -1,12 +1,15 @@
-"""The house: what may import what, and that importing does nothing."""
+"""The house: what may import what, that importing does nothing, and which Python it needs."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from tests.conftest import ROOT
 
@@ -29,6 +32,18 @@ def modules_after(code: str) -> set[str]:
 )
 def test_imports_are_lean(code: str, absent: set[str]) -> None:
     assert not modules_after(code) & absent
+
+
+def test_pinned_versions_take_the_oldest_python() -> None:
+    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=")
+    pinned = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    wanted = {
+        name: SpecifierSet(metadata.metadata(name).get("Requires-Python") or "")
+        for name in pinned
+        if any(metadata.distributions(name=name))
+    }
+    assert len(wanted) > 50
+    assert not {name: str(versions) for name, versions in wanted.items() if f"{oldest}.0" not in versions}
 
 
 def test_only_the_command_line_prints() -> None:
