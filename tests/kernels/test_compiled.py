@@ -129,6 +129,25 @@ def test_what_is_not_finite_is_not_hidden(value: float, level: int, place: int) 
         ).all()
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("encoding", AFFINE, ids=str)
+def test_rows_that_are_not_finite_stay_alone(encoding: Encoding, level: int) -> None:
+    """Behind a row's numbers lie the next row's, which are read with them."""
+    rows, width, broken = 37, 5 * encoding.group_size, 18
+    parts, _ = random_matrix(rows, width, encoding, seed=4)
+    others = torch.arange(rows) != broken
+    for part in ("scales", "biases"):
+        numbers = parts[part].copy()
+        numbers[broken] = from_float32(np.full(numbers.shape[1], np.nan, np.float32), encoding.dtype)
+        for tokens, coarse in ((1, False), (3, False), (5, False), (5, True), (70, True)):
+            whole, damaged = (
+                product(normal(tokens, width), replace(stored_matrix(p, encoding, (rows, width)), coarse=coarse), level)
+                for p in (parts, {**parts, part: numbers})
+            )
+            assert torch.equal(damaged[:, others], whole[:, others])
+            assert not damaged[:, broken].isfinite().any()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="forbids a page as Linux does")
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("encoding", [e for e in [*AFFINE, *DQ, MXFP4] if e.dtype in ("BF16", "E8M0")], ids=str)
